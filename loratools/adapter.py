@@ -1,0 +1,232 @@
+"""An adapter: base tensor names mapped to deltas, and the one place where its names meet a base's.
+
+Keys are tensor names (`…q_proj.weight`), not module names: merging is then a join on equal keys, and biases, norms and saved
+modules need no second concept.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loratools.deltas.base import Delta
+from loratools.deltas.dora import DoRA
+from loratools.deltas.full import Replacement
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
+from loratools.families import Family, matches
+from loratools.tensorfile import Ref, Spec
+
+
+@dataclass(frozen=True)
+class Adapter(Mapping[str, Delta]):
+    """Deltas by the name of the base tensor they change.
+
+    `metadata` is what its file said beside the weights, by format; `passengers` are tensors that are no weight edit and are
+    carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
+    are what a person should be told.
+    """
+
+    deltas: Mapping[str, Delta]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    passengers: Mapping[str, Ref] = field(default_factory=dict)
+    path: Path | None = None
+    format: str | None = None
+    files: tuple[Path, ...] = ()
+    expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Delta:
+        return self.deltas[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.deltas)
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    @property
+    def parameters(self) -> int:
+        return sum(delta.parameters for delta in self.values())
+
+    def map(self, fn: Callable[[str, Delta], Delta]) -> Adapter:
+        """The adapter with each delta replaced by fn(name, delta)."""
+        return replace(self, deltas={name: fn(name, delta) for name, delta in self.items()})
+
+    def resolve(
+        self,
+        base: Mapping[str, Spec],
+        family: Family | None = None,
+        *,
+        renames: Iterable[tuple[str, str]] = (),
+        allow_unmatched: bool = False,
+    ) -> Adapter:
+        """The same adapter under the base's names, each delta known to fit its weight.
+
+        A prefix that the whole adapter lacks or has too much is aligned once, and noted. Raises, all together: MatchError for
+        deltas the base lacks (with the nearest names) and for tensors the adapter promises but does not hold, ShapeError for
+        those that do not fit, AmbiguousError for square weights whose orientation nothing tells.
+        """
+        family = family or Family({})
+        renamed = self._renamed(list(renames))
+        aligned, notes = _align(renamed.deltas, base)
+        faults: list[LoratoolsError] = []
+        unmatched = [name for name, delta in aligned.items() if delta.needs_base and name not in base]
+        if len(unmatched) == len([delta for delta in aligned.values() if delta.needs_base]) and unmatched:
+            faults.append(_nothing_matched(unmatched, base, self.path))
+            unmatched = []
+        elif allow_unmatched:
+            notes += [f"not applied, the base has no {name}" for name in unmatched]
+        else:
+            faults += [_stray(name, base, self.path) for name in unmatched]
+        matched = {name: delta for name, delta in aligned.items() if name in base or not delta.needs_base}
+        settled, ambiguous = settle(matched, base, family)
+        faults += [error.at(file=self.path) for error in ambiguous]
+        for name, delta in settled.items():
+            try:
+                delta.spec(base.get(name))
+            except LoratoolsError as error:
+                faults.append(error.at(file=self.path, tensor=name))
+        if not faults and not allow_unmatched:
+            faults += renamed._missing(base, settled)
+        raise_all(faults)
+        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None)
+
+    def _renamed(self, renames: list[tuple[str, str]]) -> Adapter:
+        if not renames:
+            return self
+        deltas: dict[str, Delta] = {}
+        for name, delta in self.items():
+            new = rename(name, renames)
+            if new in deltas:
+                raise MatchError("two tensors meet under one name after --rename", file=self.path, tensor=new)
+            deltas[new] = delta
+        if set(deltas) == set(self.deltas):
+            raise MatchError("--rename changed no name", file=self.path, found=", ".join(f"{old}={new}" for old, new in renames))
+        return replace(self, deltas=deltas)
+
+    def _missing(self, base: Mapping[str, Spec], settled: Mapping[str, Delta]) -> list[LoratoolsError]:
+        if self.expects is None:
+            return []
+        remedy = "the file is incomplete; give --allow-unmatched to go on without"
+        return [
+            MatchError("the adapter's config covers this weight, its file holds nothing for it", file=self.path, tensor=name, remedy=remedy)
+            for name in self.expects(base)
+            if name not in settled
+        ]
+
+
+def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    """The name with each OLD run of whole components replaced by NEW, in order.
+
+    >>> rename("model.layers.0.mlp.weight", [("model", "language_model.model")])
+    'language_model.model.layers.0.mlp.weight'
+    """
+    for old, new in renames:
+        dotted = f".{name}."
+        if f".{old}." in dotted:
+            name = dotted.replace(f".{old}.", f".{new}." if new else ".", 1).strip(".")
+    return name
+
+
+def _align(deltas: Mapping[str, Delta], base: Mapping[str, Spec]) -> tuple[dict[str, Delta], list[str]]:
+    """The deltas under names that carry the base's prefix: unchanged if they fit as they are, else one prefix for all."""
+    needing = [name for name, delta in deltas.items() if delta.needs_base]
+    probe = needing or list(deltas)
+    if any(name in base for name in probe) or not probe:
+        return dict(deltas), []
+    best = max(_prefixes(probe, base), key=lambda pair: sum(_swap(name, pair) in base for name in probe), default=("", ""))
+    if not any(_swap(name, best) in base for name in probe):
+        return dict(deltas), []
+    rivals = [pair for pair in _prefixes(probe, base) if pair != best and all(_swap(name, pair) in base for name in probe)]
+    if rivals and all(_swap(name, best) in base for name in probe):
+        shown = " or ".join(repr(added or f"without {removed}") for removed, added in (best, *rivals))
+        raise AmbiguousError("the adapter's names fit the base under several prefixes", found=shown, remedy="give --rename OLD=NEW")
+    removed, added = best
+    said = f"names aligned for the whole adapter: {f'prefix {removed!r} removed' if removed else f'prefix {added!r} added'}"
+    return {_swap(name, best): delta for name, delta in deltas.items()}, [said]
+
+
+def _prefixes(names: list[str], base: Mapping[str, Spec]) -> list[tuple[str, str]]:
+    """(removed, added) pairs under which the first name that can be placed at all meets the base."""
+    found: dict[tuple[str, str], None] = {}
+    for name in names[:8]:
+        parts = name.split(".")
+        found |= {(".".join(parts[:cut]) + ".", ""): None for cut in range(1, len(parts) - 1) if ".".join(parts[cut:]) in base}
+        found |= {("", other[: -len(name)]): None for other in base if other.endswith("." + name)}
+    return list(found)
+
+
+def _swap(name: str, prefix: tuple[str, str]) -> str:
+    removed, added = prefix
+    return name.removeprefix(removed) if removed else added + name
+
+
+def _nothing_matched(names: list[str], base: Mapping[str, Spec], path: Path | None) -> MatchError:
+    near = ", ".join(difflib.get_close_matches(names[0], base, 2, 0.4)) or ", ".join(list(base)[:2])
+    return MatchError(
+        f"none of the adapter's {len(names)} weights is in the base",
+        file=path, tensor=names[0], found=f"a base with {near}, …", remedy="is it another model's? --rename OLD=NEW maps names",
+    )  # fmt: skip
+
+
+def _stray(name: str, base: Mapping[str, Spec], path: Path | None) -> MatchError:
+    near = difflib.get_close_matches(name, base, 3, 0.6)
+    return MatchError(
+        "the base has no such weight", file=path, tensor=name, found="nearest " + ", ".join(near) if near else None,
+        remedy="give --rename OLD=NEW, or --allow-unmatched to leave it out",
+    )  # fmt: skip
+
+
+def settle(deltas: Mapping[str, Delta], base: Mapping[str, Spec], family: Family) -> tuple[dict[str, Delta], list[LoratoolsError]]:
+    """The deltas with every `unknown` orientation decided: by shape, squares by the model's type or the user's globs.
+
+    peft saves only the flag of the last module it wrapped, so the flag of the file decides nothing. Without a model type a
+    square is linear, unless another weight of the same adapter turned out transposed.
+    """
+    by_shape = {name: _orientation(delta, base[name]) for name, delta in deltas.items() if _open(delta) and name in base}
+    mixed = "transposed" in by_shape.values()
+    settled, faults = {}, list[LoratoolsError]()
+    for name, delta in deltas.items():
+        layer = by_shape.get(name)
+        if layer == "square":
+            layer = "transposed" if family.transposed(name) else "linear"
+            if mixed and not family.known and not matches(name, family.more_transposed):
+                faults.append(
+                    AmbiguousError(
+                        "a square weight of a model that stores some weights transposed, and no model_type to tell which",
+                        tensor=name, remedy="name the transposed ones with --transposed GLOB, or add the base's config.json",
+                    )
+                )  # fmt: skip
+        settled[name] = delta if layer is None else oriented(delta, layer)
+    return settled, faults
+
+
+def _open(delta: Delta) -> bool:
+    direction = delta.direction if isinstance(delta, DoRA) else delta
+    return isinstance(direction, LowRank) and direction.layer == "unknown"
+
+
+def _orientation(delta: Delta, base: Spec) -> str:
+    direction = delta.direction if isinstance(delta, DoRA) else delta
+    assert isinstance(direction, LowRank)
+    shape = direction.shape()
+    if base.shape == shape == shape[::-1]:
+        return "square"
+    return "transposed" if base.shape == shape[::-1] else "linear"
+
+
+def oriented(delta: Delta, layer: str) -> Delta:
+    """A delta of unknown orientation as one of `layer`: a transposed weight takes the transposed factors."""
+    turned = delta.transposed() if layer == "transposed" and isinstance(delta, (LowRank, DoRA)) else delta
+    if isinstance(turned, DoRA) and isinstance(turned.direction, LowRank):
+        return replace(turned, direction=replace(turned.direction, layer=layer))
+    return replace(turned, layer=layer) if isinstance(turned, LowRank) else turned
+
+
+def is_whole(delta: Delta) -> bool:
+    """Whether the delta puts another tensor in the weight's place, bytes and all."""
+    return isinstance(delta, Replacement)

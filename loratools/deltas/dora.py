@@ -1,0 +1,87 @@
+"""DoRA: W′ = m ∘ V / ‖V‖, V = W + ΔW (Liu et al. 2024, arXiv:2402.09353, equation 5).
+
+The norm runs over the axes where `magnitude` has size 1, so (out, 1) (peft, newer LyCORIS) and (1, in) (peft's embeddings,
+the from-scratch tutorial, older LyCORIS) need no flag. No epsilon is added: peft 0.21 has none (`tuners/lora/dora.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from loratools.deltas.base import Additive, Bound, Delta, Read
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import ShapeError, UnsupportedError
+from loratools.tensorfile import Ref, Spec
+from loratools.tensors import read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DoRA(Delta):
+    """W′ = magnitude ∘ (W + ΔW) / ‖W + ΔW‖ for any additive direction; magnitude (out, 1, …) or (1, in)."""
+
+    kind = "dora"
+
+    direction: Additive
+    magnitude: Ref
+
+    def spec(self, base: Spec | None) -> Spec:
+        found = self.direction.spec(base)
+        shape = self.magnitude.spec.shape
+        if self.axis == "in" and len(found.shape) > 2:
+            raise UnsupportedError("a magnitude per input channel of a convolution", found=list(shape), expected=f"[{found.shape[0]}, 1, ...]")
+        rows, columns = found.matrix
+        expected = (rows,) + (1,) * (len(found.shape) - 1) if self.axis == "out" else (1, columns)
+        if shape != expected:
+            raise ShapeError("the magnitude does not fit the weight", found=list(shape), expected=list(expected))
+        return found
+
+    @property
+    def axis(self) -> str:
+        """`out`: one norm for each output row; `in`: one for each input column."""
+        shape = self.magnitude.spec.shape
+        return "in" if shape[0] == 1 and len(shape) == 2 and shape != (1, 1) else "out"
+
+    def matrix(self, base: Spec) -> tuple[int, int]:
+        return self.direction.matrix(base)
+
+    def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
+        import torch
+
+        assert base is not None
+        magnitude = read_tensor(self.magnitude, torch.float64, device)
+        direct = self.direction.bind(base, read, device)
+        return _by_rows(magnitude.reshape(-1, 1), direct) if self.axis == "out" else _by_columns(magnitude, direct, read)
+
+    def refs(self) -> dict[str, Ref]:
+        return {**self.direction.refs(), "magnitude": self.magnitude}
+
+    def map(self, fn: object) -> Self:
+        return replace(self, direction=self.direction.map(fn), magnitude=fn(self.magnitude))  # type: ignore[arg-type,operator]
+
+    def transposed(self) -> Self:
+        """The delta of Wᵀ."""
+        if not isinstance(self.direction, LowRank):
+            raise UnsupportedError(f"transposing a {self.direction.kind}")
+        return replace(self, direction=self.direction.transposed(), magnitude=self.magnitude.T)
+
+
+def _by_rows(magnitude: Tensor, direct: Bound) -> Bound:
+    from loratools.linalg.norms import row_squares
+
+    def rows(part: slice, W: Tensor | None) -> Tensor:
+        V = direct(part, W)
+        return V.mul_(magnitude[part] / row_squares(V).sqrt_().unsqueeze(1))
+
+    return rows
+
+
+def _by_columns(magnitude: Tensor, direct: Bound, read: Read) -> Bound:
+    from loratools.linalg.norms import ROWS, column_squares
+
+    squares = column_squares(direct(part, W) for part, W in read(ROWS))
+    factor = magnitude / squares.sqrt_()
+    return lambda part, W: direct(part, W).mul_(factor)

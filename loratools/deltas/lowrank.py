@@ -1,0 +1,84 @@
+"""LowRank: ΔW = scaling · B·A, the LoRA of Hu et al. 2021 (arXiv:2106.09685, section 4.1).
+
+`B` (out, rank) is a matrix always and `A` (rank, in, *kernel) carries the kernel: one formula for linear layers and
+convolutions, where peft's `conv_nd` composition equals (B·A.flatten(1)).view(out, in, *kernel). Weights that are stored
+transposed, and embeddings, are the same with the factors exchanged: (B·A)ᵀ = Aᵀ·Bᵀ.
+scaling = alpha / rank, or alpha / √rank for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
+
+from loratools.deltas.base import Additive, Dense
+from loratools.errors import ShapeError
+from loratools.tensorfile import Ref, Spec
+from loratools.tensors import read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYERS = ("linear", "embedding", "conv", "transposed", "unknown")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LowRank(Additive):
+    """W′ = W + scaling·B·A; `layer` says what the weight belongs to, `unknown` when the file did not.
+
+    A (rank, in, *kernel), B (out, rank), of any floating dtypes. Raises ShapeError when they do not meet.
+    """
+
+    kind = "lora"
+
+    A: Ref
+    B: Ref
+    alpha: float
+    rslora: bool = False
+    layer: str = "unknown"
+
+    def __post_init__(self) -> None:
+        a, b = self.A.spec.shape, self.B.spec.shape
+        if len(a) < 2 or len(b) != 2 or a[0] != b[1]:
+            raise ShapeError("A and B do not meet", found=f"A {list(a)}, B {list(b)}", expected="A [rank, in, ...], B [out, rank]")
+        if a[0] == 0:
+            raise ShapeError("rank 0", found=f"A {list(a)}, B {list(b)}", expected="a rank of at least 1")
+
+    @property
+    def rank(self) -> int:
+        return self.A.spec.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
+
+    def shape(self) -> tuple[int, ...]:
+        return (self.B.spec.shape[0], *self.A.spec.shape[1:])
+
+    def factors(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """(B, A) in float64, A flattened to (rank, in·kernel)."""
+        import torch
+
+        B, A = (read_tensor(ref, torch.float64, device) for ref in (self.B, self.A))
+        return B, A.flatten(1)
+
+    def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
+        from loratools.linalg.exact import ExactProduct
+
+        # two slices carry 2⁻⁴⁴ of a row's maximum, beyond what a float32 weight can show; float64 wants the third
+        slices = 3 if "F64" in (base.dtype, self.A.spec.dtype, self.B.spec.dtype) else 2
+        B, A = self.factors(device)
+        product = ExactProduct(B, A, scale=self.scaling * scale, slices=slices)
+        return lambda part: product.rows(part.start, part.stop)
+
+    def norm(self) -> float:
+        from loratools.linalg.product import product_norm
+
+        return product_norm(*self.factors(), scale=self.scaling)
+
+    def transposed(self) -> Self:
+        """The delta of Wᵀ: (B·A)ᵀ = Aᵀ·Bᵀ, the same bytes in another order."""
+        if len(self.A.spec.shape) != 2:
+            raise ShapeError("only a matrix can be transposed", found=list(self.A.spec.shape))
+        return replace(self, A=self.B.T, B=self.A.T)

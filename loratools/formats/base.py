@@ -1,0 +1,127 @@
+"""What a codec sees of a file or folder, and what it hands back: tensors, metadata, config. No codec opens a file itself."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools.checkpoint import read_json
+from loratools.errors import FormatError, LoratoolsError
+from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, TensorWriter, canonical
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Container:
+    """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them."""
+
+    tensors: Mapping[str, Ref]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    path: Path | None = None
+    files: tuple[Path, ...] = ()
+    header_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a user adds where a file does not say enough."""
+
+    alpha: float | None = None
+    embeddings: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+
+
+def open_container(path: str | Path) -> Container:
+    """The adapter's files, from a folder or the file of its weights; headers only, unless it is a pickle.
+
+    Raises FormatError for what is no adapter, a header that lies, or a pickle that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FormatError("no such file or folder", file=path)
+    weights = _weights_in(path) if path.is_dir() else path
+    beside = weights.parent / CONFIG
+    config = read_json(beside) if beside.is_file() else None
+    files = (weights, beside) if config is not None else (weights,)
+    if weights.suffix in PICKLES:
+        return Container(load_pickle(weights), {}, config, weights, files)
+    opened = TensorFile(weights)
+    return Container(opened, opened.metadata, config, weights, files, opened.header_sha256)
+
+
+def _weights_in(folder: Path) -> Path:
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if found:
+        return found[0]
+    inner = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/" + CONFIG))
+    if inner:
+        raise FormatError("holds adapters in folders of their own", file=folder, found=", ".join(inner[:4]), remedy="name one of them as the path")
+    if (folder / "adapter_model.safetensors.index.json").is_file():
+        raise FormatError("a sharded adapter, which peft does not read either", file=folder, remedy="save it in one file")
+    expected = " or ".join(WEIGHTS)
+    remedy = "is it a model rather than an adapter?" if any(folder.glob("*.safetensors")) else None
+    raise FormatError("no adapter in it", file=folder, expected=expected, remedy=remedy)
+
+
+def load_pickle(path: Path) -> dict[str, Ref]:
+    """A torch pickle of tensors by name, loaded with weights_only so that no code in it runs."""
+    import torch
+
+    from loratools.tensors import to_ref
+
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0][:160]
+        raise FormatError(f"the pickle holds more than tensors, nothing in it was run: {reason}", file=path) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError) as error:
+        raise FormatError(f"not a torch file, or truncated: {str(error).splitlines()[0][:160]}", file=path) from None
+    if isinstance(table, dict) and isinstance(table.get("state_dict"), dict):
+        table = table["state_dict"]
+    if not isinstance(table, dict):
+        raise FormatError("not a dictionary of tensors", file=path, found=type(table).__name__)
+    wrong = [str(key) for key, value in table.items() if not isinstance(value, torch.Tensor) or not isinstance(key, str)]
+    if wrong:
+        raise FormatError("not a tensor under a name", file=path, tensor=wrong[0], found=type(table.get(wrong[0])).__name__)
+    return {name: to_ref(tensor) for name, tensor in table.items()}
+
+
+def write_container(container: Container, folder: Path) -> dict[str, str]:
+    """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest."""
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return write_tensors(folder / WEIGHTS[0], container.tensors, container.metadata)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Tensors as one safetensors file, in the library's own order, streamed."""
+    specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in tensors.items()})
+    writer = TensorWriter(path, specs, metadata)
+    try:
+        for name in specs:
+            writer.write(name, _blocks(name, tensors[name]))
+        writer.close()
+    finally:
+        writer.abandon()
+    return writer.digests
+
+
+def _blocks(name: str, ref: Ref) -> Iterator[Buffer]:
+    try:
+        yield from ref.blocks()
+    except LoratoolsError as error:
+        raise error.at(tensor=name) from None
+
+
+def nearest(keys: Iterable[str], count: int = 3) -> str:
+    """The first keys of a file, for a message."""
+    shown = list(keys)
+    return ", ".join(shown[:count]) + (f", … ({len(shown)} in all)" if len(shown) > count else "")

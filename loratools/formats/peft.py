@@ -1,0 +1,307 @@
+"""peft's LoRA: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
+
+Grammar, scale and formulas were read from peft 0.21.2 (`utils/save_and_load.py`, `tuners/lora/layer.py`, `dora.py`) and are
+told in spec/formats/peft.md. A key is `base_model.model.` + the module's path + a marker:
+
+    .lora_A.weight (rank, in, *kernel)   .lora_B.weight (out, rank, 1…)   .lora_B.bias (out)
+    .lora_embedding_A (rank, vocabulary) .lora_embedding_B (dimension, rank)
+    .lora_magnitude_vector (out) or, for a convolution, (1, out, 1…)
+
+with an adapter's name or `.weight` behind a marker in live state dicts; every other key is a whole tensor of the base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loratools.adapter import Adapter
+from loratools.deltas.base import Delta
+from loratools.deltas.compose import Chain
+from loratools.deltas.dora import DoRA
+from loratools.deltas.full import Full, Replacement
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError, raise_all
+from loratools.families import matches
+from loratools.formats.base import Container, ReadOptions, nearest
+from loratools.formats.peft_config import LoraConfig, parse
+from loratools.tensorfile import Ref, Spec
+
+NAME = "peft"
+ROOT = "base_model.model."
+SAVED = "loratools.saved"  # metadata: JSON list of whole tensors whose module modules_to_save cannot name
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?P<marker>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+)
+_LEAVES = {"lora_A": ("weight",), "lora_B": ("weight", "bias"), "lora_embedding_A": (None,), "lora_embedding_B": (None,)}
+_EMBEDDING_LAYERS = ("embed_tokens", "lm_head")  # peft's EMBEDDING_LAYER_NAMES: saved without being asked for
+
+
+def detect(container: Container) -> bool:
+    """Whether the config beside the tensors says which of peft's methods it is."""
+    return container.config is not None and "peft_type" in container.config
+
+
+def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
+    """The adapter a peft folder holds; every tensor of it becomes part of a delta or is named in an error."""
+    options = options or ReadOptions()
+    kind = (container.config or {}).get("peft_type")
+    if str(kind).upper() != "LORA":
+        raise UnsupportedError("this peft method is not read yet", file=container.path, found=kind, expected="LORA")
+    try:
+        config = parse(container.config or {}, alpha=options.alpha)
+        modules, whole = _sort(container, config)
+        deltas = _deltas(modules, config, options)
+        deltas = _with_whole(deltas, whole)
+        if not deltas:
+            raise FormatError("no adapter tensors in it", found=nearest(container.tensors) or "no tensors")
+    except LoratoolsError as error:
+        raise error.at(file=container.path) from None
+    return Adapter(
+        deltas=deltas,
+        metadata={"peft": dict(config.carried), "safetensors": dict(container.metadata)},
+        path=container.path,
+        format=NAME,
+        files=container.files,
+        expects=_expectation(config, {name.removesuffix(".weight") for name in modules}, whole),
+    )
+
+
+# -- keys
+
+
+@dataclass
+class _Module:
+    """The adapter tensors of one module, by marker, and the keys they came from."""
+
+    refs: dict[str, Ref] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def _sort(container: Container, config: LoraConfig) -> tuple[dict[str, _Module], dict[str, Ref]]:
+    """The file's tensors as modules with LoRA, and whole tensors by name; strays and doubles are collected and raised."""
+    modules: dict[str, _Module] = defaultdict(_Module)
+    whole: dict[str, Ref] = {}
+    names: set[str] = set()
+    faults: list[LoratoolsError] = []
+    listed = set(_listed(container.metadata))
+    paths = {key: _path(key) for key in container.tensors}
+    rooted = [key for key, (_, root) in paths.items() if root]
+    for key, ref in container.tensors.items():
+        path, root = paths[key]
+        if rooted and not root:
+            faults.append(FormatError("lacks the prefix that the others have", tensor=key, expected=ROOT))
+            continue
+        match = _KEY.fullmatch(path)
+        if match is None:
+            fault = _keep_whole(path, key, ref, whole, config, listed, modules, container.tensors)
+        else:
+            names |= {match["adapter"]} - {None}
+            fault = _keep_factor(match, key, ref, modules)
+        faults += [fault] if fault else []
+    if len(names) > 1:
+        faults.append(FormatError("holds several adapters", found=", ".join(sorted(names)), remedy="save each in a folder of its own"))
+    raise_all(faults)
+    return dict(modules), whole
+
+
+def _path(key: str) -> tuple[str, bool]:
+    """A key without wrappers and `base_model.model.` (doubled ones too), and whether it had that prefix."""
+    path = _WRAPPERS.sub("", key)
+    path = path.removeprefix("module.") if path.startswith("module." + ROOT) else path
+    path = path.removeprefix("model.") if path.startswith("model." + ROOT) else path
+    bare = re.sub(rf"^(?:{re.escape(ROOT)})+", "", path)
+    return bare.removeprefix("module.") if path != bare else bare, path != bare
+
+
+def _keep_factor(match: re.Match[str], key: str, ref: Ref, modules: dict[str, _Module]) -> LoratoolsError | None:
+    marker, leaf = match["marker"], match["leaf"]
+    if marker != "lora_magnitude_vector" and leaf not in _LEAVES[marker]:
+        return FormatError("not a key peft writes", tensor=key, expected=" or ".join(f"{marker}.{name}" if name else marker for name in _LEAVES[marker]))
+    slot = "bias" if leaf == "bias" else marker
+    if marker == "lora_magnitude_vector" and leaf == "bias":
+        return FormatError("not a key peft writes", tensor=key, expected=marker)
+    module = modules[match["module"].removesuffix(".base_layer") if match["module"].endswith(".base_layer") else match["module"]]
+    if slot in module.refs:
+        return FormatError("the same tensor twice under two spellings", tensor=key, found=module.keys[slot])
+    module.refs[slot], module.keys[slot] = ref, key
+    return None
+
+
+def _keep_whole(
+    path: str,
+    key: str,
+    ref: Ref,
+    whole: dict[str, Ref],
+    config: LoraConfig,
+    listed: set[str],
+    modules: Mapping[str, _Module],
+    keys: Mapping[str, Ref],
+) -> LoratoolsError | None:
+    """File a whole tensor under its base name, if the config accounts for it; else the error that names it."""
+    if ".original_module." in f".{path}":
+        return FormatError("the base's own tensor from a live state dict", tensor=key, remedy="save the adapter with save_pretrained")
+    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", path)
+    based = ".base_layer." in name
+    name = name.replace(".base_layer.", ".")
+    module, _, leaf = name.rpartition(".")
+    covered = (
+        config.saves(module)
+        or name in listed
+        or (leaf == "bias" and config.bias != "none")
+        or module.rpartition(".")[2] in _EMBEDDING_LAYERS
+        or (based and leaf == "weight" and any(other.startswith(key[: key.index(".base_layer.")] + ".lora_") for other in keys))
+    )
+    if not covered:
+        remedy = "list its module in modules_to_save if it was trained, else remove it"
+        return MatchError("neither a LoRA tensor nor one that the config says was saved", tensor=key, remedy=remedy)
+    if name in whole:
+        return FormatError("the same tensor twice under two spellings", tensor=key)
+    whole[name] = ref
+    return None
+
+
+def _listed(metadata: Mapping[str, str]) -> list[str]:
+    import json
+
+    try:
+        names = json.loads(metadata.get(SAVED, "[]"))
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"metadata {SAVED} is not a list of names", found=metadata.get(SAVED))
+    return names
+
+
+# -- deltas
+
+
+def _deltas(modules: Mapping[str, _Module], config: LoraConfig, options: ReadOptions) -> dict[str, Delta]:
+    deltas: dict[str, Delta] = {}
+    faults: list[LoratoolsError] = []
+    for path, module in modules.items():
+        try:
+            deltas[f"{path}.weight"] = _delta(path, module, config, options)
+            if "bias" in module.refs:
+                deltas[f"{path}.bias"] = _bias(path, module, config)
+        except LoratoolsError as error:
+            faults.append(error.at(tensor=next(iter(module.keys.values()))))
+    raise_all(faults)
+    return deltas
+
+
+def _delta(path: str, module: _Module, config: LoraConfig, options: ReadOptions) -> Delta:
+    low = _embedding(path, module, config) if any("embedding" in slot for slot in module.refs) else _linear(path, module, config, options)
+    _check_rank(low, path, module, config)
+    if not config.targets(path):
+        raise MatchError(
+            "the config does not target this module, so peft would drop it in silence", tensor=next(iter(module.keys.values())),
+            found=path, expected=_shown(config.target), remedy="add it to target_modules, or remove it",
+        )  # fmt: skip
+    magnitude = module.refs.get("lora_magnitude_vector")
+    if config.dora and magnitude is None:
+        raise FormatError("use_dora is set, and the module has no lora_magnitude_vector", tensor=path)
+    if magnitude is None:
+        return low
+    if not config.dora:
+        key = module.keys["lora_magnitude_vector"]
+        raise FormatError("a DoRA magnitude without use_dora: peft would drop it in silence", tensor=key, remedy="set use_dora to true")
+    return DoRA(direction=low, magnitude=_magnitude(magnitude, low, module.keys["lora_magnitude_vector"]))
+
+
+def _pair(module: _Module, a: str, b: str, path: str) -> tuple[Ref, Ref]:
+    for mine, other in ((a, b), (b, a)):
+        if mine not in module.refs:
+            place = module.keys.get(other) or next(iter(module.keys.values()))
+            raise FormatError(f"has no {mine} beside it", tensor=place, remedy="the file is incomplete")
+    return module.refs[a], module.refs[b]
+
+
+def _linear(path: str, module: _Module, config: LoraConfig, options: ReadOptions) -> LowRank:
+    A, B = _pair(module, "lora_A", "lora_B", path)
+    a, b = A.spec.shape, B.spec.shape
+    if len(a) < 2 or len(b) != len(a) or any(size != 1 for size in b[2:]):
+        raise ShapeError("not a LoRA pair", tensor=module.keys["lora_A"], found=f"A {list(a)}, B {list(b)}", expected="A [rank, in, *kernel], B [out, rank, 1…]")
+    if a[0] != b[1] and len(a) > 2 and a[0] % b[1] == 0 and b[1] < a[0]:
+        raise UnsupportedError("LoRA on a grouped convolution mixes channels that its weight does not", tensor=module.keys["lora_B"], found=f"A {list(a)}, B {list(b)}")
+    layer = "unknown" if len(a) == 2 else "conv"
+    low = LowRank(A=A, B=B.reshape(*b[:2]), alpha=config.alpha_of(path), rslora=config.rslora, layer=layer)
+    if layer == "unknown" and matches(f"{path}.weight", options.transposed):
+        turned = low.transposed()
+        return LowRank(A=turned.A, B=turned.B, alpha=low.alpha, rslora=low.rslora, layer="transposed")
+    return low
+
+
+def _embedding(path: str, module: _Module, config: LoraConfig) -> LowRank:
+    A, B = _pair(module, "lora_embedding_A", "lora_embedding_B", path)
+    if "lora_A" in module.refs or "lora_B" in module.refs:
+        raise FormatError("a linear and an embedding LoRA on one module", tensor=next(iter(module.keys.values())))
+    if len(A.spec.shape) != 2 or len(B.spec.shape) != 2 or A.spec.shape[0] != B.spec.shape[1]:
+        raise ShapeError("A and B do not meet", found=f"A {list(A.spec.shape)}, B {list(B.spec.shape)}", expected="A [rank, vocabulary], B [dimension, rank]")
+    return LowRank(A=B.T, B=A.T, alpha=config.alpha_of(path), rslora=config.rslora, layer="embedding")
+
+
+def _check_rank(low: LowRank, path: str, module: _Module, config: LoraConfig) -> None:
+    expected = config.rank(path)
+    if expected is not None and low.rank != expected:
+        key = module.keys.get("lora_A") or module.keys["lora_embedding_A"]
+        remedy = "are A and B swapped?" if low.shape()[0] == expected or expected in low.shape() else None
+        raise ShapeError("the rank is not the config's", tensor=key, found=low.rank, expected=expected, remedy=remedy)
+
+
+def _magnitude(magnitude: Ref, low: LowRank, key: str) -> Ref:
+    out, *rest = low.shape()
+    shape = magnitude.spec.shape
+    if low.layer == "embedding":
+        expected: tuple[int, ...] = (low.shape()[1],)
+        made: tuple[int, ...] = (1, low.shape()[1])
+    elif low.layer == "transposed":
+        expected, made = (low.shape()[1],), (1, low.shape()[1])
+    elif low.layer == "conv":
+        expected, made = (1, out) + (1,) * (len(rest) - 1), (out,) + (1,) * len(rest)
+    else:
+        expected, made = (out,), (out, 1)
+    if shape != expected:
+        raise ShapeError("the magnitude does not fit its factors", tensor=key, found=list(shape), expected=list(expected))
+    return magnitude.reshape(*made)
+
+
+def _bias(path: str, module: _Module, config: LoraConfig) -> Delta:
+    key = module.keys["bias"]
+    if not config.lora_bias:
+        raise FormatError("lora_B.bias without lora_bias: peft would drop it in silence", tensor=key, remedy="set lora_bias to true in the config")
+    if "lora_B" not in module.refs or module.refs["bias"].spec.shape != module.refs["lora_B"].spec.shape[:1]:
+        raise ShapeError("the bias does not fit lora_B", tensor=key, found=list(module.refs["bias"].spec.shape))
+    low = _linear(path, module, config, ReadOptions())
+    return Full(diff=module.refs["bias"], scale=low.scaling)
+
+
+def _with_whole(deltas: Mapping[str, Delta], whole: Mapping[str, Ref]) -> dict[str, Delta]:
+    """Deltas and saved tensors together: LoRA on a saved tensor comes after it."""
+    joined = dict(deltas)
+    for name, ref in whole.items():
+        saved = Replacement(value=ref)
+        joined[name] = Chain(first=saved, then=joined[name]) if name in joined else saved
+    return joined
+
+
+def _shown(target: Any) -> str:
+    return target if isinstance(target, str) else nearest(target or (), 6)
+
+
+def _expectation(config: LoraConfig, modules: set[str], whole: Iterable[str]) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
+    """What the config promises of a base: a delta on each weight it targets, a tensor for each module it saves."""
+
+    def expected(base: Mapping[str, Spec]) -> Iterator[str]:
+        for name, spec in base.items():
+            module, _, leaf = name.rpartition(".")
+            if config.saves(module):
+                yield name
+            elif leaf == "weight" and len(spec.shape) > 1 and spec.floating and config.target not in (None, "all-linear") and config.targets(module):
+                yield name
+
+    return expected

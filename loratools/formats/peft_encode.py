@@ -1,0 +1,161 @@
+"""Writing peft's LoRA: the smallest folder that peft loads without a warning and that says every scale exactly.
+
+The commonest rank, alpha and flags go into the config, the others into `rank_pattern` and `alpha_pattern` under anchored,
+escaped names. What peft's LoRA cannot say is NotExpressible, all of it at once, before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loratools.adapter import Adapter
+from loratools.deltas.base import Delta
+from loratools.deltas.compose import Chain
+from loratools.deltas.dora import DoRA
+from loratools.deltas.full import Full, Replacement
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import LoratoolsError, NotExpressible, raise_all
+from loratools.formats.base import Container
+from loratools.formats.peft import ROOT, SAVED
+from loratools.tensorfile import Ref
+
+WRITTEN_FOR = "0.21.2"
+
+
+def encode(adapter: Adapter) -> Container:
+    """The adapter as peft's config and tensors; factors and magnitudes keep their bytes."""
+    faults: list[LoratoolsError] = [NotExpressible("peft has no place for it", tensor=name) for name in adapter.passengers]
+    lows: dict[str, LowRank] = {}
+    magnitudes: dict[str, Ref] = {}
+    whole: dict[str, Ref] = {}
+    biases: dict[str, Full] = {}
+    for name, delta in adapter.items():
+        fault = _take(name, delta, lows, magnitudes, whole, biases)
+        faults += [fault] if fault else []
+    faults += _mixed(lows, magnitudes, biases)
+    raise_all(faults)
+    config = _config(adapter, lows, magnitudes, biases)
+    tensors = _tensors(lows, magnitudes, biases)
+    tensors |= _saved(whole, lows, config)
+    listed = sorted(name for name in whole if "." not in name.removesuffix(".weight").removesuffix(".bias") or not name.endswith((".weight", ".bias")))
+    metadata = dict(adapter.metadata.get("safetensors", {})) | {"format": "pt"}
+    metadata.pop(SAVED, None)
+    return Container(tensors, metadata | ({SAVED: json.dumps(listed)} if listed else {}), config)
+
+
+def _take(
+    name: str, delta: Delta, lows: dict[str, LowRank], magnitudes: dict[str, Ref], whole: dict[str, Ref], biases: dict[str, Full]
+) -> LoratoolsError | None:
+    if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
+        whole[name] = delta.first.value
+        delta = delta.then
+    module, _, leaf = name.rpartition(".")
+    direction = delta.direction if isinstance(delta, DoRA) else delta
+    if isinstance(direction, LowRank) and leaf == "weight":
+        lows[module] = direction
+        if isinstance(delta, DoRA):
+            magnitudes[module] = delta.magnitude
+            if direction.layer != "unknown" and delta.axis != ("in" if direction.layer in ("transposed", "embedding") else "out"):
+                return NotExpressible("peft has no DoRA along this axis", tensor=name, found=list(delta.magnitude.spec.shape))
+        return None
+    if isinstance(delta, Replacement):
+        whole[name] = delta.value
+        return None
+    if isinstance(delta, Full) and leaf == "bias":
+        biases[module] = delta
+        return None
+    return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy="convert it first")
+
+
+def _mixed(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> list[LoratoolsError]:
+    faults: list[LoratoolsError] = []
+    if magnitudes and len(magnitudes) < len(lows):
+        plain = next(module for module in lows if module not in magnitudes)
+        faults.append(NotExpressible("peft's use_dora holds for the whole adapter, and this module is plain LoRA", tensor=plain))
+    if magnitudes and biases:
+        faults.append(NotExpressible("peft allows no lora_bias beside DoRA", tensor=f"{next(iter(biases))}.bias"))
+    for module, bias in biases.items():
+        low = lows.get(module)
+        if low is None or low.layer == "embedding" or bias.scale != low.scaling:
+            faults.append(NotExpressible("a bias difference needs a LoRA of the same scaling on its module", tensor=f"{module}.bias"))
+    return faults
+
+
+def _config(adapter: Adapter, lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> dict[str, Any]:
+    rslora = Counter(low.rslora for low in lows.values()).most_common(1)[0][0] if lows else False
+    ranks = {module: low.rank for module, low in lows.items()}
+    alphas = {module: _alpha(low, rslora) for module, low in lows.items()}
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
+    transposed = [low.layer == "transposed" for low in lows.values()]
+    carried = dict(adapter.metadata.get("peft", {}))
+    config: dict[str, Any] = {
+        "peft_type": "LORA", "base_model_name_or_path": None, "task_type": None, "inference_mode": True, "peft_version": WRITTEN_FOR,
+        "lora_dropout": 0.0, "revision": None,
+        **carried,
+        "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": bool(magnitudes), "lora_bias": bool(biases), "bias": "none",
+        "fan_in_fan_out": any(transposed) if any(low.layer != "unknown" for low in lows.values()) else bool(carried.get("fan_in_fan_out")),
+        "init_lora_weights": True,
+        "target_modules": sorted(lows),
+        "modules_to_save": None,
+        "rank_pattern": {_exactly(module): value for module, value in sorted(ranks.items()) if value != rank},
+        "alpha_pattern": {_exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
+    }  # fmt: skip
+    return dict(sorted(config.items()))
+
+
+def _alpha(low: LowRank, rslora: bool) -> float:
+    """The alpha that says a module's scaling under the adapter's one rslora flag; whole numbers as such."""
+    alpha = low.alpha
+    if low.rslora != rslora:
+        alpha = low.alpha * math.sqrt(low.rank) if low.rslora else low.alpha / math.sqrt(low.rank)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _commonest(values: Iterable[Any], default: Any) -> Any:
+    counted = Counter(values).most_common()
+    return min((value for value, count in counted if count == counted[0][1]), default=default)
+
+
+def _exactly(module: str) -> str:
+    return f"^{re.escape(module)}"
+
+
+def _tensors(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> dict[str, Ref]:
+    tensors: dict[str, Ref] = {}
+    for module, low in lows.items():
+        root, magnitude = ROOT + module, magnitudes.get(module)
+        if low.layer == "embedding":
+            tensors |= {f"{root}.lora_embedding_A": low.B.T, f"{root}.lora_embedding_B": low.A.T}
+        else:
+            written = low.transposed() if low.layer == "transposed" else low
+            ones = (1,) * (len(low.A.spec.shape) - 2)
+            tensors |= {f"{root}.lora_A.weight": written.A, f"{root}.lora_B.weight": written.B.reshape(*written.B.spec.shape, *ones)}
+        if magnitude is not None:
+            size, kernel = magnitude.spec.numel, len(low.A.spec.shape) - 2
+            shape = (1, size, *(1,) * kernel) if low.layer == "conv" else (size,)
+            tensors[f"{root}.lora_magnitude_vector"] = magnitude.reshape(*shape)
+        if module in biases:
+            tensors[f"{root}.lora_B.bias"] = biases[module].diff
+    return tensors
+
+
+def _saved(whole: Mapping[str, Ref], lows: Mapping[str, LowRank], config: dict[str, Any]) -> dict[str, Ref]:
+    """Whole tensors under peft's keys, their modules entered in the config: biases as `bias`, others as `modules_to_save`."""
+    tensors: dict[str, Ref] = {}
+    modules: set[str] = set()
+    loose = [name for name in whole if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" not in whole]
+    for name, ref in whole.items():
+        module, _, leaf = name.rpartition(".")
+        place = f"{module}.base_layer.{leaf}" if module in lows else name
+        tensors[ROOT + place] = ref
+        if name not in loose and module not in lows and leaf in ("weight", "bias"):
+            modules.add(module)
+    if loose:
+        config["bias"] = "lora_only" if all(name.removesuffix(".bias") in lows for name in loose) else "all"
+    config["modules_to_save"] = sorted(modules) or None
+    return tensors

@@ -1,0 +1,71 @@
+"""A matrix seen tall and scaled by a power of two: products with it and its transpose, in passes that are counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from loratools.errors import NonFiniteError, OptionError
+
+_BLOCK = 1 << 18  # elements of a row block: 2 MiB in float64, which stays in cache between the two products
+
+
+class Operator:
+    """X = D or Dᵀ, whichever is tall, times a power of two that brings its largest entry to [1/2, 1).
+
+    The scaling keeps squares of singular values inside float32's range; it is exact and applied to thin blocks only, so no
+    second matrix is made. `norm` is ‖X‖_F from float64 sums, `unit` what one in X means in D.
+    """
+
+    def __init__(self, D: Tensor) -> None:
+        if D.ndim != 2 or D.dtype not in (torch.float32, torch.float64):
+            raise OptionError("matrix", found=f"{D.dtype} {tuple(D.shape)}", expected="2-D in float32 or float64")
+        self.D = D
+        self.X = D if D.shape[0] >= D.shape[1] else D.T
+        self.m, self.n = self.X.shape
+        self.passes = 0
+        low, high = map(float, torch.aminmax(D)) if D.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NonFiniteError("the matrix holds inf or nan")
+        self.unit = 2.0 ** math.frexp(max(-low, high))[1]
+        self.norm = math.sqrt(sum(float(block.square().sum()) for block in self.blocks()))
+        # Reduced-precision products (TF32, bf16) may be allowed by a global switch; where certificate and error need float32
+        # they are then taken in float64.
+        self.trusted = D.dtype == torch.float64 or (D.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest")
+
+    @property
+    def transposed(self) -> bool:
+        """Whether X is Dᵀ."""
+        return self.D.shape[0] < self.D.shape[1]
+
+    def blocks(self) -> Iterator[Tensor]:
+        """X in float64, scaled, a block of rows at a time."""
+        step = max(1, _BLOCK // max(1, self.n))
+        for start in range(0, self.m, step):
+            yield self.X[start : start + step].to(torch.float64) * (1 / self.unit)
+
+    def forward(self, Q: Tensor) -> Tensor:
+        """X @ Q in D's dtype."""
+        self.passes += 1
+        return (self.X @ Q).mul_(1 / self.unit)
+
+    def back(self, Z: Tensor) -> Tensor:
+        """Xᵀ @ Z in D's dtype."""
+        self.passes += 1
+        return (self.X.T @ Z).mul_(1 / self.unit)
+
+    def gram(self, V: Tensor) -> tuple[Tensor, Tensor]:
+        """X @ V and XᵀX @ V in float64, reading X once."""
+        self.passes += 2
+        Z = torch.empty(self.m, V.shape[1], dtype=torch.float64, device=V.device)
+        W = torch.zeros(self.n, V.shape[1], dtype=torch.float64, device=V.device)
+        start = 0
+        for block in self.blocks():
+            rows = Z[start : start + block.shape[0]]
+            torch.mm(block, V, out=rows)
+            W.addmm_(block.T, rows)
+            start += block.shape[0]
+        return Z, W

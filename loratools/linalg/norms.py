@@ -1,0 +1,53 @@
+"""Sums of squares that give the same bits in any blocking and on any number of threads.
+
+A library's sum may take another order for another shape. Here each product and each addition is one elementwise operation
+of its own, in an order the numbers of rows and columns fix alone: IEEE 754 then leaves nothing open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+WIDTH = 128
+ROWS = 128
+
+
+def row_squares(X: Tensor) -> Tensor:
+    """Σⱼ X[i, j]² for each row of an (m, n) float64 matrix, (m,).
+
+    >>> row_squares(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    tensor([25.], dtype=torch.float64)
+    """
+    squares = X * X
+    rows, columns = squares.shape
+    whole = columns - columns % WIDTH
+    folded = squares.new_zeros(rows, WIDTH)
+    for start in range(0, whole, WIDTH):
+        folded += squares[:, start : start + WIDTH]
+    folded[:, : columns - whole] += squares[:, whole:]
+    return _halve(folded)
+
+
+def column_squares(blocks: Iterable[Tensor]) -> Tensor:
+    """Σᵢ X[i, j]² for each column, (n,), of a matrix that comes in blocks of ROWS rows (the last may be shorter)."""
+    total: Tensor | None = None
+    for block in blocks:
+        squares = block * block
+        padded = squares.new_zeros(ROWS, squares.shape[1])
+        padded[: len(squares)] = squares
+        folded = _halve(padded.T).T
+        total = folded if total is None else total + folded
+    if total is None:
+        raise ValueError("no rows")
+    return total
+
+
+def _halve(folded: Tensor) -> Tensor:
+    """The sums over the last axis, whose size is a power of two, halved until one is left."""
+    while folded.shape[1] > 1:
+        half = folded.shape[1] // 2
+        folded = folded[:, :half] + folded[:, half:]
+    return folded[:, 0]

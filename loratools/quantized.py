@@ -1,0 +1,43 @@
+"""Quantised bases, recognised by their config or by the tensors they keep beside a weight: recognised, not guessed at.
+
+The table follows transformers' `quantizers/auto.py` and the files its quantisers write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loratools.tensorfile import Spec
+
+# scheme by an ending that only its files have
+_ENDINGS = {
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
+    ".absmax": "bitsandbytes 4-bit",
+    ".SCB": "bitsandbytes int8",
+    ".g_idx": "gptq",
+    ".qweight": "gptq or awq",
+    ".weight_scale_inv": "fp8 with block scales",
+    ".weight_packed": "compressed-tensors",
+    ".scale_weight": "scaled fp8",
+    "_blocks": "mxfp4",
+}
+
+
+def scheme(specs: Mapping[str, Spec], config: Mapping[str, Any]) -> str | None:
+    """The quantisation's name, from the config (nested ones too) or from tensors, or None."""
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        found = part.get("quantization_config") or part.get("quantization")
+        if isinstance(found, Mapping) and found:
+            return str(found.get("quant_method") or found.get("mode") or "mlx")
+    for name in specs:
+        for ending, label in _ENDINGS.items():
+            if name.endswith(ending) and (ending != "_blocks" or name.removesuffix("_blocks") + "_scales" in specs):
+                return label
+    for name, spec in specs.items():
+        if spec.dtype.startswith(("F8", "F4", "F6")) and f"{name}_scale" in specs:
+            return f"{spec.dtype} with scales"
+        if spec.dtype in ("U32", "I32", "U8", "I8") and name.endswith(".weight") and name.removesuffix("weight") + "scales" in specs:
+            return "mlx"
+    return None
