@@ -37,7 +37,8 @@ def _empty_folder(path: Path) -> bool:
 def whole(out: Path) -> Iterator[Path]:
     """A path beside OUT to make it at, folder or file; renamed into place at the end, removed on any failure.
 
-    What OUT was before is replaced; that it may be replaced is `check_output`'s to say.
+    What OUT was before is replaced; that it may be replaced is `check_output`'s to say. Files made beside that path (the
+    receipt of an output that is one file) follow it.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,11 @@ def _publish(made: Path, out: Path, room: Path) -> None:
             os.rename(out, room / "replaced")
     elif out.is_dir():
         os.rename(out, room / "replaced")
-    os.replace(made, out)
+    companions = [path for path in room.iterdir() if path.is_file() and path != made]
+    for path in (made, *companions):
+        if path.is_file():
+            _sync(path)
+        os.replace(path, out.parent / path.name)
     sync_folder(out.parent)
 
 

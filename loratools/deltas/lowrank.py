@@ -70,7 +70,15 @@ class LowRank(Additive):
         slices = 3 if "F64" in (base.dtype, self.A.spec.dtype, self.B.spec.dtype) else 2
         B, A = self.factors(device)
         product = ExactProduct(B, A, scale=self.scaling * scale, slices=slices)
-        return lambda part: product.rows(part.start, part.stop)
+        buffers: list[Tensor] = []
+
+        def dense(part: slice) -> Tensor:
+            count = part.stop - part.start
+            if not buffers or len(buffers[0]) < count:
+                buffers[:] = [B.new_empty(count, product.shape[1]) for _ in range(2)]
+            return product.rows(part.start, part.stop, out=buffers[0][:count], scratch=buffers[1])
+
+        return dense
 
     def norm(self) -> float:
         from loratools.linalg.product import product_norm

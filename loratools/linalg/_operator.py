@@ -30,11 +30,14 @@ class Operator:
         low, high = map(float, torch.aminmax(D)) if D.numel() else (0.0, 0.0)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NonFiniteError("the matrix holds inf or nan")
-        self.unit = 2.0 ** math.frexp(max(-low, high))[1]
+        self.unit = 2.0 ** max(-1000, math.frexp(max(-low, high))[1])
         self.norm = math.sqrt(sum(float(block.square().sum()) for block in self.blocks()))
-        # Reduced-precision products (TF32, bf16) may be allowed by a global switch; where certificate and error need float32
-        # they are then taken in float64.
-        self.trusted = D.dtype == torch.float64 or (D.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest")
+        self.rounding = math.sqrt(self.m) * 2.0**-53  # of a float64 product, relative to the Frobenius norms of its factors
+
+    @property
+    def plain(self) -> bool:
+        """Whether products in D's own dtype neither overflow nor vanish before they are scaled."""
+        return 2.0**-90 < self.unit < 2.0**90
 
     @property
     def transposed(self) -> bool:
@@ -45,7 +48,7 @@ class Operator:
         """X in float64, scaled, a block of rows at a time."""
         step = max(1, _BLOCK // max(1, self.n))
         for start in range(0, self.m, step):
-            yield self.X[start : start + step].to(torch.float64) * (1 / self.unit)
+            yield self.X[start : start + step].to(torch.float64, copy=True).mul_(1 / self.unit)
 
     def forward(self, Q: Tensor) -> Tensor:
         """X @ Q in D's dtype."""
@@ -55,17 +58,19 @@ class Operator:
     def back(self, Z: Tensor) -> Tensor:
         """Xᵀ @ Z in D's dtype."""
         self.passes += 1
-        return (self.X.T @ Z).mul_(1 / self.unit)
+        return (Z.T.contiguous() @ self.X).mul_(1 / self.unit).T
 
     def gram(self, V: Tensor) -> tuple[Tensor, Tensor]:
         """X @ V and XᵀX @ V in float64, reading X once."""
         self.passes += 2
-        Z = torch.empty(self.m, V.shape[1], dtype=torch.float64, device=V.device)
-        W = torch.zeros(self.n, V.shape[1], dtype=torch.float64, device=V.device)
+        # Thin factors lie transposed: products of long rows are even in speed over all widths, those of long columns are not.
+        Vt = V.T.contiguous()
+        Zt = torch.empty(V.shape[1], self.m, dtype=torch.float64, device=V.device)
+        Wt = torch.zeros(V.shape[1], self.n, dtype=torch.float64, device=V.device)
         start = 0
         for block in self.blocks():
-            rows = Z[start : start + block.shape[0]]
-            torch.mm(block, V, out=rows)
-            W.addmm_(block.T, rows)
+            columns = torch.mm(Vt, block.T)
+            Wt.addmm_(columns, block)
+            Zt[:, start : start + block.shape[0]] = columns
             start += block.shape[0]
-        return Z, W
+        return Zt.T, Wt.T

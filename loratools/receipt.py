@@ -1,0 +1,119 @@
+"""The receipt: what an operation read, did, wrote and left out, written last beside its output.
+
+Its fields and their meaning are in spec/receipt.schema.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratools import __version__
+from loratools.adapter import Adapter
+from loratools.checkpoint import Checkpoint, combined_digest, file_entry
+from loratools.errors import FormatError
+
+NAME = "loratools.json"
+
+
+@dataclass
+class Receipt:
+    """What one operation did; `rows` has one entry a changed tensor, `digests` one a tensor of the output."""
+
+    operation: str
+    arguments: Mapping[str, Any]
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    expected: int = 0
+    applied: int = 0
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    changed_files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The receipt as plain JSON values, rows and digests in the order of their names."""
+        if self.seconds is None:
+            self.seconds = round(time.monotonic() - self.started, 3)
+        return {
+            "loratools": __version__,
+            "operation": self.operation,
+            "arguments": {name: _plain(value) for name, value in self.arguments.items()},
+            "inputs": self.inputs,
+            "outputs": sorted(self.outputs, key=lambda entry: str(entry["path"])),
+            "digests": dict(sorted(self.digests.items())),
+            "expected": self.expected,
+            "applied": self.applied,
+            "tensors": sorted(self.tensors, key=lambda row: str(row["name"])),
+            "left_out": self.left_out,
+            "changed_files": self.changed_files,
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def receipt_path(out: Path, *, folder: bool) -> Path:
+    """Where the receipt of an output lies: in its folder, or beside its file."""
+    return out / NAME if folder else out.parent / f"{out.name}.{NAME}"
+
+
+def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The receipts that lie with a checkpoint, oldest first: what was done to it before."""
+    path = receipt_path(checkpoint.path, folder=not checkpoint.single)
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [*found.pop("history", []), found]
+    except (ValueError, AttributeError, TypeError):
+        raise FormatError("not a receipt", file=path, remedy="move it away if it belongs to something else") from None
+
+
+def adapter_inputs(adapter: Adapter) -> list[dict[str, Any]]:
+    """A row for each file of an adapter: BLAKE3 of the whole file, for two of one architecture share a header."""
+    from loratools.tensorfile import TensorFile
+
+    rows = []
+    for path in adapter.files:
+        header = TensorFile(path).header_sha256 if path.suffix == ".safetensors" else None
+        rows.append({**file_entry(path, str(path)), "role": "adapter", "header_sha256": header})
+    return rows
+
+
+def checkpoint_input(checkpoint: Checkpoint, role: str, digests: Mapping[str, str]) -> dict[str, Any]:
+    """A checkpoint's row: its headers' SHA-256 in the order of its files' names, BLAKE3 of its tensors' digests."""
+    headers = hashlib.sha256("".join(file.header_sha256 for _, file in sorted(checkpoint.files.items())).encode()).hexdigest()
+    if len(checkpoint.files) == 1:
+        headers = next(iter(checkpoint.files.values())).header_sha256
+    size = sum(file.size for file in checkpoint.files.values())
+    return {"path": str(checkpoint.path), "role": role, "bytes": size, "header_sha256": headers, "blake3": combined_digest(digests)}
+
+
+def add_sha256(entries: Iterable[dict[str, Any]], folder: Path | None) -> None:
+    """SHA-256 of each file, added to its row; paths are relative to `folder` if given."""
+    for entry in entries:
+        path = Path(entry["path"]) if folder is None else folder / entry["path"]
+        if path.is_file():
+            with path.open("rb") as stream:
+                entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,236 @@
+"""One weight through its deltas, block by block: read, widened to float64, changed, rounded once, measured, handed on as bytes.
+
+The bytes do not depend on the size of the blocks: deltas promise the same bits for any rows they are asked for
+(`linalg.exact`, `linalg.norms`), and everything here is elementwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loratools.checkpoint import Seen
+from loratools.deltas.base import Additive, Bound, Delta
+from loratools.errors import NonFiniteError
+from loratools.tensorfile import Buffer, Ref, Spec
+from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BLOCK = 1 << 17  # elements: a block in float64 and its product stay in the cache; whole tensors were 3 × slower
+SAMPLE = 8  # one block in so many is measured, unless a full report is asked for
+
+
+@dataclass
+class Statistics:
+    """What one tensor's pass measured, for its row in the receipt."""
+
+    kinds: tuple[str, ...]
+    full: bool = False
+    applied: int = 0
+    base: float = 0.0  # ‖W‖²
+    change: float | None = None  # ‖W′ − W‖²
+    sampled_change: float = 0.0
+    sampled_error: float = 0.0  # ‖written − W′‖² on the sample
+    same: int = 0
+    sampled: int = 0
+    total: int = 0
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The receipt's row; shares are null where there is nothing to share (a new tensor, no change at all)."""
+        change = None if self.change is None else math.sqrt(self.change)
+        return {
+            "name": name,
+            "kind": "+".join(self.kinds) or "copy",
+            "relative_norm": None if change is None or not self.base else change / math.sqrt(self.base),
+            "survived": 1 - math.sqrt(self.sampled_error / self.sampled_change) if self.sampled_change else None,
+            "unchanged": self.same / self.sampled if self.sampled else None,
+            "sampled": self.sampled / self.total if self.total else 1.0,
+        }
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A weight and what is applied to it: `source` is None for a tensor the base lacks."""
+
+    source: Ref | None
+    target: Spec
+    applications: tuple[tuple[Delta, float], ...]
+    device: str = "cpu"
+    block: int = BLOCK
+
+    @property
+    def same_shape(self) -> bool:
+        return self.source is not None and self.source.spec.shape == self.target.shape
+
+    def matrix(self) -> tuple[int, int]:
+        spec = self.source.spec if self.source is not None and self.same_shape else self.target
+        views = {delta.matrix(spec) for delta, _ in self.applications} or {spec.matrix}
+        # deltas that see a tensor differently meet on its finest rows, of which all views are multiples
+        return views.pop() if len(views) == 1 else min(views, key=lambda view: view[1])
+
+    def parts(self) -> Iterator[slice]:
+        rows, columns = self.matrix()
+        step = max(1, self.block // max(1, columns))
+        if any(delta.align is None for delta, _ in self.applications):
+            step = max(1, rows)
+        multiple = math.lcm(*(delta.align or 1 for delta, _ in self.applications)) if self.applications else 1
+        step = max(multiple, step // multiple * multiple)
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+
+def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterator[Buffer]:
+    """The bytes of W′ in blocks, from W's; each block of W read is told to `seen`, what is measured goes into `statistics`.
+
+    Raises NonFiniteError when a value of W′ is not finite in the target's dtype.
+    """
+    import torch
+
+    spec = applied.target
+    columns = applied.matrix()[1]
+    reader = _Reader(applied, columns) if applied.source is not None else None
+    if reader and not applied.same_shape:
+        for block in applied.source.blocks() if applied.source else ():
+            seen(block)
+    apply, measured = _combined(applied, reader)
+    dtype, statistics.total = torch_dtype(spec.dtype), spec.numel
+    stored: Tensor | None = None
+    for index, part in enumerate(applied.parts()):
+        count = (part.stop - part.start) * columns
+        if stored is None or stored.numel() < count:
+            stored = torch.empty(count, dtype=dtype)
+        out = stored[:count].view(-1, columns) if columns else stored.view(-1, 0)
+        W = reader.read(part, seen) if reader and applied.same_shape else None
+        sample = statistics.full or index % SAMPLE == 0
+        before = W.clone() if W is not None and (sample or not measured) else None
+        if W is not None:
+            statistics.base += _square(W)
+        new = apply(part, W)
+        out.copy_(new)
+        _check_finite(new, out)
+        _measure(statistics, before, new, out, sample=sample, whole=not measured)
+        yield tensor_bytes(out)
+    if measured:
+        delta, strength = applied.applications[0]
+        assert isinstance(delta, Additive)
+        statistics.change = (strength * delta.norm()) ** 2
+    statistics.applied = len(applied.applications)
+
+
+class _Reader:
+    """Blocks of W in float64 on a device, through buffers that are used again."""
+
+    def __init__(self, applied: Applied, columns: int) -> None:
+        assert applied.source is not None
+        self.ref, self.columns, self.device = applied.source.reshape(applied.source.spec.numel // max(1, columns), columns), columns, applied.device
+        self.raw: bytearray | None = None
+        self.wide: Tensor | None = None
+
+    def read(self, part: slice, seen: Seen | None = None) -> Tensor:
+        import torch
+
+        size = (part.stop - part.start) * self.ref.spec.row_bytes()
+        if self.raw is None or len(self.raw) < size:
+            self.raw = bytearray(size)
+            self.wide = torch.empty(part.stop - part.start, self.columns, dtype=torch.float64, device=self.device)
+        view = memoryview(self.raw)[:size]
+        self.ref.readinto(part.start, part.stop, view)
+        if seen:
+            seen(view)
+        assert self.wide is not None
+        wide = self.wide[: part.stop - part.start]
+        return wide.copy_(as_tensor(view, Spec(self.ref.spec.dtype, (part.stop - part.start, self.columns))))
+
+    def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """All of W in blocks of `rows` rows, for deltas that look before they change."""
+        total = self.ref.spec.shape[0]
+        for start in range(0, total, rows):
+            part = slice(start, min(start + rows, total))
+            yield part, self.read(part)
+
+
+def _combined(applied: Applied, reader: _Reader | None) -> tuple[Bound, bool]:
+    """All applications as one map of blocks, and whether ‖W′ − W‖ follows from the delta without looking at the blocks."""
+    spec = applied.source.spec if applied.source else None
+    read = reader.blocks if reader else (lambda rows: iter(()))
+    if not applied.applications:
+        return (lambda part, W: W), False  # type: ignore[return-value]
+    (delta, strength), *more = applied.applications
+    if not more and strength == 1:
+        return delta.bind(spec, read, applied.device), isinstance(delta, Additive)
+    assert spec is not None
+    terms = [_term(delta, strength, spec, reader, applied.device) for delta, strength in applied.applications]
+
+    def apply(part: slice, W: Tensor | None) -> Tensor:
+        assert W is not None
+        first, *others = [term(part, W) for term in terms] if len(terms) > 1 else [terms[0](part, W)]
+        for term in others:
+            first = first + term
+        return W.add_(first)
+
+    return apply, not more and isinstance(delta, Additive)
+
+
+def _term(delta: Delta, strength: float, spec: Spec, reader: _Reader | None, device: str) -> Bound:
+    """The map rows → s·(apply(W) − W) of one adapter."""
+    if isinstance(delta, Additive):
+        dense = delta.bind_dense(spec, strength, device)
+        return lambda part, W: dense(part)
+    assert reader is not None
+    bound = delta.bind(spec, reader.blocks, device)
+
+    def term(part: slice, W: Tensor | None) -> Tensor:
+        assert W is not None
+        return bound(part, W.clone()).sub(W).mul_(strength)
+
+    return term
+
+
+def _square(values: Tensor) -> float:
+    import torch
+
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))
+
+
+def _check_finite(new: Tensor, out: Tensor) -> None:
+    """Nothing in `out` is inf or nan: known at once when even the norm is far from the dtype's limit, else looked at."""
+    import torch
+
+    limit = torch.finfo(out.dtype).max if out.dtype.is_floating_point else math.inf
+    size = math.sqrt(value) if math.isfinite(value := _square(new)) else math.inf
+    if size < limit * 0.99 or not out.dtype.is_floating_point:
+        return
+    wide = out.to(torch.float64)
+    if not torch.isfinite(wide).all():
+        worst = float(new.abs().nan_to_num(nan=math.inf).max())
+        raise NonFiniteError(
+            f"would not be finite in {str(out.dtype).removeprefix('torch.')}", found=f"{worst:g}", expected=f"at most {limit:g}",
+            remedy="give a wider --dtype, a lower strength, or look at the adapter with inspect --values",
+        )  # fmt: skip
+
+
+def _measure(statistics: Statistics, before: Tensor | None, new: Tensor, out: Tensor, *, sample: bool, whole: bool) -> None:
+    import torch
+
+    if before is None:
+        return
+    if whole:
+        statistics.change = (statistics.change or 0.0) + _square(new - before)
+    if sample:
+        written = out.to(device=new.device, dtype=torch.float64)
+        statistics.sampled += out.numel()
+        statistics.sampled_change += _square(new - before)
+        statistics.sampled_error += _square(written - new)
+        statistics.same += int((written == before).sum())
+
+
+def cast_blocks(ref: Ref, target: Spec, block: int, seen: Seen) -> Iterator[Buffer]:
+    """A tensor in another floating dtype, rounded once. Raises NonFiniteError for values that become inf."""
+    applied = Applied(ref, target, (), "cpu", block)
+    yield from apply_blocks(applied, Statistics(kinds=()), seen)
