@@ -8,6 +8,7 @@ spec/certificate.md; the letters are the same.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -79,30 +80,38 @@ class Probe:
     """Lanczos on I ⊗ C from a random block of 16 columns drawn independently of V: shows μ > λmax(C), or fails to.
 
     Y₀ = (I − VVᵀ)Ω/β, βₖYₖ₊₁ = (C − αₖ)Yₖ − βₖ₋₁Yₖ₋₁, in Frobenius norms. C's top eigenvector u has ‖Ωᵀu‖² from χ²₁₆,
-    whatever V is; `claim` follows it through the recurrence.
+    whatever V is; `claim` follows it through the recurrence, and through the rounding of each step: float64, or float32 where
+    D is float32 and that is enough for a claim at `mu`.
     """
 
-    def __init__(self, op: Operator, space: Space, generator: torch.Generator) -> None:
-        self.op, self.V = op, space.V
+    def __init__(self, op: Operator, space: Space, generator: torch.Generator, mu: float) -> None:
+        narrow = op.narrow and 8 * op.rounding(torch.float32) * op.norm * math.sqrt(COLUMNS * op.n) < 0.1 * math.sqrt(mu)
+        dtype = torch.float32 if narrow else torch.float64
+        self.op, self.V = op, space.V.to(dtype)
+        self.product = self._narrow if narrow else op.gram
+        self.noise = 4 * op.rounding(dtype)
         self.leak = float(torch.linalg.matrix_norm(space.S, 2)) if space.S.numel() else 0.0
-        Y = self._outside(torch.randn(op.n, COLUMNS, generator=generator, dtype=torch.float64).to(self.V.device))
+        Y = self._outside(torch.randn(op.n, COLUMNS, generator=generator, dtype=torch.float64).to(self.V.device, dtype))
         self.start = _norm(Y)
         self.Y, self.before = Y / self.start, torch.zeros_like(Y)
         self.alpha: list[float] = []
         self.beta: list[float] = []
         self.errors: list[float] = []
+        self.last = 1.0
 
     def step(self) -> None:
         """One product with C: two passes."""
-        X, W = self.op.gram(self.Y)
+        X, W = self.product(self.Y)
         W = self._outside(W)
-        alpha = float(torch.sum(self.Y * W))
+        alpha = float(torch.sum(self.Y * W, dtype=torch.float64))
         W = W - alpha * self.Y - (self.beta[-1] if self.beta else 0.0) * self.before
         beta = _norm(W)
-        self.errors.append(4 * self.op.rounding * (self.op.norm * _norm(X) + self.leak + alpha))
+        self.errors.append(self.noise * (self.op.norm * _norm(X) + self.leak + alpha))
         self.alpha.append(alpha)
         self.beta.append(beta)
         self.before, self.Y = self.Y, W / max(beta, 1e-300)
+        wide = self.Y.double()
+        self.last = float(torch.linalg.eigvalsh(wide.T @ wide)[-1]) ** 0.5
 
     @property
     def top(self) -> float:
@@ -118,9 +127,12 @@ class Probe:
         first = torch.zeros(len(self.alpha), 1, dtype=torch.float64)
         first[0] = 1
         weights = torch.cholesky_solve(first, factor)[:, 0].clamp_min(0)
-        last = float(torch.linalg.matrix_norm(self.Y, 2))
         rounding = float(weights @ torch.tensor(self.errors, dtype=torch.float64))
-        return self.start * 1.001 * (float(weights[-1]) * self.beta[-1] * last + rounding)
+        return self.start * 1.001 * (float(weights[-1]) * self.beta[-1] * self.last + rounding)
+
+    def _narrow(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        X = self.op.forward(Y)
+        return X, self.op.back(X)
 
     def _outside(self, Y: Tensor) -> Tensor:
         Y = Y - self.V @ (self.V.T @ Y)
@@ -132,6 +144,7 @@ class Probe:
         return T + torch.diag(off, 1) + torch.diag(off, -1) if len(off) else T
 
 
+@functools.cache
 def threshold(chance: float) -> float:
     """√c with P(χ²₁₆ < c) = chance, by bisection.
 
@@ -148,4 +161,4 @@ def threshold(chance: float) -> float:
 
 
 def _norm(X: Tensor) -> float:
-    return float(torch.linalg.vector_norm(X))
+    return float(torch.linalg.vector_norm(X, dtype=torch.float64))

@@ -40,7 +40,7 @@ def gram(op: Operator, rule: Rule) -> Leading:
 
 def lapack(op: Operator, rule: Rule) -> Leading:
     """The whole SVD in float64 by the first rung that converges: gesdd, gesvd, eigh of the Gram matrix, gesdd after jitter."""
-    X = torch.cat(list(op.blocks()))
+    X = torch.cat([block.clone() for block in op.blocks()])
     for name, attempt in _RUNGS.items():
         try:
             U, sigma, Vh = attempt(X)

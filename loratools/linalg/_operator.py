@@ -32,7 +32,15 @@ class Operator:
             raise NonFiniteError("the matrix holds inf or nan")
         self.unit = 2.0 ** max(-1000, math.frexp(max(-low, high))[1])
         self.norm = math.sqrt(sum(float(block.square().sum()) for block in self.blocks()))
-        self.rounding = math.sqrt(self.m) * 2.0**-53  # of a float64 product, relative to the Frobenius norms of its factors
+
+    @property
+    def narrow(self) -> bool:
+        """Whether D is float32 and its products are: not where a global switch may turn them into TF32 or bf16."""
+        return self.D.dtype == torch.float32 and self.D.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """Taken as the error of a product in dtype, in the Frobenius norm, relative to its factors': √k·u (Higham and Mary, 2019)."""
+        return math.sqrt(self.m) * (2.0**-24 if dtype == torch.float32 else 2.0**-53)
 
     @property
     def plain(self) -> bool:
@@ -45,10 +53,14 @@ class Operator:
         return self.D.shape[0] < self.D.shape[1]
 
     def blocks(self) -> Iterator[Tensor]:
-        """X in float64, scaled, a block of rows at a time."""
+        """X in float64, scaled, a block of rows at a time; each is overwritten by the next."""
         step = max(1, _BLOCK // max(1, self.n))
+        # One buffer, as fresh memory costs several times the conversion; laid out as D is, so that both sides are read in order.
+        buffer = torch.empty(min(step, self.m) * self.n, dtype=torch.float64, device=self.D.device)
         for start in range(0, self.m, step):
-            yield self.X[start : start + step].to(torch.float64, copy=True).mul_(1 / self.unit)
+            rows = self.X[start : start + step]
+            block = buffer[: rows.numel()].view(rows.T.shape).T if self.transposed else buffer[: rows.numel()].view(rows.shape)
+            yield block.copy_(rows).mul_(1 / self.unit)
 
     def forward(self, Q: Tensor) -> Tensor:
         """X @ Q in D's dtype."""

@@ -135,7 +135,9 @@ def _residual(D: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype) -> float:
     B, A = B.to(dtype), A.to(dtype)
     step = max(1, _BLOCK // max(1, D.shape[1]))
     total = torch.zeros((), dtype=torch.float64, device=D.device)
+    buffer = torch.empty(min(step, D.shape[0]), D.shape[1], dtype=dtype, device=D.device)
     for start in range(0, D.shape[0], step):
-        rows = torch.addmm(D[start : start + step].to(dtype), B[start : start + step], A, alpha=-1)
+        rows = buffer[: D.shape[0] - start].copy_(D[start : start + step])
+        rows.addmm_(B[start : start + step], A, alpha=-1)
         total += torch.linalg.vector_norm(rows, dim=1).to(torch.float64).square().sum()
     return math.sqrt(float(total))
