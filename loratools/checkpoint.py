@@ -195,8 +195,11 @@ class Checkpoint(Mapping[str, Ref]):
                 writers[name] = TensorWriter(targets[name], specs, file.metadata)
             jobs = [partial(self._pass, writers[name], key, change.get(key), done) for name, file in self.files.items() for key in file]
             jobs += [partial(_add, writers[last], key, item, done) for key, item in added.items()]
-            threads.run_all(jobs, workers)
-            threads.run_all([writer.close for writer in writers.values()], len(writers))
+            with threads.Background() as background:
+                closing = [partial(writer.when_complete, partial(background.start, writer.close)) for writer in writers.values()]
+                threads.run_all([partial(_then, job, closing) for job in jobs], workers)
+            for writer in writers.values():
+                writer.close()
         finally:
             for writer in writers.values():
                 writer.abandon()
@@ -291,6 +294,12 @@ def _open_all(folder: Path, names: Iterable[str]) -> dict[str, TensorFile]:
             faults.append(error)
     raise_all(faults)
     return files
+
+
+def _then(job: Callable[[], object], after: Iterable[Callable[[], object]]) -> None:
+    job()
+    for call in after:
+        call()
 
 
 def _add(writer: TensorWriter, name: str, change: Change, done: Rewritten) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 1 << 17  # elements: a block in float64 and its product stay in the cache; whole tensors were 3 × slower
-SAMPLE = 8  # one block in so many is measured, unless a full report is asked for
+EVERY, PROBE = 4, 1 << 14  # unless a full report is asked for, the first so many elements of one block in so many are measured
 
 
 @dataclass
@@ -100,20 +100,18 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
     apply, measured = _combined(applied, reader)
     dtype, statistics.total = torch_dtype(spec.dtype), spec.numel
     stored: Tensor | None = None
+    meter = _Meter(statistics, whole=not measured)
     for index, part in enumerate(applied.parts()):
         count = (part.stop - part.start) * columns
         if stored is None or stored.numel() < count:
             stored = torch.empty(count, dtype=dtype)
-        out = stored[:count].view(-1, columns) if columns else stored.view(-1, 0)
+        out = stored[:count].view(part.stop - part.start, columns)
         W = reader.read(part, seen) if reader and applied.same_shape else None
-        sample = statistics.full or index % SAMPLE == 0
-        before = W.clone() if W is not None and (sample or not measured) else None
-        if W is not None:
-            statistics.base += _square(W)
+        meter.before(W, index)
         new = apply(part, W)
         out.copy_(new)
         _check_finite(new, out)
-        _measure(statistics, before, new, out, sample=sample, whole=not measured)
+        meter.after(new, out)
         yield tensor_bytes(out)
     if measured:
         delta, strength = applied.applications[0]
@@ -215,19 +213,43 @@ def _check_finite(new: Tensor, out: Tensor) -> None:
         )  # fmt: skip
 
 
-def _measure(statistics: Statistics, before: Tensor | None, new: Tensor, out: Tensor, *, sample: bool, whole: bool) -> None:
-    import torch
+class _Meter:
+    """Fills statistics from blocks: ‖W‖² of all, the change of all where no delta tells it, survival on a sample."""
 
-    if before is None:
-        return
-    if whole:
-        statistics.change = (statistics.change or 0.0) + _square(new - before)
-    if sample:
-        written = out.to(device=new.device, dtype=torch.float64)
-        statistics.sampled += out.numel()
-        statistics.sampled_change += _square(new - before)
-        statistics.sampled_error += _square(written - new)
-        statistics.same += int((written == before).sum())
+    def __init__(self, statistics: Statistics, *, whole: bool) -> None:
+        self.statistics, self.whole = statistics, whole
+        self.kept: Tensor | None = None
+        self.rows = self.sampled = 0
+
+    def before(self, W: Tensor | None, index: int) -> None:
+        """Keep what is needed of a block that is about to be overwritten."""
+        self.rows = self.sampled = 0
+        if W is None:
+            return
+        self.statistics.base += _square(W)
+        if self.statistics.full or index % EVERY == 0:
+            self.sampled = len(W) if self.statistics.full else min(len(W), max(1, PROBE // max(1, W.shape[1])))
+        self.rows = len(W) if self.whole else self.sampled
+        if self.kept is None or len(self.kept) < self.rows:
+            self.kept = W.new_empty(max(self.rows, len(W) if self.whole else 0), W.shape[1])
+        self.kept[: self.rows].copy_(W[: self.rows])
+
+    def after(self, new: Tensor, out: Tensor) -> None:
+        """Compare the changed block, and what was stored of it, with what was kept."""
+        if not self.rows or self.kept is None:
+            return
+        statistics, some = self.statistics, self.sampled
+        kept = self.kept[: self.rows]
+        if some:
+            written = out[:some].to(device=new.device, dtype=new.dtype)
+            statistics.sampled += written.numel()
+            statistics.same += int((written == kept[:some]).sum())
+            statistics.sampled_error += _square(written.sub_(new[:some]))
+        difference = kept.sub_(new[: self.rows])
+        if some:
+            statistics.sampled_change += _square(difference[:some])
+        if self.whole:
+            statistics.change = (statistics.change or 0.0) + _square(difference)
 
 
 def cast_blocks(ref: Ref, target: Spec, block: int, seen: Seen) -> Iterator[Buffer]:

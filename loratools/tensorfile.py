@@ -14,8 +14,9 @@ import json
 import math
 import os
 import struct
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -331,6 +332,7 @@ class TensorWriter:
         header, self._offsets, end = build_header(self.specs, metadata or {})
         self.header_sha256 = hashlib.sha256(header).hexdigest()
         self.digests: dict[str, str] = {}
+        self._lock, self._told = threading.Lock(), False
         self.size = 8 + len(header) + end
         self._start = 8 + len(header)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -353,11 +355,23 @@ class TensorWriter:
         self.digests[name] = digest.hexdigest()
         return self.digests[name]
 
+    def when_complete(self, call: Callable[[], object]) -> None:
+        """Call once, by whichever thread asks first after the last tensor was written."""
+        with self._lock:
+            ready = not self._told and len(self.digests) == len(self.specs)
+            self._told |= ready
+        if ready:
+            call()
+
     def close(self) -> None:
+        """Sync to disk and close, once; raises FormatError if a tensor was never written."""
+        with self._lock:
+            if self._fd < 0:
+                return
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
         missing = self.specs.keys() - self.digests.keys()
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
         if missing:
             raise FormatError("never written", file=self.path, tensor=min(missing))
 

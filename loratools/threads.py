@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
 
 
 def default_threads() -> int:
@@ -30,6 +29,24 @@ def run_all(jobs: Iterable[Callable[[], object]], threads: int) -> None:
                 future.cancel()
         for future in futures:
             if future in done:
+                future.result()
+
+
+class Background:
+    """A thread beside the workers for what only waits, such as a sync to disk; leaving waits for it and raises its error."""
+
+    def __enter__(self) -> Background:
+        self._pool = ThreadPoolExecutor(1)
+        self._started: list[Future[object]] = []
+        return self
+
+    def start(self, job: Callable[[], object]) -> None:
+        self._started.append(self._pool.submit(job))
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None:
+            for future in self._started:
                 future.result()
 
 
