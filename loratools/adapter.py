@@ -17,7 +17,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
-from loratools.families import Family, matches
+from loratools.families import Family
 from loratools.tensorfile import Ref, Spec
 
 
@@ -83,7 +83,8 @@ class Adapter(Mapping[str, Delta]):
         else:
             faults += [_stray(name, base, self.path) for name in unmatched]
         matched = {name: delta for name, delta in aligned.items() if name in base or not delta.needs_base}
-        settled, ambiguous = settle(matched, base, family)
+        flagged = bool(self.metadata.get("peft", {}).get("fan_in_fan_out"))
+        settled, ambiguous = settle(matched, base, family, flagged=flagged)
         faults += [error.at(file=self.path) for error in ambiguous]
         for name, delta in settled.items():
             try:
@@ -181,23 +182,26 @@ def _stray(name: str, base: Mapping[str, Spec], path: Path | None) -> MatchError
     )  # fmt: skip
 
 
-def settle(deltas: Mapping[str, Delta], base: Mapping[str, Spec], family: Family) -> tuple[dict[str, Delta], list[LoratoolsError]]:
+def settle(
+    deltas: Mapping[str, Delta], base: Mapping[str, Spec], family: Family, *, flagged: bool = False
+) -> tuple[dict[str, Delta], list[LoratoolsError]]:
     """The deltas with every `unknown` orientation decided: by shape, squares by the model's type or the user's globs.
 
-    peft saves only the flag of the last module it wrapped, so the flag of the file decides nothing. Without a model type a
-    square is linear, unless another weight of the same adapter turned out transposed.
+    peft saves only the flag of the last module it wrapped, so the flag of the file (`flagged`) decides no single weight. Where
+    neither table nor user says which are transposed a square is linear, unless the flag or another weight of the same adapter
+    shows that the model stores some transposed.
     """
     by_shape = {name: _orientation(delta, base[name]) for name, delta in deltas.items() if _open(delta) and name in base}
-    mixed = "transposed" in by_shape.values()
+    mixed = (flagged or "transposed" in by_shape.values()) and not family.tells_transposed
     settled, faults = {}, list[LoratoolsError]()
     for name, delta in deltas.items():
         layer = by_shape.get(name)
         if layer == "square":
             layer = "transposed" if family.transposed(name) else "linear"
-            if mixed and not family.known and not matches(name, family.more_transposed):
+            if mixed:
                 faults.append(
                     AmbiguousError(
-                        "a square weight of a model that stores some weights transposed, and no model_type to tell which",
+                        "a square weight of a model that stores some weights transposed, and no known model_type to tell which",
                         tensor=name, remedy="name the transposed ones with --transposed GLOB, or add the base's config.json",
                     )
                 )  # fmt: skip

@@ -30,7 +30,7 @@ WEIGHTS = (
     ".pdparams", ".mlmodel", ".safetensors.index.json", ".bin.index.json",
 )  # fmt: skip
 PRIVATE = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
-Seen = Callable[[Buffer], None]
+Seen = Callable[[Buffer], object]
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,16 @@ class Checkpoint(Mapping[str, Ref]):
         if found:
             return AmbiguousError("holds several models", file=self.path, found=", ".join(found[:4]), remedy="name one of them as the path")
         if (self.path / "model_index.json").is_file():
-            return AmbiguousError("a pipeline of several models", file=self.path, remedy="name one of its folders, such as unet/ or transformer/")
+            return AmbiguousError(
+                "a pipeline of several models", file=self.path, remedy="name one of its folders, such as unet/ or transformer/"
+            )
         if (self.path / "adapter_config.json").is_file():
             return FormatError("an adapter, where a model was expected", file=self.path)
         others = sorted(path.name for path in self.path.iterdir() if path.name.endswith(WEIGHTS))
         if others:
-            return UnsupportedError("no safetensors in it", file=self.path, found=", ".join(others[:4]), remedy="save it as safetensors first")
+            return UnsupportedError(
+                "no safetensors in it", file=self.path, found=", ".join(others[:4]), remedy="save it as safetensors first"
+            )
         return FormatError("no weights in it", file=self.path, expected="model.safetensors or model.safetensors.index.json")
 
     def _shards(self, index: str) -> list[str]:
@@ -162,7 +166,9 @@ class Checkpoint(Mapping[str, Ref]):
             for name, shard in self._map.items()
             if where.get(name) != shard
         ]
-        faults += [MatchError("the index does not list it", file=self.folder / where[name], tensor=name) for name in where if name not in self._map]
+        faults += [
+            MatchError("the index does not list it", file=self.folder / where[name], tensor=name) for name in where if name not in self._map
+        ]
         raise_all(faults)
 
     # -- writing

@@ -57,7 +57,12 @@ class LoratoolsError(Exception):
         text = ": ".join(str(part) for part in (self.file, self.tensor, self.fact) if part is not None)
         seen = [f"{word} {value}" for word, value in (("found", self.found), ("expected", self.expected)) if value is not None]
         text += ": " + ", ".join(seen) if seen else ""
-        return " ".join((text + (f"; {self.remedy}" if self.remedy else "")).split())
+        return _printable(" ".join((text + (f"; {self.remedy}" if self.remedy else "")).split()))
+
+
+def _printable(text: str) -> str:
+    """The text with what would move a terminal's cursor or cannot be encoded spelt out: names come from files."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class FormatError(LoratoolsError, ValueError):

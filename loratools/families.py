@@ -17,7 +17,16 @@ EMBEDDINGS = (
     "*tokens_embed.weight", "*positions_embed.weight", "*embed_in.weight", "*relative_attention_bias.weight", "shared.weight",
     "*.shared.weight", "*tok_embeddings.weight", "*embeddings.tok_embeddings.weight", "*class_embedding.weight",
 )  # fmt: skip
-_CONV1D = ("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight", "*.q_attn.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
+_CONV1D = (
+    "*.c_attn.weight",
+    "*.c_proj.weight",
+    "*.c_fc.weight",
+    "*.q_attn.weight",
+    "c_attn.weight",
+    "c_proj.weight",
+    "c_fc.weight",
+    "q_attn.weight",
+)
 TRANSPOSED = {
     "gpt2": _CONV1D,
     "openai-gpt": _CONV1D,
@@ -55,23 +64,27 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Family:
-    """What a base's `config.json` says, with the user's globs on top; `known` is whether the type of model is told at all."""
+    """What a base's `config.json` says, with the user's globs on top."""
 
     config: Mapping[str, Any]
     more_embeddings: tuple[str, ...] = ()
     more_transposed: tuple[str, ...] = ()
 
     @property
-    def known(self) -> bool:
-        return isinstance(self.config.get("model_type"), str)
+    def _globs(self) -> tuple[str, ...]:
+        types = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
+        return tuple(glob for config in types for glob in TRANSPOSED.get(str(config.get("model_type")), ()))
+
+    @property
+    def tells_transposed(self) -> bool:
+        """Whether the type of model, or the user, says which weights are stored transposed."""
+        return bool(self.more_transposed or self._globs)
 
     def embedding(self, name: str) -> bool:
         return matches(name, self.more_embeddings) or matches(name, EMBEDDINGS)
 
     def transposed(self, name: str) -> bool:
-        types = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
-        globs = [glob for config in types for glob in TRANSPOSED.get(str(config.get("model_type")), ())]
-        return matches(name, self.more_transposed) or matches(name, globs)
+        return matches(name, self.more_transposed) or matches(name, self._globs)
 
     def tied(self, names: Iterable[str]) -> tuple[str, str] | None:
         """(embedding, head) that share one tensor in the model, named as this checkpoint would name them, or None."""

@@ -1,30 +1,42 @@
-"""An output comes whole or not at all: made beside its place, synced, renamed, its folder synced.
+"""An output comes whole or not at all: made in a hidden room beside its place, synced, renamed, its folder synced.
 
-Rename is atomic on one file system (POSIX), so a reader sees the old state or the new one, and a crash leaves at most a
-hidden `.NAME.partial-…` that the next run of the same output removes.
+Rename is atomic on one file system (POSIX): where OUT is, all of it is. Only a folder that is overwritten is absent for a
+moment, between being moved aside and replaced; a crash just then leaves it in the room, and the next run of the same output
+puts it back. A room `.NAME.partial-…` holds a lock as long as its process lives, so a run removes those of dead ones alone.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from loratools.errors import OutputError
 
 
 def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Path] = ()) -> Path:
-    """OUT as a path, refused if it exists (unless an empty folder, or overwritten) or overlaps an input."""
+    """OUT as a path, refused if it exists (unless an empty folder, or overwritten) or overlaps an input.
+
+    What a killed run left beside OUT is cleared first. An index stands for the folder it lies in.
+    """
     path = Path(out)
-    real = path.resolve()
+    real = Path(os.path.realpath(out))
+    if path.name in ("", ".."):
+        path = real
     for item in inputs:
-        other = Path(item).resolve()
+        other = Path(os.path.realpath(item))
+        other = other.parent if other.name.endswith(".index.json") else other
         if real == other or real.is_relative_to(other) or other.is_relative_to(real):
             raise OutputError("is, holds or lies inside the input", file=path, found=str(item), remedy="choose another -o OUT")
-    if (path.exists() or path.is_symlink()) and not overwrite and not _empty_folder(path):
+    if Path.cwd().is_relative_to(real):
+        raise OutputError("is or holds the working folder", file=path, remedy="choose another -o OUT")
+    _clear_stale(path)
+    if os.path.lexists(path) and not overwrite and not _empty_folder(path):
         raise OutputError("exists already", file=path, remedy="choose another -o OUT or give --overwrite")
     return path
 
@@ -38,52 +50,90 @@ def whole(out: Path) -> Iterator[Path]:
     """A path beside OUT to make it at, folder or file; renamed into place at the end, removed on any failure.
 
     What OUT was before is replaced; that it may be replaced is `check_output`'s to say. Files made beside that path (the
-    receipt of an output that is one file) follow it.
+    receipt of an output that is one file) come along, and before it.
     """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as leaving:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            room = leaving.enter_context(_room(out))
+            yield room / "new" / out.name
+            _publish(room, out)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"cannot be written: {error.strerror or error}", file=out) from error
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[Path]:
+    """A new folder beside OUT, locked: `new` for what is made, `old` for what it replaces."""
+    while True:
         room = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise OutputError(f"cannot be written: {error.strerror}", file=out) from error
+        held = _lock(room, wait=True)
+        if room.is_dir():  # else another run took it for a dead one's before it was locked
+            break
     try:
-        yield room / out.name
-        _publish(room / out.name, out, room)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot be written: {error.strerror or error}", file=out) from error
+        for name in ("new", "old"):
+            (room / name).mkdir()
+        yield room
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        _remove(room, held)
 
 
-def _publish(made: Path, out: Path, room: Path) -> None:
-    if made.is_dir():
-        sync_tree(made)
-        if out.is_symlink() or out.exists():
-            os.rename(out, room / "replaced")
-    elif out.is_dir():
-        os.rename(out, room / "replaced")
-    companions = [path for path in room.iterdir() if path.is_file() and path != made]
-    for path in (made, *companions):
-        if path.is_file():
-            _sync(path)
-        os.replace(path, out.parent / path.name)
-    sync_folder(out.parent)
+def _lock(room: Path, *, wait: bool = False) -> int | None:
+    """A descriptor that holds the room's lock until it is closed or its process ends; None where it cannot be had."""
+    try:
+        held = os.open(room, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another process has it; or this file system knows no locks, and nobody removes its rooms
+        os.close(held)
+        return None
+    return held
 
 
-def sync_tree(folder: Path) -> None:
-    """Sync every file and folder below; files that were synced before cost nothing again."""
-    for path, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _sync(Path(path, name))
-        sync_folder(Path(path))
+def _clear_stale(out: Path) -> None:
+    """Remove the rooms that dead runs of the same output left."""
+    for room in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        held = _lock(room)
+        if held is not None:
+            _remove(room, held)
 
 
-def sync_folder(folder: Path) -> None:
-    _sync(folder)
+def _remove(room: Path, held: int | None) -> None:
+    """Remove a room, first putting back what it had moved aside and nothing replaced; where that fails the room stays."""
+    with suppress(OSError):
+        for aside in (room / "old").glob("*"):
+            if not os.path.lexists(room.parent / aside.name):
+                aside.rename(room.parent / aside.name)
+        shutil.rmtree(room)
+    if held is not None:
+        os.close(held)
 
 
-def _sync(path: Path) -> None:
+def _publish(room: Path, out: Path) -> None:
+    """Move what was made into place, OUT itself last, what it replaces aside unless rename does both at once."""
+    made = room / "new" / out.name
+    for path in made.parent.iterdir():
+        sync_tree(path)
+    with ExitStack() as undo:
+        for path in sorted(made.parent.iterdir(), key=lambda path: path == made):
+            place = out.parent / path.name
+            if os.path.lexists(place) and (path != made or path.is_dir() or place.is_dir()):
+                place.rename(room / "old" / path.name)
+            path.replace(place)
+            undo.callback(place.replace, path)
+        undo.pop_all()
+    sync_tree(out.parent, below=False)
+
+
+def sync_tree(path: Path, *, below: bool = True) -> None:
+    """Sync a file, or a folder and all `below` it; files that were synced before cost nothing again."""
+    if below and path.is_dir():
+        for inner in path.iterdir():
+            sync_tree(inner)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,6 @@ from loratools.tensorfile import Buffer, Ref, Spec
 from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 BLOCK = 1 << 17  # elements: a block in float64 and its product stay in the cache; whole tensors were 3 × slower
@@ -125,7 +124,11 @@ class _Reader:
 
     def __init__(self, applied: Applied, columns: int) -> None:
         assert applied.source is not None
-        self.ref, self.columns, self.device = applied.source.reshape(applied.source.spec.numel // max(1, columns), columns), columns, applied.device
+        self.ref, self.columns, self.device = (
+            applied.source.reshape(applied.source.spec.numel // max(1, columns), columns),
+            columns,
+            applied.device,
+        )
         self.raw: bytearray | None = None
         self.wide: Tensor | None = None
 
@@ -157,7 +160,7 @@ def _combined(applied: Applied, reader: _Reader | None) -> tuple[Bound, bool]:
     spec = applied.source.spec if applied.source else None
     read = reader.blocks if reader else (lambda rows: iter(()))
     if not applied.applications:
-        return (lambda part, W: W), False  # type: ignore[return-value]
+        return (lambda part, W: W), False
     (delta, strength), *more = applied.applications
     if not more and strength == 1:
         return delta.bind(spec, read, applied.device), isinstance(delta, Additive)

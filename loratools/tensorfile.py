@@ -240,7 +240,9 @@ class TensorFile(Mapping[str, Ref]):
         if count > HEADER_LIMIT:
             raise FormatError("not a safetensors file: header too long", found=f"{count} bytes", expected=f"at most {HEADER_LIMIT}")
         if count > self.size - 8:
-            raise FormatError("truncated: the header goes past the end of the file", found=f"{self.size} bytes", expected=f"{8 + count} or more")
+            raise FormatError(
+                "truncated: the header goes past the end of the file", found=f"{self.size} bytes", expected=f"{8 + count} or more"
+            )
         header = bytearray(count)
         self._handle.readinto(memoryview(header), 8)
         return bytes(header)
@@ -306,7 +308,9 @@ def _entry(entry: Any) -> tuple[Spec, int, int]:
     spec = Spec(dtype, tuple(shape))
     bits = spec.numel * BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise FormatError("data_offsets do not fit dtype and shape", found=f"{offsets[1] - offsets[0]} bytes", expected=f"{bits / 8:g} for {spec}")
+        raise FormatError(
+            "data_offsets do not fit dtype and shape", found=f"{offsets[1] - offsets[0]} bytes", expected=f"{bits / 8:g} for {spec}"
+        )
     return spec, offsets[0], offsets[1]
 
 

@@ -64,7 +64,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def to_ref(tensor: torch.Tensor) -> Ref:

@@ -145,7 +145,9 @@ class Stacked(Delta):
     def _parts(self, base: Spec) -> list[Part]:
         height = base.shape[1]
         return [
-            Part(delta=delta, start=index * height, stop=(index + 1) * height) for index, delta in enumerate(self.members) if delta is not None
+            Part(delta=delta, start=index * height, stop=(index + 1) * height)
+            for index, delta in enumerate(self.members)
+            if delta is not None
         ]
 
     @property

@@ -32,7 +32,9 @@ class DoRA(Delta):
         found = self.direction.spec(base)
         shape = self.magnitude.spec.shape
         if self.axis == "in" and len(found.shape) > 2:
-            raise UnsupportedError("a magnitude per input channel of a convolution", found=list(shape), expected=f"[{found.shape[0]}, 1, ...]")
+            raise UnsupportedError(
+                "a magnitude per input channel of a convolution", found=list(shape), expected=f"[{found.shape[0]}, 1, ...]"
+            )
         rows, columns = found.matrix
         expected = (rows,) + (1,) * (len(found.shape) - 1) if self.axis == "out" else (1, columns)
         if shape != expected:

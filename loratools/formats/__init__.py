@@ -71,5 +71,7 @@ def _format_of(container: Container, name: str | None) -> Format:
     keys = nearest(container.tensors)
     if any(".lora_A" in key or ".lora_embedding_A" in key for key in container.tensors):
         remedy = "put its adapter_config.json beside it: without one the scale is unknown"
-        raise FormatError("peft tensors without an adapter_config.json that names a peft_type", file=container.path, found=keys, remedy=remedy)
+        raise FormatError(
+            "peft tensors without an adapter_config.json that names a peft_type", file=container.path, found=keys, remedy=remedy
+        )
     raise UnsupportedError("no format that loratools reads", file=container.path, found=keys)

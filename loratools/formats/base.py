@@ -63,7 +63,9 @@ def _weights_in(folder: Path) -> Path:
         return found[0]
     inner = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/" + CONFIG))
     if inner:
-        raise FormatError("holds adapters in folders of their own", file=folder, found=", ".join(inner[:4]), remedy="name one of them as the path")
+        raise FormatError(
+            "holds adapters in folders of their own", file=folder, found=", ".join(inner[:4]), remedy="name one of them as the path"
+        )
     if (folder / "adapter_model.safetensors.index.json").is_file():
         raise FormatError("a sharded adapter, which peft does not read either", file=folder, remedy="save it in one file")
     expected = " or ".join(WEIGHTS)

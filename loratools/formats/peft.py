@@ -121,7 +121,9 @@ def _path(key: str) -> tuple[str, bool]:
 def _keep_factor(match: re.Match[str], key: str, ref: Ref, modules: dict[str, _Module]) -> LoratoolsError | None:
     marker, leaf = match["marker"], match["leaf"]
     if marker != "lora_magnitude_vector" and leaf not in _LEAVES[marker]:
-        return FormatError("not a key peft writes", tensor=key, expected=" or ".join(f"{marker}.{name}" if name else marker for name in _LEAVES[marker]))
+        return FormatError(
+            "not a key peft writes", tensor=key, expected=" or ".join(f"{marker}.{name}" if name else marker for name in _LEAVES[marker])
+        )
     slot = "bias" if leaf == "bias" else marker
     if marker == "lora_magnitude_vector" and leaf == "bias":
         return FormatError("not a key peft writes", tensor=key, expected=marker)
@@ -225,9 +227,18 @@ def _linear(path: str, module: _Module, config: LoraConfig, options: ReadOptions
     A, B = _pair(module, "lora_A", "lora_B", path)
     a, b = A.spec.shape, B.spec.shape
     if len(a) < 2 or len(b) != len(a) or any(size != 1 for size in b[2:]):
-        raise ShapeError("not a LoRA pair", tensor=module.keys["lora_A"], found=f"A {list(a)}, B {list(b)}", expected="A [rank, in, *kernel], B [out, rank, 1…]")
+        raise ShapeError(
+            "not a LoRA pair",
+            tensor=module.keys["lora_A"],
+            found=f"A {list(a)}, B {list(b)}",
+            expected="A [rank, in, *kernel], B [out, rank, 1…]",
+        )
     if a[0] != b[1] and len(a) > 2 and a[0] % b[1] == 0 and b[1] < a[0]:
-        raise UnsupportedError("LoRA on a grouped convolution mixes channels that its weight does not", tensor=module.keys["lora_B"], found=f"A {list(a)}, B {list(b)}")
+        raise UnsupportedError(
+            "LoRA on a grouped convolution mixes channels that its weight does not",
+            tensor=module.keys["lora_B"],
+            found=f"A {list(a)}, B {list(b)}",
+        )
     layer = "unknown" if len(a) == 2 else "conv"
     low = LowRank(A=A, B=B.reshape(*b[:2]), alpha=config.alpha_of(path), rslora=config.rslora, layer=layer)
     if layer == "unknown" and matches(f"{path}.weight", options.transposed):
@@ -241,7 +252,11 @@ def _embedding(path: str, module: _Module, config: LoraConfig) -> LowRank:
     if "lora_A" in module.refs or "lora_B" in module.refs:
         raise FormatError("a linear and an embedding LoRA on one module", tensor=next(iter(module.keys.values())))
     if len(A.spec.shape) != 2 or len(B.spec.shape) != 2 or A.spec.shape[0] != B.spec.shape[1]:
-        raise ShapeError("A and B do not meet", found=f"A {list(A.spec.shape)}, B {list(B.spec.shape)}", expected="A [rank, vocabulary], B [dimension, rank]")
+        raise ShapeError(
+            "A and B do not meet",
+            found=f"A {list(A.spec.shape)}, B {list(B.spec.shape)}",
+            expected="A [rank, vocabulary], B [dimension, rank]",
+        )
     return LowRank(A=B.T, B=A.T, alpha=config.alpha_of(path), rslora=config.rslora, layer="embedding")
 
 
@@ -273,7 +288,9 @@ def _magnitude(magnitude: Ref, low: LowRank, key: str) -> Ref:
 def _bias(path: str, module: _Module, config: LoraConfig) -> Delta:
     key = module.keys["bias"]
     if not config.lora_bias:
-        raise FormatError("lora_B.bias without lora_bias: peft would drop it in silence", tensor=key, remedy="set lora_bias to true in the config")
+        raise FormatError(
+            "lora_B.bias without lora_bias: peft would drop it in silence", tensor=key, remedy="set lora_bias to true in the config"
+        )
     if "lora_B" not in module.refs or module.refs["bias"].spec.shape != module.refs["lora_B"].spec.shape[:1]:
         raise ShapeError("the bias does not fit lora_B", tensor=key, found=list(module.refs["bias"].spec.shape))
     low = _linear(path, module, config, ReadOptions())
@@ -301,7 +318,13 @@ def _expectation(config: LoraConfig, modules: set[str], whole: Iterable[str]) ->
             module, _, leaf = name.rpartition(".")
             if config.saves(module):
                 yield name
-            elif leaf == "weight" and len(spec.shape) > 1 and spec.floating and config.target not in (None, "all-linear") and config.targets(module):
+            elif (
+                leaf == "weight"
+                and len(spec.shape) > 1
+                and spec.floating
+                and config.target not in (None, "all-linear")
+                and config.targets(module)
+            ):
                 yield name
 
     return expected

@@ -42,7 +42,9 @@ def encode(adapter: Adapter) -> Container:
     config = _config(adapter, lows, magnitudes, biases)
     tensors = _tensors(lows, magnitudes, biases)
     tensors |= _saved(whole, lows, config)
-    listed = sorted(name for name in whole if "." not in name.removesuffix(".weight").removesuffix(".bias") or not name.endswith((".weight", ".bias")))
+    listed = sorted(
+        name for name in whole if "." not in name.removesuffix(".weight").removesuffix(".bias") or not name.endswith((".weight", ".bias"))
+    )
     metadata = dict(adapter.metadata.get("safetensors", {})) | {"format": "pt"}
     metadata.pop(SAVED, None)
     return Container(tensors, metadata | ({SAVED: json.dumps(listed)} if listed else {}), config)

@@ -1,0 +1,178 @@
+"""The plan of a merge, known before a weight is read: which deltas meet which tensor, what is added, what the config will say.
+
+From it follow the changes of a checkpoint's tensors; `merge` writes them, `verify` replays them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+from loratools.adapter import Adapter
+from loratools.checkpoint import Change, Checkpoint
+from loratools.deltas.base import Delta
+from loratools.deltas.full import Replacement
+from loratools.errors import LoratoolsError, MatchError, QuantizedError, ShapeError, UnsupportedError, raise_all
+from loratools.families import Family
+from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
+from loratools.tensorfile import Ref, Spec
+
+Applications: TypeAlias = list[tuple[Delta, float]]
+
+
+@dataclass
+class Plan:
+    """What becomes of each tensor, known before a weight is read: deltas with strengths, tensors added, config keys."""
+
+    changes: dict[str, Applications] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    expected: int = 0
+    without_effect: int = 0  # deltas at strength 0, saved twice alike, or of a head that stays tied
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    *,
+    untie: bool = False,
+    renames: Iterable[tuple[str, str]] = (),
+    allow_unmatched: bool = False,
+    transposed: tuple[str, ...] = (),
+    embeddings: tuple[str, ...] = (),
+) -> Plan:
+    """Names joined, shapes checked, ties decided: the whole merge but its arithmetic."""
+    if checkpoint.quantization:
+        raise QuantizedError(
+            "the base's weights are quantised", file=checkpoint.path, found=checkpoint.quantization,
+            remedy="merge into the original 16- or 32-bit weights",
+        )  # fmt: skip
+    family = Family(checkpoint.config, embeddings, transposed)
+    tied = family.tied(checkpoint)
+    known = dict(checkpoint.specs)
+    if tied and tied[1] not in known:
+        known[tied[1]] = known[tied[0]]
+    plan = Plan()
+    for adapter, strength in adapters:
+        resolved = adapter.resolve(known, family, renames=renames, allow_unmatched=allow_unmatched)
+        plan.notes += [note for note in resolved.notes if note not in plan.notes]
+        plan.expected += len(adapter)
+        for name, delta in resolved.items():
+            if strength == 0:
+                plan.without_effect += 1
+            else:
+                plan.changes.setdefault(name, []).append((delta, strength))
+    _check_meetings(plan, known)
+    if tied:
+        _tie(plan, checkpoint, tied, untie)
+    for name, applications in plan.changes.items():
+        _note_shape(plan, checkpoint, name, applications, tied)
+    return plan
+
+
+def _check_meetings(plan: Plan, known: Mapping[str, Spec]) -> None:
+    """A whole tensor meets nothing else on its name unless the bytes are equal, and one of another shape has strength 1."""
+    faults: list[LoratoolsError] = []
+    for name, applications in plan.changes.items():
+        saved = [(delta, strength) for delta, strength in applications if not delta.needs_base]
+        if not saved:
+            continue
+        first = saved[0][0]
+        equal = all(isinstance(d, Replacement) and isinstance(first, Replacement) and same_bytes(d.value, first.value) for d, _ in saved)
+        if len(applications) > 1 and not (len(saved) == len(applications) and equal):
+            faults.append(MatchError("several adapters change this tensor, and one replaces it whole", tensor=name))
+        if equal and len(saved) == len(applications):
+            plan.changes[name] = applications[:1]
+            plan.without_effect += len(applications) - 1
+        base = known.get(name)
+        if (base is None or first.spec(base).shape != base.shape) and saved[0][1] != 1:
+            faults.append(ShapeError("a tensor that is new or of another shape has strength 1 or 0", tensor=name, found=saved[0][1]))
+    raise_all(faults)
+
+
+def same_bytes(one: Ref, other: Ref) -> bool:
+    """Whether two tensors have the same spec and bytes."""
+    if one.spec != other.spec:
+        return False
+    return all(bytes(a) == bytes(b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
+
+
+def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool) -> None:
+    """Decide a tied embedding and head: alike they stay tied, else it takes `--untie`, which writes both."""
+    embedding, head = tied
+    here = [name for name in tied if name in plan.changes]
+    if not here:
+        return
+    if len(here) == 2 and _alike(plan.changes[embedding], plan.changes[head]):
+        if head not in checkpoint:
+            plan.without_effect += len(plan.changes.pop(head))
+            plan.notes.append(f"{head} stays tied to {embedding}: the adapter saved both alike")
+        return
+    if not untie:
+        raise UnsupportedError(
+            f"{embedding} and {head} are one tensor in this model, and the adapter changes {' and '.join(here)} alone",
+            file=checkpoint.path, tensor=here[0], remedy="give --untie to write both",
+        )  # fmt: skip
+    plan.config["tie_word_embeddings"] = False
+    plan.notes.append(f"untied: {head} is written beside {embedding}")
+    if head not in checkpoint:
+        plan.sources[head] = embedding
+        plan.changes.setdefault(head, [])
+
+
+def _alike(one: Applications, other: Applications) -> bool:
+    if len(one) != len(other):
+        return False
+    pairs = list(zip(one, other, strict=True))
+    return all(
+        s == t and isinstance(d, Replacement) and isinstance(e, Replacement) and same_bytes(d.value, e.value) for (d, s), (e, t) in pairs
+    )
+
+
+def _note_shape(plan: Plan, checkpoint: Checkpoint, name: str, applications: Applications, tied: tuple[str, str] | None) -> None:
+    base = checkpoint.specs.get(plan.sources.get(name, name))
+    if not applications:
+        return
+    spec = applications[0][0].spec(base)
+    if base is None:
+        plan.notes.append(f"added: {name} {spec}, which the base lacks")
+    elif spec.shape != base.shape:
+        plan.notes.append(f"resized: {name} from {list(base.shape)} to {list(spec.shape)}")
+        text = checkpoint.config.get("text_config")
+        stated = {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get("vocab_size")
+        resized = len(base.shape) == 2 and stated == base.shape[0]
+        if resized and plan.config.setdefault("vocab_size", spec.shape[0]) != spec.shape[0]:
+            raise ShapeError("two vocabularies of different size", tensor=name, found=spec.shape[0], expected=plan.config["vocab_size"])
+
+
+def changes_of(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    statistics: dict[str, Statistics],
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    full: bool = False,
+    block: int = BLOCK,
+) -> tuple[dict[str, Change], dict[str, Change]]:
+    """The plan as changes of the checkpoint's tensors and tensors added to it; statistics fill as the blocks pass."""
+    changes: dict[str, Change] = {}
+    added: dict[str, Change] = {}
+    for name, applications in plan.changes.items():
+        source = checkpoint.get(plan.sources.get(name, name))
+        spec = applications[0][0].spec(source.spec if source else None) if applications else source.spec if source else None
+        assert spec is not None
+        target = Spec(dtype, spec.shape) if dtype and spec.floating else spec
+        statistics[name] = Statistics(kinds=tuple(delta.kind for delta, _ in applications), full=full)
+        applied = Applied(source, target, tuple(applications), device, block)
+        place = changes if name in checkpoint else added
+        place[name] = Change(target, partial(apply_blocks, applied, statistics[name]))
+    if dtype:
+        for name, ref in checkpoint.items():
+            if name not in changes and ref.spec.floating and ref.spec.dtype != dtype:
+                target = Spec(dtype, ref.spec.shape)
+                changes[name] = Change(target, partial(cast_blocks, ref, target, block))
+    return changes, added
