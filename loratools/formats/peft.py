@@ -316,9 +316,7 @@ def _expectation(config: LoraConfig, modules: set[str], whole: Iterable[str]) ->
     def expected(base: Mapping[str, Spec]) -> Iterator[str]:
         for name, spec in base.items():
             module, _, leaf = name.rpartition(".")
-            if config.saves(module):
-                yield name
-            elif (
+            if config.saves(module) or (
                 leaf == "weight"
                 and len(spec.shape) > 1
                 and spec.floating
