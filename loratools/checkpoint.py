@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from blake3 import blake3
 
@@ -31,6 +32,7 @@ WEIGHTS = (
 )  # fmt: skip
 PRIVATE = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
 Seen = Callable[[Buffer], object]
+_Tell: TypeAlias = Callable[[Iterable[Buffer]], Iterable[Buffer]]
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,12 @@ class Checkpoint(Mapping[str, Ref]):
         added: Mapping[str, Change] | None = None,
         config: Mapping[str, Any] | None = None,
         workers: int = 1,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Rewritten:
         """Write the checkpoint to `out` with some tensors changed; `added` ones go at the end of the last file.
 
-        `config` holds keys of config.json to set (None removes one). Tensors pass in file order, one a worker at a time.
+        `config` holds keys of config.json to set (None removes one). Tensors pass in file order, one a worker at a time;
+        `progress` is told the bytes written and those to be written after each block, by whichever worker wrote it.
         Raises what the changes raise; the caller owns `out` and removes it on failure.
         """
         done = Rewritten()
@@ -199,8 +203,9 @@ class Checkpoint(Mapping[str, Ref]):
                 specs = {key: change[key].spec if key in change else ref.spec for key, ref in file.items()}
                 specs |= {key: item.spec for key, item in added.items()} if name == last else {}
                 writers[name] = TensorWriter(targets[name], specs, file.metadata)
-            jobs = [partial(self._pass, writers[name], key, change.get(key), done) for name, file in self.files.items() for key in file]
-            jobs += [partial(_add, writers[last], key, item, done) for key, item in added.items()]
+            tell = _counter(progress, sum(spec.nbytes for writer in writers.values() for spec in writer.specs.values()))
+            jobs = [partial(self._pass, writers[name], key, change.get(key), done, tell) for name, file in self.files.items() for key in file]
+            jobs += [partial(_add, writers[last], key, item, done, tell) for key, item in added.items()]
             with threads.Background() as background:
                 closing = [partial(writer.when_complete, partial(background.start, writer.close)) for writer in writers.values()]
                 threads.run_all([partial(_then, job, closing) for job in jobs], workers)
@@ -217,13 +222,13 @@ class Checkpoint(Mapping[str, Ref]):
             self._write_index(out, change, added, done)
         return done
 
-    def _pass(self, writer: TensorWriter, name: str, change: Change | None, done: Rewritten) -> None:
+    def _pass(self, writer: TensorWriter, name: str, change: Change | None, done: Rewritten, tell: _Tell) -> None:
         if change is None:
-            done.read[name] = done.written[name] = writer.write(name, self[name].blocks())
+            done.read[name] = done.written[name] = writer.write(name, tell(self[name].blocks()))
             return
         digest = blake3()
         try:
-            done.written[name] = writer.write(name, change.blocks(digest.update))
+            done.written[name] = writer.write(name, tell(change.blocks(digest.update)))
         except LoratoolsError as error:
             raise error.at(file=self.path, tensor=name) from None
         done.read[name] = digest.hexdigest()
@@ -308,8 +313,26 @@ def _then(job: Callable[[], object], after: Iterable[Callable[[], object]]) -> N
         call()
 
 
-def _add(writer: TensorWriter, name: str, change: Change, done: Rewritten) -> None:
-    done.written[name] = writer.write(name, change.blocks(lambda _: None))
+def _add(writer: TensorWriter, name: str, change: Change, done: Rewritten, tell: _Tell) -> None:
+    done.written[name] = writer.write(name, tell(change.blocks(lambda _: None)))
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> _Tell:
+    """Hands blocks on and tells `progress` of each once the next is asked for, that is, when it was written."""
+    if progress is None:
+        return lambda blocks: blocks
+    lock, done = threading.Lock(), 0
+
+    def tell(blocks: Iterable[Buffer]) -> Iterator[Buffer]:
+        nonlocal done
+        for block in blocks:
+            size = memoryview(block).nbytes
+            yield block
+            with lock:
+                done += size
+                progress(done, total)
+
+    return tell
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError
 from loratools.families import matches
 from loratools.formats.base import Container, ReadOptions, nearest
 from loratools.formats.peft_config import LoraConfig, parse
+from loratools.formats.peft_notes import unused
 from loratools.tensorfile import Ref, Spec
 
 NAME = "peft"
@@ -68,6 +69,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         format=NAME,
         files=container.files,
         expects=_expectation(config, {name.removesuffix(".weight") for name in modules}, whole),
+        notes=unused(config, container.config or {}, modules, whole),
     )
 
 

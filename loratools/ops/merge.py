@@ -7,7 +7,7 @@ for adapters applied at strengths sáµ¢: one at strength 1 is exactly its own Wâ€
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,19 @@ def merge(
     sha256: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Merge adapters (`path` or `path:strength`) into a base checkpoint; returns the receipt.
 
     Every tensor keeps its dtype unless `dtype` names another. Raises, before anything is visible at `out`, MatchError for
     deltas the base lacks, ShapeError, QuantizedError, NonFiniteError for a weight that overflows, UnsupportedError for a
-    delta on a tied tensor without `untie`.
+    delta on a tied tensor without `untie`. `progress` is told (bytes written, bytes to write), from several threads in turn.
 
     >>> receipt = merge("base/", ["adapter/", "style/:0.5"], "out/")  # doctest: +SKIP
     >>> receipt["applied"] == receipt["expected"]  # doctest: +SKIP
     True
     """
-    arguments = {name: value for name, value in locals().items() if name not in ("base", "adapters", "out")}
+    arguments = {name: value for name, value in locals().items() if name not in ("base", "adapters", "out", "progress")}
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     given = [split_strength(item) for item in listed]
     paths = [item for item, _ in given if not isinstance(item, Adapter)]
@@ -71,7 +72,7 @@ def merge(
     if code:
         plan.config |= {key: _TORCH[code] for key in ("torch_dtype", "dtype") if key in checkpoint.config}
     with whole(target) as place:
-        done = _rewrite(checkpoint, place, changes, added, plan, device, threads)
+        done = _rewrite(checkpoint, place, changes, added, plan, device, threads, progress)
         _fill(receipt, checkpoint, [adapter for adapter, _ in loaded], plan, statistics, done)
         if sha256:
             add_sha256(receipt.outputs, place.parent if checkpoint.single else place)
@@ -120,6 +121,7 @@ def _rewrite(
     plan: Plan,
     device: str,
     workers: int | None,
+    progress: Callable[[int, int], None] | None,
 ) -> Rewritten:
     count = workers or (1 if device != "cpu" else threads.default_threads())
     if count < 1:
@@ -127,7 +129,7 @@ def _rewrite(
     if checkpoint.single and place.suffix != ".safetensors":
         raise OptionError("a base that is one file gives one file", found=place.name, expected="OUT with the ending .safetensors")
     with threads.single_threaded_blas(count > 1):
-        return checkpoint.rewrite(place, changes, added=added, config=plan.config, workers=count)
+        return checkpoint.rewrite(place, changes, added=added, config=plan.config, workers=count, progress=progress)
 
 
 def _fill(

@@ -1,0 +1,38 @@
+"""Options that several commands share, each written once, so that a word means the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+Option = Callable[[F], F]
+
+out: Option[Any] = click.option("-o", "--out", required=True, metavar="OUT", help="Where the output goes; it must not exist yet.")
+overwrite: Option[Any] = click.option("--overwrite", is_flag=True, help="Replace what is at OUT.")
+as_json: Option[Any] = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the summary.")
+quiet: Option[Any] = click.option("-q", "--quiet", is_flag=True, help="No notes and no progress; errors all the same.")
+dtype: Option[Any] = click.option("--dtype", metavar="D", help="float64, float32, float16 or bfloat16 (or F64, F32, F16, BF16).")
+device: Option[Any] = click.option("--device", default="cpu", show_default=True, metavar="D", help="cpu, cuda or cuda:N.")
+threads: Option[Any] = click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Tensors worked on at once; by default one a core, at most 8."
+)
+sha256: Option[Any] = click.option("--sha256", is_flag=True, help="Add the files' SHA-256 to the receipt.")
+embedding: Option[Any] = click.option("--embedding", multiple=True, metavar="GLOB", help="Tensors that are embeddings; may be repeated.")
+transposed: Option[Any] = click.option(
+    "--transposed", multiple=True, metavar="GLOB", help="Weights stored (in, out), as GPT-2's; may be repeated."
+)
+alpha_in: Option[Any] = click.option("--alpha-in", type=float, metavar="A", help="The adapter's alpha, where its config lacks it.")
+
+
+def together(*options: Option[Any]) -> Option[Any]:
+    """Several options as one decorator, in the order they shall stand in the help."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate

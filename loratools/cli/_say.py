@@ -1,0 +1,74 @@
+"""What a command tells: its result on stdout, notes and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Progress = Callable[[int, int], None]
+
+
+def say_json(document: Mapping[str, Any]) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def say(*parts: RenderableType) -> None:
+    """Tables and texts on stdout: to the width of a terminal; in a pipe as wide as they are, without colours."""
+    console = _console()
+    if console.is_terminal:
+        for part in parts:
+            console.print(part, soft_wrap=False)
+        return
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    return Console(file=sys.stdout, width=None if terminal else 1000, highlight=False, markup=False, emoji=False, force_terminal=terminal)
+
+
+def notes(texts: Iterable[str], *, quiet: bool) -> None:
+    """A line each on stderr, for what a person should know though nothing failed."""
+    for text in texts:
+        if not quiet:
+            click.echo(f"Note: {text}", err=True)
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
+    """A bar on stderr (bytes, rate, time left), told (done, total); None where nobody watches: quiet, or not a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        last = 0.0
+
+        def told(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last > 0.05 or done == total:  # a block is done each millisecond, and an update costs a tenth of one
+                last = now
+                bar.update(task, completed=done, total=total)
+
+        yield told

@@ -1,0 +1,277 @@
+"""inspect: what an adapter or a checkpoint holds, told from headers; from its data where asked.
+
+Parameters are elements of the tensors on disk, and the share of the base is peft's `print_trainable_parameters`:
+100 · adapter / (base + adapter).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter import Adapter
+from loratools.checkpoint import INDEX, SINGLE, Checkpoint
+from loratools.deltas.base import Delta
+from loratools.deltas.compose import Chain, Part
+from loratools.deltas.dora import DoRA
+from loratools.deltas.full import Full, Replacement
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import OptionError
+from loratools.families import Family
+from loratools.formats import FORMATS, load
+from loratools.formats.base import CONFIG, PICKLES, ReadOptions, open_container
+from loratools.tensorfile import FLOATS, Ref, Spec
+
+LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
+_ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
+_LOCAL = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
+
+
+def inspect(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    values: bool = False,
+    spectra: bool = False,
+    alpha_in: float | None = None,
+    transposed: Sequence[str] = (),
+    embedding: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What a file or folder holds, as plain JSON values; spec/cli.md names the fields.
+
+    Only headers are read, without torch, unless `values` (zero factors, non-finite values) or `spectra` (singular values and norms,
+    which implies `values`) ask for the data. `base` joins the adapter's names and shapes with a checkpoint's. Raises what
+    reading raises, OptionError for `base` or `spectra` on a checkpoint.
+
+    >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
+    0.06
+    """
+    path = Path(path)
+    if not holds_adapter(path):
+        wrong = [word for word, given in (("--base", base), ("--spectra", spectra), ("--alpha-in", alpha_in)) if given not in (None, False)]
+        if wrong:
+            raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
+        return _checkpoint(Checkpoint(path), values=values)
+    adapter = load(path, options=ReadOptions(alpha=alpha_in, transposed=tuple(transposed), embeddings=tuple(embedding)))
+    checkpoint = Checkpoint(base) if base is not None else None
+    return _adapter(adapter, path, checkpoint, Family({}, tuple(embedding), tuple(transposed)), values, spectra)
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
+    if path.is_dir():
+        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*"))
+    if path.name in SINGLE or path.name.endswith(INDEX) or not path.exists():
+        return False
+    if path.suffix in PICKLES:
+        return True
+    if path.suffix == ".json":
+        return path.name == CONFIG
+    container = open_container(path)
+    marked = sum(_ADAPTER_KEY.search(key) is not None for key in container.tensors)
+    return any(row.detect(container) for row in FORMATS) or marked > len(container.tensors) / 2
+
+
+# -- an adapter
+
+
+def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool) -> dict[str, Any]:
+    warnings = _as_a_whole(adapter)
+    specs: Mapping[str, Spec] = {}
+    if base is not None:
+        adapter, specs, more = _joined(adapter, base, family)
+        warnings += more
+    warnings += adapter.notes
+    rows = {name: _row(name, delta, specs.get(name)) for name, delta in adapter.items()}
+    for name, delta in adapter.items():
+        warnings += [f"{name}: {text}" for text in _oddities(delta)]
+        if values or spectra:
+            warnings += [f"{name}: {text}" for text in _faulty_values(delta)]
+        if spectra:
+            rows[name] |= _spectrum(delta)
+    base_parameters = sum(spec.numel for spec in base.specs.values()) if base is not None else None
+    return {
+        "path": str(path),
+        "format": adapter.format,
+        "kinds": dict(Counter(row["kind"] for row in rows.values())),
+        "base_model": _settings(adapter).get("base_model_name_or_path"),
+        "modules": list(rows.values()),
+        "modules_total": len(rows),
+        "parameters": adapter.parameters,
+        "base_parameters": base_parameters,
+        "trainable_percent": 100 * adapter.parameters / (base_parameters + adapter.parameters) if base_parameters is not None else None,
+        "bytes": sum(file.stat().st_size for file in adapter.files if file.suffix != ".json"),
+        "ranks": {str(rank): count for rank, count in sorted(Counter(row["rank"] for row in rows.values() if row["rank"]).items())},
+        "values_checked": values or spectra,
+        "warnings": warnings,
+    }
+
+
+def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Spec], list[str]]:
+    """The adapter under the base's names, the specs they meet, and what a merge of the two would stumble over."""
+    family = Family(base.config, globs.more_embeddings, globs.more_transposed)
+    tied, specs, warnings = family.tied(base), dict(base.specs), list[str]()
+    if tied:
+        specs.setdefault(tied[1], specs[tied[0]])
+    joined = adapter.resolve(specs, family)
+    if base.quantization:
+        warnings.append(f"the base is quantised ({base.quantization}): merge refuses it, and its parameters are counted as stored")
+    if tied and len(touched := [name for name in tied if name in joined]) == 1:
+        warnings.append(f"{touched[0]} is changed alone, and tied to {tied[1 - tied.index(touched[0])]} in the base: merge needs --untie")
+    return joined, specs, warnings
+
+
+def _row(name: str, delta: Delta, base: Spec | None) -> dict[str, Any]:
+    low = low_rank(delta)
+    dtypes = dict.fromkeys(ref.spec.dtype for ref in delta.refs().values())
+    return {
+        "name": name,
+        "kind": delta.kind,
+        "shape": list(_shape(delta, base)),
+        "rank": low.rank if low else None,
+        "alpha": low.alpha if low else None,
+        "scaling": low.scaling if low else delta.scale if isinstance(delta, Full) else None,
+        "parameters": delta.parameters,
+        "dtype": "+".join(dtypes),
+    }
+
+
+def low_rank(delta: Delta) -> LowRank | None:
+    """The factors within a delta, under whatever is wrapped around them."""
+    if isinstance(delta, Chain):
+        return low_rank(delta.then)
+    if isinstance(delta, Part):
+        return low_rank(delta.delta)
+    inner = delta.direction if isinstance(delta, DoRA) else delta
+    return inner if isinstance(inner, LowRank) else None
+
+
+def _shape(delta: Delta, base: Spec | None) -> tuple[int, ...]:
+    """The shape of W′; without a base that of the factors' product, transposed where the model stores it so."""
+    if base is not None or not delta.needs_base:
+        return delta.spec(base).shape
+    low = low_rank(delta)
+    if low is not None:
+        return low.shape()
+    return delta.shape() if isinstance(delta, Full) else ()
+
+
+def _settings(adapter: Adapter) -> Mapping[str, Any]:
+    found = adapter.metadata.get(adapter.format or "", {})
+    return found if isinstance(found, Mapping) else {}
+
+
+# -- warnings, from headers
+
+
+def _as_a_whole(adapter: Adapter) -> list[str]:
+    warnings = []
+    stated = _settings(adapter).get("base_model_name_or_path")
+    if isinstance(stated, str) and _LOCAL.match(stated) and not Path(stated).exists():
+        warnings.append(f"its base is named by a path of another machine: {stated}")
+    whole = {name: delta.nbytes for name, delta in adapter.items() if isinstance(delta, Replacement)}
+    share = sum(whole.values()) / (sum(delta.nbytes for delta in adapter.values()) or 1)
+    if share > 0.5 and len(whole) < len(adapter):
+        warnings.append(f"{share:.0%} of its bytes are tensors saved whole, most of them {max(whole, key=whole.__getitem__)}")
+    if adapter.passengers:
+        warnings.append(f"{len(adapter.passengers)} tensors change no weight: {', '.join(list(adapter.passengers)[:3])}")
+    return warnings
+
+
+def _oddities(delta: Delta) -> Iterator[str]:
+    low = low_rank(delta)
+    if low is None:
+        return
+    if low.alpha == 0:
+        yield "alpha is 0, so it changes nothing" if delta is low else "alpha is 0, so its factors change nothing"
+    elif low.scaling < 0:
+        yield f"the scaling is negative ({low.scaling:g}): what was trained is subtracted"
+    elif low.scaling > LARGE:
+        yield f"the scaling is very large ({low.scaling:g}): is its alpha a scale that was not divided by the rank?"
+    rows, columns = Spec("F32", low.shape()).matrix
+    if low.rank > min(rows, columns):
+        yield f"rank {low.rank} is more than a {rows} × {columns} weight can have"
+
+
+# -- warnings and measures, from the data
+
+
+def _faulty_values(delta: Delta) -> Iterator[str]:
+    for place, ref in delta.refs().items():
+        wrong, zero = scan(ref)
+        if wrong:
+            yield f"{place} has {wrong} non-finite value{'s' if wrong > 1 else ''}"
+        elif zero and place.rpartition(".")[2] in ("A", "B", "magnitude"):
+            yield f"{place} is zero, so it changes nothing: was it trained?" if place in "AB" else f"{place} is zero"
+
+
+def scan(ref: Ref) -> tuple[int, bool]:
+    """How many values of a tensor are inf or nan, and whether all are zero; a block at a time."""
+    import torch
+
+    from loratools.tensors import as_tensor, torch_dtype
+
+    wrong, zero, width = 0, True, torch_dtype(ref.spec.dtype).itemsize
+    for block in ref.blocks():
+        data = bytearray(block)
+        found = as_tensor(data, Spec(ref.spec.dtype, (len(data) // width,)))
+        found = found if ref.spec.dtype in FLOATS else found.to(torch.float32)
+        wrong += int((~torch.isfinite(found)).sum())
+        zero = zero and not found.any()
+    return wrong, zero
+
+
+def _spectrum(delta: Delta) -> dict[str, Any]:
+    """‖ΔW‖, singular values and effective rank of the factors' product; for DoRA of its direction, with the magnitudes' range."""
+    import torch
+
+    from loratools.linalg.product import effective_rank, product_svd
+    from loratools.tensors import read_tensor
+
+    measured: dict[str, Any] = {"norm": None, "effective_rank": None, "sigma": None}
+    if any(scan(ref)[0] for ref in delta.refs().values()):
+        return measured
+    low = low_rank(delta)
+    if low is not None:
+        sigma = product_svd(*low.factors(), scale=low.scaling).S
+        measured |= {"norm": float(torch.linalg.vector_norm(sigma)), "effective_rank": effective_rank(sigma), "sigma": sigma.tolist()}
+    elif isinstance(delta, Full):
+        measured["norm"] = delta.norm()
+    if isinstance(delta, DoRA):
+        magnitude = read_tensor(delta.magnitude, torch.float64)
+        measured["magnitude"] = {"min": float(magnitude.min()), "max": float(magnitude.max())}
+    return measured
+
+
+# -- a checkpoint
+
+
+def _checkpoint(checkpoint: Checkpoint, *, values: bool) -> dict[str, Any]:
+    specs, warnings = checkpoint.specs, list[str]()
+    if checkpoint.quantization:
+        warnings.append(f"its weights are quantised ({checkpoint.quantization}): merge refuses them, and parameters are counted as stored")
+    strays = [name for name in specs if _ADAPTER_KEY.search(name)]
+    if strays:
+        warnings.append(f"{len(strays)} tensors have names of adapter weights, such as {strays[0]}: not merged yet?")
+    if values:
+        wrong = {name: count for name, ref in checkpoint.items() if ref.spec.floating and (count := scan(ref)[0])}
+        warnings += [f"{name}: {count} non-finite value{'s' if count > 1 else ''}" for name, count in wrong.items()]
+    return {
+        "path": str(checkpoint.path),
+        "format": "checkpoint",
+        "tensors": len(specs),
+        "parameters": sum(spec.numel for spec in specs.values()),
+        "bytes": sum(file.size for file in checkpoint.files.values()),
+        "dtypes": dict(Counter(spec.dtype for spec in specs.values())),
+        "shards": len(checkpoint.files),
+        "warnings": warnings,
+    }
+
+
+def tensors(path: str | Path) -> list[dict[str, Any]]:
+    """A checkpoint's tensors as rows of name, dtype, shape and parameters, from headers."""
+    specs = Checkpoint(path).specs
+    return [{"name": name, "dtype": spec.dtype, "shape": list(spec.shape), "parameters": spec.numel} for name, spec in specs.items()]
