@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
-from loratools.errors import LoratoolsError, MatchError, QuantizedError, ShapeError, UnsupportedError, raise_all
+from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
 from loratools.families import Family
 from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
 from loratools.tensorfile import Ref, Spec
@@ -32,6 +33,36 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     expected: int = 0
     without_effect: int = 0  # deltas at strength 0, saved twice alike, or of a head that stays tied
+
+
+def split_strength(item: str | Path | Adapter) -> tuple[str | Path | Adapter, float]:
+    """`path:strength` as (path, strength); an existing path of that very name wins, and no strength is 1.
+
+    >>> split_strength("style:0.5")
+    ('style', 0.5)
+    """
+    if not isinstance(item, str) or Path(item).exists():
+        return item, 1.0
+    head, colon, tail = item.rpartition(":")
+    try:
+        strength = float(tail) if colon and head else None
+    except ValueError:
+        strength = None
+    if strength is not None and strength - strength != 0:
+        raise OptionError("a strength must be finite", found=item)
+    return (head, strength) if strength is not None else (item, 1.0)
+
+
+def split_renames(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """`OLD=NEW` texts as pairs."""
+    return [_pair(text) for text in texts]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals or not old:
+        raise OptionError("--rename", found=text, expected="OLD=NEW")
+    return old, new
 
 
 def make_plan(

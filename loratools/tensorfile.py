@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import struct
 import threading
 from abc import ABC, abstractmethod
@@ -35,6 +36,7 @@ BITS = {
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32", "F64")
 HEADER_LIMIT = 100_000_000
+_SIZES = 1 << 60  # beyond what any file holds
 BLOCK_BYTES = 1 << 20
 
 
@@ -70,7 +72,11 @@ class Spec:
         return self.dtype in FLOATS or self.dtype in ("F8_E4M3", "F8_E5M2")
 
     def row_bytes(self) -> int:
-        return self.matrix[1] * BITS[self.dtype] // 8
+        """Bytes a row takes; FormatError where rows of a dtype below 8 bits do not end at bytes."""
+        size, odd = divmod(self.matrix[1] * BITS[self.dtype], 8)
+        if odd:
+            raise FormatError("its rows share bytes, so they cannot be read one by one", found=self)
+        return size
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -101,6 +107,10 @@ class Ref(ABC):
         """The same bytes under another shape of as many elements."""
         return self if shape == self.spec.shape else Reshaped(self, replace(self.spec, shape=shape))
 
+    def as_bytes(self) -> Ref:
+        """The same bytes as a vector of bytes, to read any stretch of them."""
+        return Reshaped(self, Spec("U8", (self.spec.nbytes,)))
+
     @property
     def T(self) -> Ref:  # noqa: N802
         """The transpose of a matrix; twice gives the tensor itself."""
@@ -114,6 +124,9 @@ class InMemory(Ref):
     spec: Spec
     data: Buffer
 
+    def read(self) -> Buffer:
+        return self.data
+
     def rows(self, start: int, stop: int) -> Buffer:
         step = self.spec.row_bytes()
         return memoryview(self.data).cast("B")[start * step : stop * step]
@@ -126,9 +139,12 @@ class Reshaped(Ref):
     origin: Ref
     spec: Spec
 
+    def read(self) -> Buffer:
+        return self.origin.read()
+
     def rows(self, start: int, stop: int) -> Buffer:
         step = self.spec.row_bytes()
-        return memoryview(self.origin.read()).cast("B")[start * step : stop * step]
+        return memoryview(self.read()).cast("B")[start * step : stop * step]
 
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
         return self.origin.blocks(size)
@@ -163,7 +179,11 @@ class Handle:
     """An open file descriptor, read at positions from any thread, closed with its last user."""
 
     def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError("not a file", file=path, found="a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device")
+        self.size = status.st_size
 
     def readinto(self, buffer: memoryview, offset: int) -> int:
         done = 0
@@ -188,6 +208,11 @@ class InFile(Ref):
     offset: int
     spec: Spec
 
+    def read(self) -> Buffer:
+        buffer = bytearray(self.spec.nbytes)
+        self._fill(memoryview(buffer), 0)
+        return buffer
+
     def rows(self, start: int, stop: int) -> Buffer:
         buffer = bytearray((stop - start) * self.spec.row_bytes())
         self.readinto(start, stop, memoryview(buffer))
@@ -206,8 +231,15 @@ class InFile(Ref):
     def reshape(self, *shape: int) -> Ref:
         return replace(self, spec=replace(self.spec, shape=shape))
 
+    def as_bytes(self) -> Ref:
+        return replace(self, spec=Spec("U8", (self.spec.nbytes,)))
+
     def _fill(self, buffer: memoryview, start: int) -> None:
-        if self.handle.readinto(buffer, self.offset + start) != len(buffer):
+        try:
+            count = self.handle.readinto(buffer, self.offset + start)
+        except OSError as error:
+            raise FormatError(f"cannot be read: {error.strerror}", file=self.path) from error
+        if count != len(buffer):
             raise FormatError("the file became shorter while it was read", file=self.path)
 
 
@@ -221,7 +253,7 @@ class TensorFile(Mapping[str, Ref]):
         self.path = Path(path)
         try:
             self._handle = Handle(self.path)
-            self.size = os.fstat(self._handle.fd).st_size
+            self.size = self._handle.size
             header = self._header()
             entries, self.metadata = parse_header(header, self.size - 8 - len(header))
         except OSError as error:
@@ -263,15 +295,19 @@ def parse_header(header: bytes, data_bytes: int) -> tuple[dict[str, tuple[Spec, 
         raise FormatError("not a safetensors file: the header does not begin with '{'")
     try:
         table = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"the header is not JSON: {error}") from None
     metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(_text(part) for pair in metadata.items() for part in pair):
         raise FormatError("the header's __metadata__ must map strings to strings")
     faults: list[LoratoolsError] = []
     entries = {}
     for name, entry in table.items():
         try:
+            if not _text(name):
+                raise FormatError("a name that is not Unicode text")
             entries[name] = _entry(entry)
         except FormatError as error:
             faults.append(error.at(tensor=name))
@@ -305,6 +341,11 @@ def _entry(entry: Any) -> tuple[Spec, int, int]:
         raise FormatError("unknown dtype", found=json.dumps(dtype), expected="one of " + " ".join(BITS))
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise FormatError("shape and data_offsets must be lists of natural numbers", found=f"{shape}, {offsets}"[:80])
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= _SIZES:
+            raise FormatError("its shape has more elements than a file can hold", found=f"{shape}"[:80])
     spec = Spec(dtype, tuple(shape))
     bits = spec.numel * BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
@@ -315,7 +356,12 @@ def _entry(entry: Any) -> tuple[Spec, int, int]:
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < _SIZES for value in values)
+
+
+def _text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON's escapes can spell half a surrogate pair."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
 def chunks(data: Buffer, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
@@ -391,6 +437,8 @@ def build_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tupl
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offsets, end = {}, 0
     for name, spec in specs.items():
+        if name == "__metadata__":
+            raise FormatError("a tensor cannot have this name", tensor=name)
         offsets[name] = end
         end += spec.nbytes
         table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offsets[name], end]}

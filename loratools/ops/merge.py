@@ -18,7 +18,7 @@ from loratools.errors import OptionError
 from loratools.formats import load
 from loratools.formats.base import ReadOptions
 from loratools.output import check_output, whole
-from loratools.plan import Plan, changes_of, make_plan
+from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, add_sha256, checkpoint_input, history_of, receipt_path
 from loratools.stream import Statistics
 from loratools.tensors import dtype_code
@@ -63,7 +63,7 @@ def merge(
     checkpoint = Checkpoint(base)
     loaded = [(item if isinstance(item, Adapter) else load(item, options=options), strength) for item, strength in given]
     plan = make_plan(
-        checkpoint, loaded, untie=untie, renames=[_pair(text) for text in rename], allow_unmatched=allow_unmatched,
+        checkpoint, loaded, untie=untie, renames=split_renames(rename), allow_unmatched=allow_unmatched,
         transposed=tuple(transposed), embeddings=tuple(embedding),
     )  # fmt: skip
     code = dtype_code(dtype) if dtype else None
@@ -82,31 +82,6 @@ def merge(
 
 
 _TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def split_strength(item: str | Path | Adapter) -> tuple[str | Path | Adapter, float]:
-    """`path:strength` as (path, strength); an existing path of that very name wins, and no strength is 1.
-
-    >>> split_strength("style:0.5")
-    ('style', 0.5)
-    """
-    if not isinstance(item, str) or Path(item).exists():
-        return item, 1.0
-    head, colon, tail = item.rpartition(":")
-    try:
-        strength = float(tail) if colon and head else None
-    except ValueError:
-        strength = None
-    if strength is not None and strength - strength != 0:
-        raise OptionError("a strength must be finite", found=item)
-    return (head, strength) if strength is not None else (item, 1.0)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    old, equals, new = text.partition("=")
-    if not equals or not old:
-        raise OptionError("--rename", found=text, expected="OLD=NEW")
-    return old, new
 
 
 def _label(item: str | Path | Adapter) -> str:
