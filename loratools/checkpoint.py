@@ -8,8 +8,6 @@ diffusers' `save_pretrained`; spec/checkpoint.md tells what is copied and what i
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,18 +17,14 @@ from typing import Any, TypeAlias
 
 from blake3 import blake3
 
-from loratools import threads
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, UnsupportedError, raise_all
+from loratools import sidefiles, threads
+from loratools.errors import LoratoolsError, MatchError, raise_all
+from loratools.jsonfile import read_json, write_json
 from loratools.quantized import scheme
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, TensorWriter
+from loratools.weightfiles import INDEX, model_file, weight_map
 
-SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-INDEX = ".safetensors.index.json"
-WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".onnx_data", ".gguf", ".h5", ".msgpack", ".npz", ".ot", ".tflite",
-    ".pdparams", ".mlmodel", ".safetensors.index.json", ".bin.index.json",
-)  # fmt: skip
-PRIVATE = (".git", ".cache", "__pycache__", ".ipynb_checkpoints")
+RECEIPT = "loratools.json"
 Seen = Callable[[Buffer], object]
 _Tell: TypeAlias = Callable[[Iterable[Buffer]], Iterable[Buffer]]
 
@@ -64,8 +58,10 @@ class Checkpoint(Mapping[str, Ref]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
-        self.index_name, names = self._weight_files()
-        self.files = _open_all(self.folder, names)
+        name = model_file(self.path)
+        self.index_name = name if name.endswith(INDEX) else None
+        self._map = weight_map(self.folder / name) if self.index_name else {}
+        self.files = _open_all(self.folder, sorted(set(self._map.values())) if self.index_name else [name])
         self._refs = {name: ref for file in self.files.values() for name, ref in file.items()}
         self._check_names()
 
@@ -100,59 +96,7 @@ class Checkpoint(Mapping[str, Ref]):
     @property
     def single(self) -> bool:
         """Whether it was opened as one file, so that nothing beside it belongs to it."""
-        return not self.path.is_dir()
-
-    # -- which files hold the weights
-
-    def _weight_files(self) -> tuple[str | None, list[str]]:
-        if not self.path.exists():
-            raise FormatError("no such file or folder", file=self.path)
-        if self.path.is_file() and self.path.name.endswith(INDEX):
-            return self.path.name, self._shards(self.path.name)
-        if self.path.is_file():
-            return None, [self.path.name]
-        for name in SINGLE:
-            if (self.path / name).is_file():
-                return None, [name]
-        indices = sorted(path.name for path in self.path.glob("*" + INDEX))
-        plain = [name for name in indices if name in {single.removesuffix(".safetensors") + INDEX for single in SINGLE}] or indices
-        if len(plain) == 1:
-            return plain[0], self._shards(plain[0])
-        singles = [] if plain else sorted(path.name for path in self.path.glob("*.safetensors"))
-        if len(singles) == 1:
-            return None, singles
-        raise self._unclear(plain or singles)
-
-    def _unclear(self, found: list[str]) -> LoratoolsError:
-        if found:
-            return AmbiguousError("holds several models", file=self.path, found=", ".join(found[:4]), remedy="name one of them as the path")
-        if (self.path / "model_index.json").is_file():
-            return AmbiguousError(
-                "a pipeline of several models", file=self.path, remedy="name one of its folders, such as unet/ or transformer/"
-            )
-        if (self.path / "adapter_config.json").is_file():
-            return FormatError("an adapter, where a model was expected", file=self.path)
-        others = sorted(path.name for path in self.path.iterdir() if path.name.endswith(WEIGHTS))
-        if others:
-            return UnsupportedError(
-                "no safetensors in it", file=self.path, found=", ".join(others[:4]), remedy="save it as safetensors first"
-            )
-        return FormatError("no weights in it", file=self.path, expected="model.safetensors or model.safetensors.index.json")
-
-    def _shards(self, index: str) -> list[str]:
-        file = self.folder / index
-        table = read_json(file).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()) or not table:
-            raise FormatError("the index needs a weight_map of names to files", file=file)
-        self._map = table
-        faults: list[LoratoolsError] = []
-        for shard, name in {shard: name for name, shard in table.items()}.items():
-            if Path(shard).name != shard or "\\" in shard or shard in (".", ".."):
-                faults.append(FormatError("a shard must be a plain file name", file=file, tensor=name, found=shard))
-            elif not (self.folder / shard).is_file():
-                faults.append(FormatError("a shard is missing", file=self.folder / shard, tensor=name, remedy="download it again"))
-        raise_all(faults)
-        return sorted(set(table.values()))
+        return self.path.is_file() and self.index_name is None
 
     def _check_names(self) -> None:
         held = [name for file in self.files.values() for name in file]
@@ -204,7 +148,8 @@ class Checkpoint(Mapping[str, Ref]):
                 specs |= {key: item.spec for key, item in added.items()} if name == last else {}
                 writers[name] = TensorWriter(targets[name], specs, file.metadata)
             tell = _counter(progress, sum(spec.nbytes for writer in writers.values() for spec in writer.specs.values()))
-            jobs = [partial(self._pass, writers[name], key, change.get(key), done, tell) for name, file in self.files.items() for key in file]
+            places = [(writers[name], key) for name, file in self.files.items() for key in file]
+            jobs = [partial(self._pass, writer, key, change.get(key), done, tell) for writer, key in places]
             jobs += [partial(_add, writers[last], key, item, done, tell) for key, item in added.items()]
             with threads.Background() as background:
                 closing = [partial(writer.when_complete, partial(background.start, writer.close)) for writer in writers.values()]
@@ -234,32 +179,11 @@ class Checkpoint(Mapping[str, Ref]):
         done.read[name] = digest.hexdigest()
 
     def _copy_beside(self, out: Path, done: Rewritten) -> None:
-        for relative, reason in self.beside():
-            if reason is not None:
-                done.left_out.append({"name": relative, "reason": reason, "relative_norm": None})
-            elif relative not in ("config.json", self.index_name):
-                target = out / relative
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.folder / relative, target)
-                done.files.append(file_entry(target, relative))
-
-    def beside(self) -> Iterator[tuple[str, str | None]]:
-        """Every other file of the folder, relative, with the reason it is not copied, if any; a folder ends in '/'."""
-        for path, folders, names in os.walk(self.folder):
-            relative = Path(path).relative_to(self.folder)
-            for name in sorted(folders):
-                reason = "version control or cache" if name in PRIVATE else None
-                reason = "other weights" if name == "original" and relative == Path() else reason
-                reason = "a link to a folder" if Path(path, name).is_symlink() else reason
-                if reason:
-                    folders.remove(name)
-                    yield f"{(relative / name).as_posix()}/", reason
-            for name in sorted(names):
-                shown = (relative / name).as_posix()
-                if shown in self.files or shown == "loratools.json":
-                    continue
-                stale = name.endswith(WEIGHTS) and shown != self.index_name
-                yield shown, "other weights, stale beside these" if stale else None
+        for name, reason in sidefiles.beside(self.folder, {*self.files, RECEIPT, self.index_name or "", "config.json"}):
+            if reason is None:
+                done.files.append(sidefiles.copy(self.folder / name, out / name, name))
+            else:
+                done.left_out.append({"name": name, "reason": reason, "relative_norm": None})
 
     def _write_config(self, out: Path, values: Mapping[str, Any], done: Rewritten) -> None:
         source, target = self.folder / "config.json", out / "config.json"
@@ -267,11 +191,9 @@ class Checkpoint(Mapping[str, Ref]):
             return
         config = with_values(self.config, values)
         if config == self.config:
-            shutil.copyfile(source, target)
+            done.files.append(sidefiles.copy(source, target, "config.json"))
         else:
-            target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            done.changed_files.append("config.json")
-        done.files.append(file_entry(target, "config.json"))
+            _write_changed(target, config, done)
 
     def _write_index(self, out: Path, change: Mapping[str, Change], added: Mapping[str, Change], done: Rewritten) -> None:
         if self.index_name is None:
@@ -280,20 +202,23 @@ class Checkpoint(Mapping[str, Ref]):
         index = read_json(source)
         growth = sum(item.spec.nbytes - self[name].spec.nbytes for name, item in change.items())
         growth += sum(item.spec.nbytes for item in added.values())
-        if growth or added:
-            last = list(self.files)[-1]
-            metadata = index.setdefault("metadata", {})
-            if isinstance(metadata.get("total_size"), int):
-                metadata["total_size"] += growth
-            if isinstance(metadata.get("total_parameters"), int):
-                more = sum(item.spec.numel - self[name].spec.numel for name, item in change.items())
-                metadata["total_parameters"] += more + sum(item.spec.numel for item in added.values())
-            index["weight_map"] |= dict.fromkeys(added, last)
-            target.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            done.changed_files.append(self.index_name)
-        else:
-            shutil.copyfile(source, target)
-        done.files.append(file_entry(target, self.index_name))
+        if not growth and not added:
+            done.files.append(sidefiles.copy(source, target, self.index_name))
+            return
+        more = sum(item.spec.numel - self[name].spec.numel for name, item in change.items())
+        more += sum(item.spec.numel for item in added.values())
+        totals = index.setdefault("metadata", {})
+        for key, plus in (("total_size", growth), ("total_parameters", more)):
+            if isinstance(totals.get(key), int | float):
+                totals[key] += plus
+        index["weight_map"] |= dict.fromkeys(added, list(self.files)[-1])
+        _write_changed(target, index, done)
+
+
+def _write_changed(path: Path, table: Mapping[str, Any], done: Rewritten) -> None:
+    write_json(path, table)
+    done.files.append(sidefiles.file_entry(path, path.name))
+    done.changed_files.append(path.name)
 
 
 def _open_all(folder: Path, names: Iterable[str]) -> dict[str, TensorFile]:
@@ -345,17 +270,6 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     return {key: value for key, value in changed.items() if key not in values or values[key] is not None}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; FormatError naming it for anything else."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"not readable as JSON: {error}", file=path) from None
-    if not isinstance(table, dict):
-        raise FormatError("not a JSON object", file=path)
-    return table
-
-
 def combined_digest(digests: Mapping[str, str]) -> str:
     """BLAKE3 of the tensors' digests, as bytes, in the order of their names: the identity of a set of weights."""
     digest = blake3()
@@ -366,12 +280,3 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 
 def weights_entry(name: str, size: int, header_sha256: str, digests: Mapping[str, str]) -> dict[str, Any]:
     return {"path": name, "bytes": size, "header_sha256": header_sha256, "blake3": combined_digest(digests)}
-
-
-def file_entry(path: Path, name: str) -> dict[str, Any]:
-    """A file's row in a receipt: BLAKE3 of its bytes."""
-    digest = blake3()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"path": name, "bytes": path.stat().st_size, "header_sha256": None, "blake3": digest.hexdigest()}

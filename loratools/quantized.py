@@ -30,14 +30,22 @@ def scheme(specs: Mapping[str, Spec], config: Mapping[str, Any]) -> str | None:
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         found = part.get("quantization_config") or part.get("quantization")
         if isinstance(found, Mapping) and found:
-            return str(found.get("quant_method") or found.get("mode") or "mlx")
-    for name in specs:
-        for ending, label in _ENDINGS.items():
-            if name.endswith(ending) and (ending != "_blocks" or name.removesuffix("_blocks") + "_scales" in specs):
-                return label
-    for name, spec in specs.items():
-        if spec.dtype.startswith(("F8", "F4", "F6")) and f"{name}_scale" in specs:
-            return f"{spec.dtype} with scales"
-        if spec.dtype in ("U32", "I32", "U8", "I8") and name.endswith(".weight") and name.removesuffix("weight") + "scales" in specs:
-            return "mlx"
-    return None
+            return _named(found)
+    return next((label for name, spec in specs.items() if (label := _evidence(name, spec, specs))), None)
+
+
+def _named(found: Mapping[str, Any]) -> str:
+    bitsandbytes = "bitsandbytes" if found.get("load_in_4bit") or found.get("load_in_8bit") else None
+    return str(found.get("quant_method") or bitsandbytes or found.get("mode") or "mlx")
+
+
+def _evidence(name: str, spec: Spec, specs: Mapping[str, Spec]) -> str | None:
+    """What a tensor's name, dtype and neighbours tell of its quantisation."""
+    for ending, label in _ENDINGS.items():
+        if name.endswith(ending) and (ending != "_blocks" or name.removesuffix("_blocks") + "_scales" in specs):
+            return label
+    narrow = spec.dtype.startswith(("F8", "F6", "F4"))
+    whole = spec.dtype in ("U32", "I32", "U8", "I8") and name.endswith("weight")
+    if (narrow or whole) and f"{name}_scale" in specs:
+        return f"{spec.dtype} with scales"
+    return "mlx" if whole and name.removesuffix("weight") + "scales" in specs else None

@@ -6,7 +6,6 @@ Its fields and their meaning are in spec/receipt.schema.json.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from typing import Any
 
 from loratools import __version__
 from loratools.adapter import Adapter
-from loratools.checkpoint import Checkpoint, combined_digest, file_entry
+from loratools.checkpoint import RECEIPT, Checkpoint, combined_digest
 from loratools.errors import FormatError
-
-NAME = "loratools.json"
+from loratools.jsonfile import read_json, write_json
+from loratools.sidefiles import file_entry
 
 
 @dataclass
@@ -62,24 +61,24 @@ class Receipt:
         }
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, self.as_json(), indent=1)
 
 
 def receipt_path(out: Path, *, folder: bool) -> Path:
     """Where the receipt of an output lies: in its folder, or beside its file."""
-    return out / NAME if folder else out.parent / f"{out.name}.{NAME}"
+    return out / RECEIPT if folder else out.parent / f"{out.name}.{RECEIPT}"
 
 
 def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The receipts that lie with a checkpoint, oldest first: what was done to it before."""
-    path = receipt_path(checkpoint.path, folder=not checkpoint.single)
+    path = receipt_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
     if not path.is_file():
         return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [*found.pop("history", []), found]
-    except (ValueError, AttributeError, TypeError):
-        raise FormatError("not a receipt", file=path, remedy="move it away if it belongs to something else") from None
+    found = read_json(path)
+    earlier = found.pop("history", [])
+    if not isinstance(earlier, list) or not all(isinstance(item, dict) for item in earlier) or "operation" not in found:
+        raise FormatError("not a receipt", file=path, remedy="move it away if it belongs to something else")
+    return [*earlier, found]
 
 
 def adapter_inputs(adapter: Adapter) -> list[dict[str, Any]]:

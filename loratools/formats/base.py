@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratools.checkpoint import read_json
 from loratools.errors import FormatError, LoratoolsError
+from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, TensorWriter, canonical
 
 CONFIG = "adapter_config.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.checkpoint import INDEX, SINGLE, Checkpoint
+from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain, Part
 from loratools.deltas.dora import DoRA
@@ -24,6 +24,7 @@ from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats.base import CONFIG, PICKLES, ReadOptions, open_container
 from loratools.tensorfile import FLOATS, Ref, Spec
+from loratools.weightfiles import INDEX, SINGLE
 
 LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
@@ -171,7 +172,7 @@ def _as_a_whole(adapter: Adapter) -> list[str]:
     warnings = []
     stated = _settings(adapter).get("base_model_name_or_path")
     if isinstance(stated, str) and _LOCAL.match(stated) and not Path(stated).exists():
-        warnings.append(f"its base is named by a path of another machine: {stated}")
+        warnings.append("its base is named by a path on another machine")
     whole = {name: delta.nbytes for name, delta in adapter.items() if isinstance(delta, Replacement)}
     share = sum(whole.values()) / (sum(delta.nbytes for delta in adapter.values()) or 1)
     if share > 0.5 and len(whole) < len(adapter):

@@ -1,0 +1,29 @@
+"""JSON objects in files: configs, indices, receipts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratools.errors import FormatError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; FormatError naming it for anything else."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", file=path) from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not readable as JSON: {error}", file=path) from None
+    if not isinstance(table, dict):
+        raise FormatError("not a JSON object", file=path)
+    return table
+
+
+def write_json(path: Path, table: Mapping[str, Any], indent: int = 2) -> None:
+    """A JSON object as UTF-8; half a surrogate pair, as in a file's name that is no Unicode, becomes JSON's own escape."""
+    text = json.dumps(table, indent=indent, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
