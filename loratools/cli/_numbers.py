@@ -28,13 +28,13 @@ def size(value: float, unit: str = "B") -> str:
     raise AssertionError
 
 
-def number(value: float) -> str:
-    """At most four digits that matter.
+def number(value: float, digits: int = 4) -> str:
+    """The digits that matter.
 
-    >>> number(2.0), number(16 / 8**0.5), number(1.234e-7)
-    ('2', '5.657', '1.234e-07')
+    >>> number(2.0), number(16 / 8**0.5), number(1.234e-7, 2)
+    ('2', '5.657', '1.2e-07')
     """
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
 
 
 def percent(share: float) -> str:
@@ -50,12 +50,12 @@ def percent(share: float) -> str:
     return "<0.01 %" if 0 < share < 0.0001 else f"{100 * share:.2f} %"
 
 
-def span(values: Iterable[float]) -> str:
+def span(values: Iterable[float], digits: int = 4) -> str:
     """One number, or the least and the greatest.
 
     >>> span([3, 3]), span([1, 3, 2])
     ('3', '1–3')
     """
     shown = sorted(values)
-    low, high = number(shown[0]), number(shown[-1])
+    low, high = number(shown[0], digits), number(shown[-1], digits)
     return low if low == high else f"{low}–{high}"

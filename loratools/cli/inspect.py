@@ -1,0 +1,44 @@
+"""loratools inspect: what an adapter or a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli._say import say, say_json
+
+
+@click.command()
+@click.argument("path")
+@click.option("--base", metavar="BASE", help="A checkpoint: join the adapter's names and shapes with it, and show the share.")
+@click.option("--values", is_flag=True, help="Read the data too, and warn of zero factors and non-finite values.")
+@click.option("--spectra", is_flag=True, help="Singular values, effective rank and norm of each module; implies --values.")
+@click.option("--all", "each", is_flag=True, help="A row for each module, repeated layers not drawn together.")
+@options.as_json
+@options.together(options.alpha_in, options.transposed, options.embedding)
+def command(path: str, each: bool, as_json: bool, **words: Any) -> None:
+    """Show what an adapter or a checkpoint holds.
+
+    PATH is a file or a folder. By default only headers are read, so a model of any size is told at once.
+
+    \b
+    What is in it, and is anything odd about it?
+      loratools inspect adapter/
+    Was it trained at all, and are its values sound?
+      loratools inspect adapter/ --values
+    Does it fit this model, and how large a share of it does it train?
+      loratools inspect adapter/ --base model/
+    As a program wants it:
+      loratools inspect adapter/ --json
+    """
+    from loratools.ops.inspect import inspect
+
+    report = inspect(path, **words)
+    if as_json:
+        say_json(report)
+        return
+    from loratools.cli._inspected import shown
+
+    say(*shown(report, each=each))

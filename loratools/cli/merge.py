@@ -1,0 +1,49 @@
+"""loratools merge: adapters into a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools.cli import _options as options
+from loratools.cli._say import notes, progress, say, say_json
+
+
+@click.command()
+@click.argument("base")
+@click.argument("adapters", metavar="ADAPTER[:STRENGTH]...", nargs=-1, required=True)
+@options.out
+@options.together(options.dtype, options.device)
+@click.option("--untie", is_flag=True, help="Write a tied head as a tensor of its own where only one of the two changes.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", help="Replace part of the adapters' names, whole components; may be repeated.")
+@click.option("--allow-unmatched", is_flag=True, help="Leave out deltas whose weight the base lacks, and say so.")
+@options.together(options.alpha_in, options.transposed, options.embedding)
+@click.option("--full-report", is_flag=True, help="Measure what survived rounding on every weight, not on a sample.")
+@options.together(options.sha256, options.overwrite, options.threads, options.as_json, options.quiet)
+def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **words: Any) -> None:
+    """Merge adapters into a checkpoint.
+
+    BASE is a checkpoint, a folder or one .safetensors file; OUT gets its names, order, shards and dtypes. Weights that no
+    adapter changes keep their bytes, the others are computed in float64 and rounded once. An adapter that does not fit
+    stops the merge before anything is written.
+
+    \b
+    One adapter:
+      loratools merge model/ adapter/ -o merged/
+    Two, the second at half its strength:
+      loratools merge model/ adapter/ style/:0.5 -o merged/
+    Its names lack a component that the base's have:
+      loratools merge model/ adapter/ -o merged/ --rename model=language_model.model
+    """
+    from loratools.ops.merge import merge
+
+    with progress("Merging", quiet=quiet) as told:
+        receipt = merge(base, adapters, out, progress=told, **words)
+    notes(receipt["notes"], quiet=quiet)
+    if as_json:
+        say_json(receipt)
+        return
+    from loratools.cli._summary import merged
+
+    say(*merged(receipt, out))
