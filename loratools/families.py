@@ -86,6 +86,12 @@ class Family:
     def transposed(self, name: str) -> bool:
         return matches(name, self.more_transposed) or matches(name, self._globs)
 
+    def stacked(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a 3-D weight is a stack of experts' matrices rather than a 1-D convolution: by its name, or the config's count."""
+        types = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
+        counts = {value for config in types for key, value in config.items() if key.endswith("experts") and type(value) is int and value > 1}
+        return len(shape) == 3 and ("expert" in name or shape[0] in counts)
+
     def tied(self, names: Iterable[str]) -> tuple[str, str] | None:
         """(embedding, head) that share one tensor in the model, named as this checkpoint would name them, or None."""
         present = set(names)
