@@ -11,8 +11,8 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,12 +20,13 @@ from typing import Any, TypeAlias
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import conv2d, cross_entropy, linear, max_pool2d, relu
 
 from loratools.errors import MissingExtra
 from loratools.ops.extract import extract
 from loratools.ops.merge import merge
 from loratools.output import check_output
+from loratools.threads import single_threaded_blas
 
 Weights: TypeAlias = dict[str, Tensor]
 Progress: TypeAlias = Callable[[str], None]
@@ -34,6 +35,7 @@ TASK = "read handwritten digits turned by a quarter"
 RANKS = (1, 2, 4, 8, 16)
 STORY = 8  # the rank whose receipts are shown
 _TRAINED_ON = 1200  # of the 1797 images; the others are held out, and accuracy is measured on them alone
+_BATCH = 64
 _SHAPES = {  # (out, in, *kernel): 349 578 parameters with the biases
     "conv1": (32, 1, 3, 3),
     "conv2": (64, 32, 3, 3),
@@ -73,11 +75,7 @@ def demo(*, keep: str | Path | None = None, seed: int = 0, quick: bool = False, 
     say = progress or (lambda step: None)
     generator = torch.Generator().manual_seed(seed)
     digits = load_digits(generator)
-    if keep is not None:
-        folder = check_output(keep, overwrite=False)
-        folder.mkdir(parents=True, exist_ok=True)
-    with nullcontext(str(folder)) if keep is not None else tempfile.TemporaryDirectory(prefix="loratools-demo-") as place:
-        root = Path(place)
+    with single_threaded_blas(), _room(keep) as root:
         _make_pair(root, digits, generator, epochs=2 if quick else 12, say=say)
         rows = [_checkpoint_row("base", root / "base", digits.turned()), _checkpoint_row("fine-tune", root / "tuned", digits.turned())]
         receipts: dict[str, Any] = {}
@@ -126,12 +124,12 @@ def new_weights(generator: torch.Generator) -> Weights:
 
 def forward(weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """Logits (n, 10) of images (n, 1, 8, 8): two convolutions, one halving, three linear layers."""
-    x = F.relu(F.conv2d(images, weights["conv1.weight"], weights["conv1.bias"], padding=1))
-    x = F.relu(F.conv2d(x, weights["conv2.weight"], weights["conv2.bias"], padding=1))
-    x = F.max_pool2d(x, 2).flatten(1)
+    x = relu(conv2d(images, weights["conv1.weight"], weights["conv1.bias"], padding=1))
+    x = relu(conv2d(x, weights["conv2.weight"], weights["conv2.bias"], padding=1))
+    x = max_pool2d(x, 2).flatten(1)
     for name in ("fc1", "fc2"):
-        x = F.relu(F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"]))
-    return F.linear(x, weights["head.weight"], weights["head.bias"])
+        x = relu(linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"]))
+    return linear(x, weights["head.weight"], weights["head.bias"])
 
 
 def train(weights: Weights, task: Task, generator: torch.Generator, *, epochs: int, rate: float) -> Weights:
@@ -139,9 +137,11 @@ def train(weights: Weights, task: Task, generator: torch.Generator, *, epochs: i
     weights = {name: value.clone().requires_grad_() for name, value in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), lr=rate)
     for _ in range(epochs):
-        for batch in task.learn[torch.randperm(len(task.learn), generator=generator)].split(64):
+        order = task.learn[torch.randperm(len(task.learn), generator=generator)]
+        for first in range(0, len(order), _BATCH):
+            batch = order[first : first + _BATCH]
             optimizer.zero_grad()
-            F.cross_entropy(forward(weights, task.images[batch]), task.labels[batch]).backward()  # type: ignore[no-untyped-call]
+            cross_entropy(forward(weights, task.images[batch]), task.labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return {name: value.detach() for name, value in weights.items()}
 
@@ -154,6 +154,18 @@ def accuracy(weights: Mapping[str, Tensor], task: Task) -> float:
 
 
 # -- files, and what is measured on them
+
+
+@contextmanager
+def _room(keep: str | Path | None) -> Iterator[Path]:
+    """The folder to keep, new or empty; a temporary one if none is given."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="loratools-demo-") as folder:
+            yield Path(folder)
+        return
+    path = check_output(keep, overwrite=False)
+    path.mkdir(parents=True, exist_ok=True)
+    yield path
 
 
 def _make_pair(root: Path, digits: Task, generator: torch.Generator, *, epochs: int, say: Progress) -> None:
@@ -178,7 +190,8 @@ def read_weights(folder: Path) -> Weights:
 
 def _checkpoint_row(name: str, folder: Path, task: Task) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.iterdir())
-    return {"name": name, "rank": None, "accuracy": accuracy(read_weights(folder), task), "bytes": size, "error": None, "optimal_error": None}
+    unmeasured = dict.fromkeys(("error", "optimal_error", "applied", "expected"))
+    return {"name": name, "rank": None, "accuracy": accuracy(read_weights(folder), task), "bytes": size, **unmeasured}
 
 
 def _rank_row(root: Path, rank: int, task: Task, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

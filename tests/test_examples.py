@@ -1,0 +1,64 @@
+"""The scripts in examples/, run as a person would run them, on small files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.files import llama_config, llama_tensors, peft_config, write_adapter, write_checkpoint
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """base/, tuned/, two adapters of rank 2, adapter/ and style/."""
+    generator = torch.Generator().manual_seed(1)
+    base = llama_tensors()
+    tuned = {name: W + 0.1 * torch.randn(W.shape, generator=generator) for name, W in base.items()}
+    write_checkpoint(tmp_path / "base", base, llama_config())
+    write_checkpoint(tmp_path / "tuned", tuned, llama_config())
+    for name, module in (("adapter", Q), ("style", UP)):
+        rows, columns = base[f"{module}.weight"].shape
+        root = f"base_model.model.{module}"
+        A, B = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator)
+        config = peft_config(target_modules=[module.rpartition(".")[2]], layers_to_transform=[int(module.split(".")[2])])
+        write_adapter(tmp_path / name, {f"{root}.lora_A.weight": A, f"{root}.lora_B.weight": B}, config)
+    return tmp_path
+
+
+def run(room: Path, name: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, str(EXAMPLES / name), *arguments], cwd=room, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_extract_and_merge(room: Path) -> None:
+    """At full rank (8 columns) nothing is lost but float32 rounding."""
+    lines = run(room, "extract_and_merge.py", "base", "tuned", "out", "8").splitlines()
+    assert lines[-2] == "applied {0} of {0} changes".format(len(llama_tensors()))
+    assert lines[-1] == "‖merged − tuned‖ is 0.00% of ‖tuned − base‖"
+    worse = run(room, "extract_and_merge.py", "base", "tuned", "worse", "1").splitlines()[-1]
+    assert 10 < float(worse.split()[4].rstrip("%")) < 100
+    assert (room / "out/merged/loratools.json").is_file()
+    assert (room / "out/adapter/loratools.json").is_file()
+
+
+def test_strengths(room: Path) -> None:
+    lines = run(room, "strengths.py", "base", "adapter", "style", "out").splitlines()
+    told = [line for line in lines if line.startswith("style at")]
+    assert [line.split(",")[0] for line in told] == [f"style at {strength}: applied 2 of 2" for strength in (0.0, 0.5, 1.0)]
+    changes = [float(line.rpartition(" ")[2]) for line in told]
+    assert changes == sorted(changes)
+
+
+def test_every_example_is_run_here_and_short() -> None:
+    here = Path(__file__).read_text(encoding="utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        assert f'"{path.name}"' in here
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
