@@ -37,7 +37,7 @@ def column_squares(blocks: Iterable[Tensor]) -> Tensor:
         squares = block * block
         padded = squares.new_zeros(ROWS, squares.shape[1])
         padded[: len(squares)] = squares
-        folded = _halve(padded.T).T
+        folded = _halve(padded.T)
         total = folded if total is None else total + folded
     if total is None:
         raise ValueError("no rows")
