@@ -93,8 +93,8 @@ def _fill(receipt: Receipt, work: Extraction, adapter: Adapter) -> None:
     receipt.inputs = [_input(work, work.pair.base, "base", 0), _input(work, work.pair.tuned, "tuned", 1)]
     here = [change for change in work.changes.values() if change.delta is not None]
     receipt.expected, receipt.applied = len(work.changes), len(here)
-    receipt.tensors = [change.row() for change in here]
     total = sum(change.norm**2 for change in work.changes.values() if change.norm)
+    receipt.tensors = [{**change.row(), "share": _share(change.norm, total)} for change in here]
     receipt.left_out = [
         {"name": name, "reason": change.reason, "relative_norm": change.relative_norm, "share": _share(change.norm, total)}
         for name, change in work.changes.items()
