@@ -15,10 +15,11 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
+from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
 from loratools.families import Family
 from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
-from loratools.tensorfile import Ref, Spec
+from loratools.tensorfile import Spec, same_bytes
 
 Applications: TypeAlias = list[tuple[Delta, float]]
 
@@ -124,13 +125,6 @@ def _check_meetings(plan: Plan, known: Mapping[str, Spec]) -> None:
     raise_all(faults)
 
 
-def same_bytes(one: Ref, other: Ref) -> bool:
-    """Whether two tensors have the same spec and bytes."""
-    if one.spec != other.spec:
-        return False
-    return all(bytes(a) == bytes(b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
-
-
 def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool) -> None:
     """Decide a tied embedding and head: alike they stay tied, else it takes `--untie`, which writes both."""
     embedding, head = tied
@@ -140,7 +134,7 @@ def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool)
     if len(here) == 2 and _alike(plan.changes[embedding], plan.changes[head]):
         if head not in checkpoint:
             plan.without_effect += len(plan.changes.pop(head))
-            plan.notes.append(f"{head} stays tied to {embedding}: the adapter saved both alike")
+            plan.notes.append(f"{head} stays tied to {embedding}: the adapter changes both alike")
         return
     if not untie:
         raise UnsupportedError(
@@ -157,10 +151,16 @@ def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool)
 def _alike(one: Applications, other: Applications) -> bool:
     if len(one) != len(other):
         return False
-    pairs = list(zip(one, other, strict=True))
-    return all(
-        s == t and isinstance(d, Replacement) and isinstance(e, Replacement) and same_bytes(d.value, e.value) for (d, s), (e, t) in pairs
-    )
+    return all(s == t and _same(d, e) for (d, s), (e, t) in zip(one, other, strict=True))
+
+
+def _same(one: Delta, other: Delta) -> bool:
+    """Whether two deltas make the same of the same weight: whole tensors with equal bytes, factors with equal bytes and scaling."""
+    if isinstance(one, Replacement) and isinstance(other, Replacement):
+        return same_bytes(one.value, other.value)
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return one.scaling == other.scaling and same_bytes(one.A, other.A) and same_bytes(one.B, other.B)
+    return False
 
 
 def _note_shape(plan: Plan, checkpoint: Checkpoint, name: str, applications: Applications, tied: tuple[str, str] | None) -> None:
