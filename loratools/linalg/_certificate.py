@@ -31,10 +31,6 @@ class Space:
     theta: Tensor
     S: Tensor
 
-    def leading(self, j: int) -> Space:
-        """The space of the first j Ritz vectors; the others stay uncoupled from it, so S only loses columns."""
-        return Space(V=self.V[:, :j], Z=self.Z[:, :j], W=self.W[:, :j], theta=self.theta[:j], S=self.S[:, :j])
-
 
 def project(op: Operator, V: Tensor) -> Space:
     """Rayleigh-Ritz in float64 on the span of V (n, j): two passes, however V was found."""
@@ -54,7 +50,7 @@ def head(space: Space, mu: float, rank: int) -> float:
     M.diagonal()[:j], M.diagonal()[j:] = space.theta, mu
     M[j:, :j], M[:j, j:] = space.S, space.S.T
     top = torch.linalg.eigvalsh(M).flip(0)[:rank].clamp_min(mu)  # with further copies of μ, of which there may be many
-    return float(top.sum()) + max(0, rank - top.numel()) * mu
+    return float(top.sum()) + max(0, rank - int(top.numel())) * mu
 
 
 def bound(op: Operator, space: Space, mu: float, rank: int) -> float:

@@ -15,6 +15,7 @@ from loratools.linalg._operator import Operator
 from loratools.linalg._rules import Fixed, Rule
 
 NEGLIGIBLE = 1e-7  # of ‖X‖: an error float32 factors cannot reach, so nothing is left to certify
+_PATIENCE = 6  # passes a probe may take however few were spent before
 _BLIND = 1e-5  # of ‖X‖²: below, errors from float32 Ritz values are rounding noise
 
 
@@ -29,11 +30,14 @@ def iterative(op: Operator, rule: Rule, *, tolerance: float, seed: int) -> Leadi
     block = block_size(rule)
     basis = Krylov(op, block, generator)
     attempts, next_look = 0, 0
-    while basis.dim + 2 * block <= op.n // 3 and op.passes < op.n // 8:
+    while basis.dim + 2 * block <= op.n // 2 and op.passes < op.n // 8:
         basis.extend()
+        if basis.dim < next_look:
+            continue
         theta, residual, Y = basis.ritz()
         j = _worth_a_look(op, rule, theta, residual, tolerance)
-        if j is None or basis.dim < next_look:
+        if j is None:
+            next_look = basis.dim + basis.dim // 8  # Ritz values of a large basis cost more than a block
             continue
         space = project(op, basis.Q.double() @ Y[:, :j].to(basis.Q.device))
         P, sigma, Q = split(op, space)
@@ -64,9 +68,9 @@ def _worth_a_look(op: Operator, rule: Rule, theta: Tensor, residual: Tensor, tol
         return None
     allowed = squared * (1 - (1 + tolerance) ** -2)
     mu = _guess_mu(theta[:rank], residual[:rank], sigma[:rank], allowed)
-    costs = {j: 2 * _steps(op, mu, theta, residual, j) + j / 6 for j in _sizes(rank, theta.numel())}
-    best = min(costs, key=costs.__getitem__, default=None)
-    return best if best is not None and costs[best] <= max(12, op.passes) else None
+    passes = {j: 2 * _steps(op, mu, theta, residual, j) for j in _sizes(rank, theta.numel())}
+    best = min(passes, key=lambda j: passes[j] + j / 6, default=None)  # six columns in float64 cost about a pass
+    return best if best is not None and passes[best] <= max(_PATIENCE, op.passes) else None
 
 
 def _guess_mu(theta: Tensor, residual: Tensor, sigma: Tensor, allowed: float) -> float:
@@ -102,7 +106,7 @@ def _certify(
     if mu <= nu:
         return None
     probe, goal = Probe(op, space, generator, mu), threshold(chance)
-    budget = max(8, op.passes)
+    budget = max(8, op.passes // 2 + 4)
     for step in range(budget):
         probe.step()
         if probe.claim(mu) < goal:

@@ -29,7 +29,7 @@ class Krylov:
     @property
     def dim(self) -> int:
         """Columns of Q."""
-        return self.Q.shape[1]
+        return int(self.Q.shape[1])
 
     def extend(self) -> None:
         """One more block: two passes."""

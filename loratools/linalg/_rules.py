@@ -81,13 +81,37 @@ class Fixed:
         return sigma.numel() >= self.size
 
 
-Rule = Fixed | Energy | MaxError
-RankRule = int | Rule
+@dataclass(frozen=True)
+class Capped:
+    """Another rule's rank, but no more than this.
+
+    >>> Capped(Energy(0.99), 2).rank(torch.ones(5), total=5.0)
+    2
+    """
+
+    inner: Energy | MaxError
+    cap: int
+
+    def rank(self, sigma: Tensor, total: float) -> int:
+        """The rank."""
+        return min(self.cap, self.inner.rank(sigma, total))
+
+    def reached(self, sigma: Tensor, total: float) -> bool:
+        """Whether these leading singular values suffice."""
+        return sigma.numel() >= self.cap or self.inner.reached(sigma, total)
 
 
-def as_rule(rank: RankRule) -> Rule:
-    """The rule itself; an int is `Fixed`."""
-    return Fixed(rank) if isinstance(rank, int) else rank
+Rule = Fixed | Energy | MaxError | Capped
+RankRule = int | Fixed | Energy | MaxError
+
+
+def as_rule(rank: RankRule, limit: int) -> Fixed | Capped:
+    """The rule with no rank above `limit`; an int is `Fixed`."""
+    if isinstance(rank, int):
+        rank = Fixed(rank)
+    if limit < 1:
+        raise OptionError("largest rank", found=limit, expected="1 or more")
+    return Fixed(min(rank.size, limit)) if isinstance(rank, Fixed) else Capped(rank, limit)
 
 
 def _first(reached: Tensor) -> int:

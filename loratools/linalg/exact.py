@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loratools.errors import NonFiniteError, OptionError
+from loratools.linalg._powers import balanced, exponent, power
 
 _LOWEST = -400  # rows and columns below 2**-400 are rounded to its grid: no product is subnormal, so flush-to-zero is harmless
 _HIGHEST = 480  # and none above 2**480 is taken: no product overflows
@@ -42,7 +43,7 @@ class ExactProduct:
         self.shape = (B.shape[0], A.shape[1])
         self.slices = slices
         self.bits = _bits(B.shape[1], slices)
-        left, right = _balanced(B.to(torch.float64) * scale, A.to(torch.float64))
+        left, right = _padded(B.to(torch.float64) * scale, A.to(torch.float64))
         self._width = left.shape[1]
         self._left = torch.cat(_sliced(left, 1, self.bits, slices), dim=1)
         self._right = torch.cat(_sliced(right, 0, self.bits, slices)[::-1], dim=0)
@@ -69,40 +70,26 @@ def _bits(rank: int, slices: int) -> int:
     return (53 - (terms - 1).bit_length()) // 2
 
 
-def _balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with column k of B and row k of A alike in size, by powers of two, and a zero component in front.
+def _padded(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The balanced factors with a zero component in front.
 
-    That zero component makes a zero sum +0 in every kernel; else it may be -0 where a kernel starts from its first product.
+    That component makes a zero sum +0 in every kernel; else it may be -0 where a kernel starts from its first product.
     """
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         raise NonFiniteError("a factor holds inf or nan")
-    shift = (_exponent(B, 0) - _exponent(A, 1).T) // 2
-    B, A = B * _power(-shift), A * _power(shift.T)
-    if B.numel() and A.numel() and max(int(_exponent(B, 1).max()), int(_exponent(A, 0).max())) > _HIGHEST:
+    B, A = balanced(B, A)
+    if B.numel() and A.numel() and max(int(exponent(B, 1).max()), int(exponent(A, 0).max())) > _HIGHEST:
         raise NonFiniteError("a product of the factors overflows")
     return torch.nn.functional.pad(B, (1, 0)), torch.nn.functional.pad(A, (0, 0, 1, 0))
 
 
 def _sliced(X: Tensor, axis: int, bits: int, slices: int) -> list[Tensor]:
     """X as a sum of slices, each on a grid of its row (axis 1) or column (axis 0): integers up to 2**bits times one power of two."""
-    unit = _exponent(X, axis).clamp_min(_LOWEST) - bits
+    unit = exponent(X, axis).clamp_min(_LOWEST) - bits
     parts = []
     for _ in range(slices):
-        part = torch.round(X * _power(-unit)) * _power(unit)
+        part = torch.round(X * power(-unit)) * power(unit)
         parts.append(part)
         X = X - part  # exact: the remainder is at most half a unit and a multiple of X's own last place
         unit = unit - bits
     return parts
-
-
-def _exponent(X: Tensor, axis: int) -> Tensor:
-    """Per row (axis 1) or column (axis 0) the least e with |x| < 2**e, as int64 with the axis kept; 0 for zeros."""
-    if not X.shape[axis]:
-        return torch.zeros(tuple(1 if i == axis else size for i, size in enumerate(X.shape)), dtype=torch.int64, device=X.device)
-    largest = torch.maximum(X.amax(axis, keepdim=True), -X.amin(axis, keepdim=True))  # no copy of |X|
-    return torch.frexp(largest).exponent.to(torch.int64)
-
-
-def _power(exponent: Tensor) -> Tensor:
-    """2.0**exponent, made from its bits: torch.ldexp goes through pow, which promises only to be close."""
-    return (exponent.clamp(-1022, 1023) + 1023).bitwise_left_shift(52).view(torch.float64)

@@ -21,7 +21,7 @@ from loratools.linalg._rules import Energy, Fixed, MaxError, RankRule, Rule, as_
 
 __all__ = ["Energy", "Fixed", "MaxError", "RankRule", "Truncated", "truncated_svd"]
 
-_SMALL = 768  # short sides up to this take the Gram route: tests/benchmarks/bench_svd.py --crossover
+_SMALL = 512  # short sides up to this take the Gram route: tests/benchmarks/bench_svd.py --crossover
 _BLOCK = 1 << 18  # elements of a row block while the error is measured
 
 
@@ -72,63 +72,57 @@ def truncated_svd(
     (1, 11.1803, True)
     """
     op = Operator(D)
-    rule = as_rule(rank)
     if not 0 < tolerance < 1:
         raise OptionError("tolerance", found=tolerance, expected="between 0 and 1")
-    limit = min(*D.shape, max_rank or min(D.shape))
-    leading = _nothing(op) if op.norm == 0 else _route(op, _capped(rule, limit), tolerance=tolerance, exact=exact, seed=seed)
-    return _finish(op, leading, rule, limit, dtype or torch.float32)
+    rule = as_rule(rank, op.n if max_rank is None else min(op.n, max_rank))
+    leading = _nothing(op) if op.norm == 0 else _route(op, rule, tolerance=tolerance, exact=exact, seed=seed)
+    return _finish(op, leading, rule, dtype or torch.float32)
 
 
 def _route(op: Operator, rule: Rule, *, tolerance: float, exact: bool, seed: int) -> Leading:
     if exact:
         return lapack(op, rule)
-    small = op.n <= _SMALL or (isinstance(rule, Fixed) and 6 * block_size(rule) > op.n)
+    small = op.n <= _SMALL or 6 * block_size(rule) > op.n or (isinstance(rule, Fixed) and 6 * rule.size > op.n)
     found = None if small or not op.plain else iterative(op, rule, tolerance=tolerance, seed=seed)
     return found or gram(op, rule)
 
 
-def _capped(rule: Rule, limit: int) -> Rule:
-    return Fixed(min(rule.size, limit)) if isinstance(rule, Fixed) else rule
-
-
 def _nothing(op: Operator) -> Leading:
-    empty = torch.zeros(max(op.m, op.n), 0, dtype=torch.float64, device=op.D.device)
-    return Leading(P=empty[: op.m], sigma=torch.zeros(0, dtype=torch.float64), Q=empty[: op.n], optimal=0.0, method="zero")
+    empty = op.D.new_zeros(op.m, 0, dtype=torch.float64)
+    return Leading(P=empty, sigma=torch.zeros(0, dtype=torch.float64), Q=empty[: op.n], optimal=0.0, method="zero")
 
 
-def _finish(op: Operator, leading: Leading, rule: Rule, limit: int, dtype: torch.dtype) -> Truncated:
+def _finish(op: Operator, leading: Leading, rule: Rule, dtype: torch.dtype) -> Truncated:
     """Cut or pad to the rank, balance, round to dtype, turn back to D's orientation, measure."""
-    found = min(limit, leading.sigma.numel())
-    rank = min(rule.size, limit) if isinstance(rule, Fixed) else max(1, found)
+    found = leading.sigma.numel()
+    rank = rule.size if isinstance(rule, Fixed) else max(1, found)
     sigma = torch.zeros(rank, dtype=torch.float64)
-    sigma[:found] = leading.sigma[:found] * op.unit
+    sigma[:found] = leading.sigma * op.unit
     root = sigma.sqrt().to(op.D.device)
-    left, right = _padded(leading.P[:, :found], rank) * root, _padded(leading.Q[:, :found], rank) * root
+    left, right = _padded(leading.P, rank) * root, _padded(leading.Q, rank) * root
     if op.transposed:
         left, right = right, left
     B, A = left.to(dtype).contiguous(), right.T.to(dtype).contiguous()
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         raise NonFiniteError(f"a factor overflows {dtype}")
-    error = _measured(op.D, B, A, op.norm * op.unit)
-    return Truncated(
-        B=B, A=A, sigma=sigma, norm=op.norm * op.unit, error=error, optimal=leading.optimal * op.unit, method=leading.method, passes=op.passes
-    )
+    norm, error = op.norm * op.unit, _measured(op, B, A)
+    optimal = min(leading.optimal * op.unit, error)  # both are good to about 1e-8: a bound above what was reached would only confuse
+    return Truncated(B=B, A=A, sigma=sigma, norm=norm, error=error, optimal=optimal, method=leading.method, passes=op.passes)
 
 
 def _padded(X: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(X, (0, rank - X.shape[1]))
 
 
-def _measured(D: Tensor, B: Tensor, A: Tensor, norm: float) -> float:
+def _measured(op: Operator, B: Tensor, A: Tensor) -> float:
     """‖D − BA‖_F from blocks of rows, squares summed in float64."""
     # Rounding the residual in float32 adds about (2u·‖D‖)² to its square, u = 2**-24: below 1e-10 of it while the error is
-    # above 1 % of the norm. Below that, and where float32 products may be something less (TF32), float64.
-    if D.dtype == torch.float32 and D.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
-        error = _residual(D, B, A, torch.float32)
-        if error > 0.01 * norm:
+    # above 1 % of the norm. Below that, where squares may leave float32's range, and where products may be TF32: float64.
+    if op.narrow and 2.0**-40 < op.unit < 2.0**40:
+        error = _residual(op.D, B, A, torch.float32)
+        if error > 0.01 * op.norm * op.unit:
             return error
-    return _residual(D, B, A, torch.float64)
+    return _residual(op.D, B, A, torch.float64)
 
 
 def _residual(D: Tensor, B: Tensor, A: Tensor, dtype: torch.dtype) -> float:
