@@ -1,0 +1,88 @@
+"""‖W + s·B·A‖ for each row, without the product: the norm by which DoRA divides (Liu et al. 2024, arXiv:2402.09353, §4.3).
+
+    ‖w + s·bA‖² = ‖w‖² + 2s·⟨w·Aᵀ, b⟩ + s²·⟨b·(A·Aᵀ), b⟩
+
+costs one pass over W and r columns instead of a dense product and three tensors of W's size. It loses digits where s·bA is
+close to −w, so such rows are computed from W + s·B·A itself. ‖W‖² is taken anew each time: W·Aᵀ reads the same rows, so it
+costs little, and a value kept from before could not see a weight that was written through `.data`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOST = 0.01  # below this share of ‖w‖² + ‖s·bA‖² a row has lost two of its seven digits and is computed densely
+BLOCK = 1 << 22  # elements of W widened at once: 16 MB in float32
+
+
+def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """‖W + scaling·B·A‖ per row, (m,), for W (m, n), A (r, n), B (m, r) of any floating dtypes; no gradient.
+
+    In float32, or float64 where W is; never in TF32 or an autocast dtype.
+
+    >>> row_norms(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0]]), 1.0)
+    tensor([5.])
+    """
+    arguments = (W.detach(), A.detach(), B.detach(), scaling)
+    if torch.compiler.is_compiling():  # the rows to repeat depend on values, which a traced graph cannot ask for
+        return torch.ops.loratools.row_norms(*arguments)  # type: ignore[no-any-return]
+    return _row_norms(*arguments)
+
+
+@torch.no_grad()
+def _row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    with torch.autocast(W.device.type, enabled=False):
+        wide = torch.promote_types(W.dtype, torch.float32)
+        inner = _product_dtype(W, wide)
+        A, B = A.to(inner), B.to(inner)
+        own, cross = _with_base(W, A, B, wide)
+        change = (B @ (A @ A.T)).mul_(B).sum(1).mul_(scaling * scaling).to(wide)
+        total = own + cross.mul_(2 * scaling) + change
+        rows = _lost(total, own + change)
+        if rows is not None:
+            _repeat(total, rows, W, A, B, scaling)
+        return total.clamp_min_(0).sqrt_()
+
+
+def _product_dtype(W: Tensor, wide: torch.dtype) -> torch.dtype:
+    """The dtype to multiply in: where float32 products may be made in TF32, the next wider."""
+    shortened = W.is_cuda and wide is torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return torch.float64 if shortened else wide
+
+
+def _with_base(W: Tensor, A: Tensor, B: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(‖w‖², ⟨w·Aᵀ, b⟩) per row; W is widened in blocks."""
+    step = len(W) if W.dtype == A.dtype else max(1, BLOCK // max(1, W.shape[1]))
+    own, cross = torch.empty(len(W), dtype=wide, device=W.device), torch.empty(len(W), dtype=wide, device=W.device)
+    for start in range(0, len(W), step):
+        part = slice(start, start + step)
+        block = W[part].to(A.dtype)
+        own[part] = torch.linalg.vector_norm(block, dim=1).square_()
+        cross[part] = (block @ A.T).mul_(B[part]).sum(1)
+    return own, cross
+
+
+def _lost(total: Tensor, parts: Tensor) -> Tensor | None:
+    """The rows whose norm is a small difference of large numbers; None for none."""
+    if total.is_cuda and torch.cuda.is_current_stream_capturing():  # a CUDA graph cannot wait for the answer: all rows
+        return torch.arange(len(total), device=total.device)
+    lost = ~(total >= LOST * parts)
+    return lost.nonzero().squeeze(1) if bool(lost.any()) else None
+
+
+def _repeat(total: Tensor, rows: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
+    """Write the squared norms of some rows as they come from W + scaling·B·A itself."""
+    for some in torch.split(rows, max(1, BLOCK // max(1, W.shape[1]))):
+        dense = torch.addmm(W[some].to(A.dtype), B[some], A, alpha=scaling)
+        total[some] = torch.linalg.vector_norm(dense, dim=1).square_().to(total.dtype)
+
+
+@torch.library.custom_op("loratools::row_norms", mutates_args=(), schema="(Tensor W, Tensor A, Tensor B, float scaling) -> Tensor")
+def _opaque(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return _row_norms(W, A, B, scaling)
+
+
+@_opaque.register_fake
+def _shape(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    return W.new_empty(W.shape[:1], dtype=torch.promote_types(W.dtype, torch.float32))
