@@ -7,57 +7,52 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from loratools.cli._names import grouped
+from loratools.cli._names import grouped, natural
 from loratools.cli._numbers import count, number, percent, size, span
+from loratools.cli._table import facts, table
 
 Row = Mapping[str, Any]
+Cells = dict[str, list[str]]  # a table's columns by title
 Lines = Sequence[tuple[str, Sequence[Row]]]  # what a line of a table stands for
 WARNINGS = 10
 VARYING = ("kind", "rank", "alpha", "scaling", "dtype")  # columns only where they differ
 
 
-def shown(report: Row, *, each: bool = False) -> list[RenderableType]:
-    """The report of an adapter or a checkpoint as tables to print; `each` gives every module a row."""
+def shown(report: Row, columns: int | None, *, each: bool = False) -> list[str]:
+    """The report of an adapter or a checkpoint as lines for so many columns; `each` gives every module a row."""
     if report["format"] == "checkpoint":
         from loratools.ops.inspect import tensors
 
-        return [_facts(_checkpoint_facts(report)), "", _tensor_table(tensors(report["path"]), each), *_warnings(report["warnings"], ())]
-    modules = report["modules"]
-    return [_facts(_adapter_facts(report)), "", _module_table(report, each), *_warnings(report["warnings"], [row["name"] for row in modules])]
+        above, cells, names = _checkpoint_facts(report), _tensor_cells(tensors(report["path"]), each), []
+    else:
+        above, cells, names = _adapter_facts(report), _module_cells(report, each), [row["name"] for row in report["modules"]]
+    lines = [*facts(above, columns), "", *table(cells, columns, words=("kind", "dtype"))]
+    told = _warnings(report["warnings"], names)
+    return [*lines, "", *facts(told, columns, color="yellow")] if told else lines
 
 
 # -- the lines above
 
 
-def _facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in pairs:
-        table.add_row(label, text)
-    return table
-
-
 def _adapter_facts(report: Row) -> list[tuple[str, str]]:
     modules = report["modules"]
     dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in modules))
-    facts = [
+    lines = [
         ("adapter", report["path"]),
         ("format", f"{report['format']}, {_kinds(report['kinds'])}"),
         ("base", report["base_model"] or "not stated"),
     ]
-    facts += [("rank", _ranks(report))] if report["ranks"] else []
-    facts += [("scaling", _scaling(modules))] if any(row["alpha"] is not None for row in modules) else []
-    facts += [("parameters", _share(report)), ("on disk", f"{size(report['bytes'])}, {dtypes}")]
-    return facts
+    lines += [("rank", _ranks(report))] if report["ranks"] else []
+    lines += [("scaling", _scaling(modules))] if any(row["alpha"] is not None for row in modules) else []
+    lines.append(("parameters", f"{count(report['parameters'])} in {count(report['modules_total'])} tensors"))
+    if report["base_parameters"] is not None:
+        together = report["base_parameters"] + report["parameters"]
+        share = percent(report["trainable_percent"] / 100)
+        lines.append(("trainable", f"{share} of {count(together)}, the base's {count(report['base_parameters'])} among them"))
+    return [*lines, ("on disk", f"{size(report['bytes'])}, {dtypes}")]
 
 
 def _kinds(kinds: Mapping[str, int]) -> str:
@@ -83,13 +78,6 @@ def _scaling(modules: Sequence[Row]) -> str:
     return f"{span(scalings)} = {rule}, alpha {span(alphas)}"
 
 
-def _share(report: Row) -> str:
-    text = f"{count(report['parameters'])} in {count(report['modules_total'])} tensors"
-    if report["base_parameters"] is None:
-        return text
-    return f"{text}, {percent(report['trainable_percent'] / 100)} beside the base's {count(report['base_parameters'])}"
-
-
 def _checkpoint_facts(report: Row) -> list[tuple[str, str]]:
     dtypes = ", ".join(f"{name} ({count(number)}×)" if len(report["dtypes"]) > 1 else name for name, number in report["dtypes"].items())
     files = "one file" if report["shards"] == 1 else f"{report['shards']} shards"
@@ -103,33 +91,33 @@ def _checkpoint_facts(report: Row) -> list[tuple[str, str]]:
 # -- the table
 
 
-def _module_table(report: Row, each: bool) -> Table:
+def _module_cells(report: Row, each: bool) -> Cells:
     modules = {row["name"]: row for row in report["modules"]}
     keys = {name: tuple(str(row[field]) for field in (*VARYING, "shape")) for name, row in modules.items()}
     lines = [(_short(pattern), [modules[name] for name in names]) for pattern, names in _rows(keys, each)]
-    varying = [field for field in VARYING if len({row[field] for row in modules.values()}) > 1]
+    varying = [field for field in VARYING if len({row[field] for row in modules.values()} - {None}) > 1]
     spectra = any("sigma" in row for row in modules.values())
-    columns: dict[str, list[str]] = {"module": [name for name, _ in lines]}
+    columns: Cells = {"module": [name for name, _ in lines]}
     columns |= _repeats(lines)
     columns |= {"kind": [rows[0]["kind"] for _, rows in lines]} if "kind" in varying else {}
     columns["shape"] = [_dimensions(rows[0]) for _, rows in lines]
     columns |= {field: [_cell(rows[0][field]) for _, rows in lines] for field in ("rank", "alpha", "scaling") if field in varying}
     columns |= {"dtype": [rows[0]["dtype"] for _, rows in lines]} if "dtype" in varying else {}
-    columns |= dict(zip(("‖ΔW‖", "σ max", "σ min", "eff. rank"), zip(*(_measured(rows) for _, rows in lines)), strict=True)) if spectra else {}
-    return _table(columns | _parameters(lines))
+    columns |= _measured([rows for _, rows in lines]) if spectra else {}
+    return columns | _parameters(lines)
 
 
-def _tensor_table(rows: Sequence[Row], each: bool) -> Table:
+def _tensor_cells(rows: Sequence[Row], each: bool) -> Cells:
     tensors = {row["name"]: row for row in rows}
     keys = {name: (row["dtype"], str(row["shape"])) for name, row in tensors.items()}
     lines = [(pattern, [tensors[name] for name in names]) for pattern, names in _rows(keys, each)]
-    columns: dict[str, list[str]] = {"tensor": [name for name, _ in lines]}
+    columns: Cells = {"tensor": [name for name, _ in lines]}
     columns |= _repeats(lines) | {"shape": [_dimensions(members[0]) for _, members in lines]}
     columns |= {"dtype": [members[0]["dtype"] for _, members in lines]} if len({row["dtype"] for row in rows}) > 1 else {}
-    return _table(columns | _parameters(lines))
+    return columns | _parameters(lines)
 
 
-def _repeats(lines: Lines) -> dict[str, list[str]]:
+def _repeats(lines: Lines) -> Cells:
     counts = [len(rows) for _, rows in lines]
     return {"×": [str(many) if many > 1 else "" for many in counts]} if max(counts, default=1) > 1 else {}
 
@@ -138,41 +126,31 @@ def _dimensions(row: Row) -> str:
     return " × ".join(map(str, row["shape"])) or "scalar"
 
 
-def _parameters(lines: Lines) -> dict[str, list[str]]:
+def _parameters(lines: Lines) -> Cells:
     return {"parameters": [count(sum(row["parameters"] for row in rows)) for _, rows in lines]}
 
 
-def _measured(rows: Sequence[Row]) -> list[str]:
-    """‖ΔW‖, the greatest and the least singular value and the effective rank, as ranges over the rows of one line."""
-    sigmas = [row["sigma"] for row in rows if row["sigma"]]
-    columns = (
-        [row["norm"] for row in rows if row["norm"] is not None],
-        [sigma[0] for sigma in sigmas],
-        [sigma[-1] for sigma in sigmas],
-        [row["effective_rank"] for row in rows if row["effective_rank"] is not None],
-    )
-    return [span(values, digits=3) if values else "–" for values in columns]
-
-
-def _table(columns: Mapping[str, Sequence[str]]) -> Table:
-    """Columns by title: the first of names, words to the left, numbers to the right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for place, title in enumerate(columns):
-        words = place == 0 or title in ("kind", "dtype")
-        table.add_column(title, justify="left" if words else "right", overflow="fold", no_wrap=place > 0, style="bold" if place == 0 else None)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    return table
+def _measured(lines: Sequence[Sequence[Row]]) -> Cells:
+    """‖ΔW‖, the greatest and the least singular value and the effective rank, as ranges over the modules of a line."""
+    found: dict[str, Callable[[Row], float | None]] = {
+        "‖ΔW‖": lambda row: row["norm"],
+        "σ max": lambda row: row["sigma"][0] if row["sigma"] else None,
+        "σ min": lambda row: row["sigma"][-1] if row["sigma"] else None,
+        "eff. rank": lambda row: row["effective_rank"],
+        "magnitude min": lambda row: row["magnitude"]["min"] if "magnitude" in row else None,
+        "magnitude max": lambda row: row["magnitude"]["max"] if "magnitude" in row else None,
+    }
+    cells: Cells = {}
+    for title, pick in found.items():
+        values = [[value for row in rows if (value := pick(row)) is not None] for rows in lines]
+        if any(values):
+            cells[title] = [span(line, digits=3) if line else "–" for line in values]
+    return cells
 
 
 def _rows(keys: Mapping[str, tuple[str, ...]], each: bool) -> list[tuple[str, list[str]]]:
-    names = sorted(keys, key=_natural)
+    names = sorted(keys, key=natural)
     return [(name, [name]) for name in names] if each else grouped(names, keys)
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in name.split(".")]
 
 
 def _short(name: str) -> str:
@@ -186,10 +164,8 @@ def _cell(value: float | None) -> str:
 # -- warnings
 
 
-def _warnings(texts: Sequence[str], names: Iterable[str]) -> list[RenderableType]:
+def _warnings(texts: Sequence[str], names: Iterable[str]) -> list[tuple[str, str]]:
     """Warnings of single modules drawn together where they say the same, at most ten, then a count."""
-    if not texts:
-        return []
     known, general, of_modules = set(names), list[str](), dict[str, list[str]]()
     for text in texts:
         name, _, rest = text.partition(": ")
@@ -197,13 +173,9 @@ def _warnings(texts: Sequence[str], names: Iterable[str]) -> list[RenderableType
             of_modules.setdefault(rest, []).append(name)
         else:
             general.append(text)
-    lines = general
     for said, modules in of_modules.items():
-        patterns = [_short(pattern) for pattern, _ in grouped(sorted(modules, key=_natural))]
+        patterns = [_short(pattern) for pattern, _ in grouped(sorted(modules, key=natural))]
         more = f" and {len(patterns) - 3} more" if len(patterns) > 3 else ""
-        lines.append(f"{', '.join(patterns[:3])}{more}: {said}")
-    table = _facts([("warning", line) for line in lines[:WARNINGS]])
-    table.columns[0].style = "yellow"
-    if len(lines) > WARNINGS:
-        table.add_row("", Text(f"and {len(lines) - WARNINGS} more; --json has them all"))
-    return ["", table]
+        general.append(f"{', '.join(patterns[:3])}{more}: {said}")
+    left = len(general) - WARNINGS
+    return [("warning", text) for text in general[:WARNINGS]] + ([("", f"and {left} more; --json has them all")] if left > 0 else [])

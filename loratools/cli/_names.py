@@ -58,3 +58,12 @@ def _braces(numbers: frozenset[int]) -> str:
             runs.append([value])
     shown = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
     return shown[0] if len(numbers) == 1 else "{" + ",".join(shown) + "}"
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key for sorting that puts layer 2 before layer 10.
+
+    >>> sorted(["h.10.q", "h.2.q"], key=natural)
+    ['h.2.q', 'h.10.q']
+    """
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in name.split(".")]

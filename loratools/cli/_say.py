@@ -7,39 +7,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
 Progress = Callable[[int, int], None]
+
+
+def say(lines: Iterable[str]) -> None:
+    """Lines of text on stdout."""
+    click.echo("\n".join(lines))
 
 
 def say_json(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def say(*parts: RenderableType) -> None:
-    """Tables and texts on stdout: to the width of a terminal; in a pipe as wide as they are, without colours."""
-    console = _console()
-    if console.is_terminal:
-        for part in parts:
-            console.print(part, soft_wrap=False)
-        return
-    with console.capture() as captured:
-        for part in parts:
-            console.print(part)
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    terminal = sys.stdout.isatty()
-    return Console(file=sys.stdout, width=None if terminal else 1000, highlight=False, markup=False, emoji=False, force_terminal=terminal)
 
 
 def notes(texts: Iterable[str], *, quiet: bool) -> None:

@@ -27,7 +27,7 @@ from loratools.cli._say import notes, progress, say, say_json
 )  # fmt: skip
 @options.together(options.embedding, options.transposed)
 @click.option("--exact", is_flag=True, help="LAPACK's whole SVD in float64, instead of an iteration with a certificate.")
-@click.option("--tolerance", type=float, default=1e-4, show_default=True, metavar="F", help="How far above the best error the iteration may stop.")
+@click.option("--tolerance", type=float, default=1e-4, show_default=True, metavar="F", help="Stop this close to the best error.")
 @options.together(options.dtype, options.device)
 @click.option("--format", default="peft", show_default=True, metavar="F", help="The format to write.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the iteration's random start.")
@@ -55,5 +55,6 @@ def command(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **words
         say_json(receipt)
         return
     from loratools.cli._summary import extracted
+    from loratools.cli._table import width
 
-    say(*extracted(receipt, out))
+    say(extracted(receipt, out, width()))

@@ -40,5 +40,6 @@ def command(path: str, each: bool, as_json: bool, **words: Any) -> None:
         say_json(report)
         return
     from loratools.cli._inspected import shown
+    from loratools.cli._table import width
 
-    say(*shown(report, each=each))
+    say(shown(report, width(), each=each))

@@ -45,5 +45,6 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet
         say_json(receipt)
         return
     from loratools.cli._summary import merged
+    from loratools.cli._table import width
 
-    say(*merged(receipt, out))
+    say(merged(receipt, out, width()))

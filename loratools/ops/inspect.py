@@ -19,7 +19,7 @@ from loratools.deltas.compose import Chain, Part
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import OptionError
+from loratools.errors import FormatError, OptionError
 from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats.base import CONFIG, PICKLES, ReadOptions, open_container
@@ -51,6 +51,8 @@ def inspect(
     0.06
     """
     path = Path(path)
+    if not path.exists():
+        raise FormatError("no such file or folder", file=path)
     if not holds_adapter(path):
         wrong = [word for word, given in (("--base", base), ("--spectra", spectra), ("--alpha-in", alpha_in)) if given not in (None, False)]
         if wrong:
@@ -65,7 +67,7 @@ def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
         return (path / CONFIG).is_file() or any(path.glob("adapter_model.*"))
-    if path.name in SINGLE or path.name.endswith(INDEX) or not path.exists():
+    if path.name in SINGLE or path.name.endswith(INDEX):
         return False
     if path.suffix in PICKLES:
         return True
