@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-EXCERPT = re.compile(r"(?<=<!-- what `loratools demo` printed -->\n```text\n).*?(?=```\n)", re.DOTALL)
+EXCERPT = re.compile(r"(?<=^<!-- what `loratools demo` printed -->\n)```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def commands(text: str) -> list[str]:
@@ -38,7 +38,7 @@ def main(word: str) -> None:
     elif word == "excerpt":
         excerpt(text)
         printed = subprocess.run([sys.executable, "-m", "loratools", "demo"], check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
-        README.write_text(EXCERPT.sub(lambda _: printed, text), encoding="utf-8")
+        README.write_text(EXCERPT.sub(lambda _: f"```text\n{printed}```", text), encoding="utf-8")
     else:
         raise SystemExit(__doc__)
 

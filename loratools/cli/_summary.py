@@ -25,11 +25,11 @@ def merged(receipt: Row, out: str, columns: int | None) -> list[str]:
     pairs = [
         ("merged", out),
         ("applied", f"{count(receipt['applied'])} of {count(receipt['expected'])} deltas"),
-        ("changed", f"{count(len(rows))} of {count(len(receipt['digests']))} tensors; the others are the base's bytes"),
+        ("changed", f"{count(len(rows))} of {count(len(receipt['digests']))} tensors{_others(receipt)}"),
     ]
     pairs += _spread("‖ΔW‖/‖W‖", rows, "relative_norm", number, worst=max)
-    pairs += _spread("survived", rows, "survived", percent, worst=min, says=" of ‖ΔW‖ came through the rounding")
-    pairs += _spread("unmoved", rows, "unchanged", percent, worst=max, says=" of the weights were rounded back to what they were")
+    pairs += _spread("survived", rows, "survived", percent, worst=min, of=" of ‖ΔW‖")
+    pairs += _spread("unmoved", rows, "unchanged", percent, worst=max, of=" of the weights")
     return facts(pairs + _left_out(receipt["left_out"]) + _ending(receipt, out), columns)
 
 
@@ -71,20 +71,25 @@ def _worst(low: Sequence[Row], columns: int | None) -> list[str]:
     return ["", *table(cells, columns)]
 
 
-def _spread(
-    label: str, rows: Sequence[Row], field: str, show: Callable[[float], str], *, worst: Callable[..., Row], says: str = ""
-) -> Pairs:
+def _others(receipt: Row) -> str:
+    if len(receipt["tensors"]) == len(receipt["digests"]):
+        return ""
+    dtype = receipt["arguments"]["dtype"]
+    return f"; the others are cast to {dtype}" if dtype else "; the others are the base's bytes"
+
+
+def _spread(label: str, rows: Sequence[Row], field: str, show: Callable[[float], str], *, worst: Callable[..., Row], of: str = "") -> Pairs:
     """The median of a measure and its worst value, with the tensor that has it."""
     measured = [row for row in rows if row[field] is not None]
     if not measured:
         return []
     extreme = worst(measured, key=lambda row: row[field])
     if len(measured) == 1:
-        return [(label, show(extreme[field]) + says)]
-    least = f"min {show(min(row[field] for row in measured))}, " if worst is max and not says else ""
-    middle = f"{least}median {show(median(row[field] for row in measured))}"
+        return [(label, show(extreme[field]) + of)]
+    least = "" if of else f"min {show(min(row[field] for row in measured))}, "
+    middle = show(median(row[field] for row in measured))
     word = "min" if worst is min else "max"
-    return [(label, f"{middle}, {word} {show(extreme[field])} ({extreme['name'].removesuffix('.weight')}){says}")]
+    return [(label, f"{least}median {middle}{of}, {word} {show(extreme[field])} ({extreme['name'].removesuffix('.weight')})")]
 
 
 def _left_out(entries: Sequence[Row]) -> Pairs:
@@ -115,28 +120,3 @@ def _ending(receipt: Row, out: str) -> Pairs:
 
 def _files(many: int, one: str, several: str) -> str:
     return f"{count(many)} {one if many == 1 else several}"
-
-
-def demonstrated(result: Row, columns: int | None) -> list[str]:
-    """The demo's table: accuracy, size and error of base, fine-tune and each rank merged back."""
-    rows = result["rows"]
-    cells = {
-        "model": [row["name"] for row in rows],
-        "accuracy": [percent(row["accuracy"]) for row in rows],
-        "size": [size(row["bytes"]) for row in rows],
-        "error": [_optional(row["error"], number) for row in rows],
-        "best possible": [_optional(row["optimal_error"], number) for row in rows],
-        "applied": ["–" if row["applied"] is None else f"{row['applied']}/{row['expected']}" for row in rows],
-    }
-    images = result["images"]
-    facts_below = [
-        ("task", result["task"]),
-        ("accuracy", f"on {count(images['held_out'])} images that no training saw"),
-        ("error", "‖merged − tuned‖ / ‖tuned − base‖, measured on the files"),
-        ("took", f"{result['seconds']:.1f} s"),
-    ]
-    return [*table(cells, columns), "", *facts(facts_below, columns)]
-
-
-def _optional(value: float | None, show: Callable[[float], str]) -> str:
-    return "–" if value is None else show(value)

@@ -31,7 +31,7 @@ def command(as_json: bool, quiet: bool, **words: Any) -> None:
     if as_json:
         say_json(result)
         return
-    from loratools.cli._summary import demonstrated
+    from loratools.cli._demonstrated import demonstrated
     from loratools.cli._table import width
 
     say(demonstrated(result, width()))

@@ -90,6 +90,7 @@ def demo(*, keep: str | Path | None = None, seed: int = 0, quick: bool = False, 
         "images": {"learnt_from": len(digits.learn), "held_out": len(digits.held_out)},
         "rows": rows,
         **receipts,
+        "kept": None if keep is None else str(keep),
         "seed": seed,
         "seconds": time.perf_counter() - start,
     }
