@@ -36,21 +36,48 @@ TRANSPOSED = {
     "clvp": ("*.c_attn.weight", "*.mlp.c_proj.weight", "*.mlp.c_fc.weight"),
 }
 # output head by the ending of the input embedding it may be tied to (transformers' _tied_weights_keys); an ending of one
-# component is the whole name, as a base model saved without its head spells it
+# component is the whole name, as a base model saved without its head spells it, and `*` is one component of any name
 HEADS = (
     ("model.decoder.embed_tokens.weight", "lm_head.weight"),
+    ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+    ("model.decoder.embed_tokens.weight", "output_projection.weight"),
+    ("model.language_model.embed_tokens.weight", "lm_head.weight"),
+    ("model.text_model.embed_tokens.weight", "lm_head.weight"),
     ("model.embed_tokens.weight", "lm_head.weight"),
+    ("model.language_model.shared.weight", "lm_head.weight"),
     ("model.shared.weight", "lm_head.weight"),
+    ("led.shared.weight", "lm_head.weight"),
     ("transformer.wte.weight", "lm_head.weight"),
     ("transformer.word_embeddings.weight", "lm_head.weight"),
+    ("transformer.tokens_embed.weight", "lm_head.weight"),
+    ("transformer.w.weight", "lm_head.weight"),
+    ("backbone.embeddings.weight", "lm_head.weight"),
+    ("rwkv.embeddings.weight", "head.weight"),
+    ("biogpt.embed_tokens.weight", "output_projection.weight"),
     ("gpt_neox.embed_in.weight", "embed_out.weight"),
-    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
-    ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+    ("gpt_neox.embed_in.weight", "lm_head.weight"),
     ("shared.weight", "lm_head.weight"),
     ("embed_tokens.weight", "lm_head.weight"),
     ("wte.weight", "lm_head.weight"),
+    ("tokens_embed.weight", "lm_head.weight"),
+    ("word_embeddings.weight", "lm_head.weight"),
 )
+# heads with a bias or layers of their own: there only where those are in the checkpoint
+BIASED_HEADS = (
+    ("*.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ("*.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
+    ("*.embeddings.word_embeddings.weight", "generator_lm_head.weight"),
+    ("*.embeddings.word_embeddings.weight", "vocab_projector.weight"),
+    ("*.embeddings.word_embeddings.weight", "predictions.decoder.weight"),
+    ("*.embeddings.word_embeddings.weight", "lm_head.weight"),
+    ("model.embeddings.tok_embeddings.weight", "decoder.weight"),
+    ("transformer.word_embedding.weight", "lm_loss.weight"),
+    ("transformer.embeddings.weight", "pred_layer.proj.weight"),
+)
+_EMBEDDED = {ending.split(".")[-2] for ending, _ in (*HEADS, *BIASED_HEADS)}
+_HEADED = tuple(dict.fromkeys(head for _, head in (*HEADS, *BIASED_HEADS)))
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining", "DoubleHeadsModel")
+_OTHER_HEAD = ("Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -60,6 +87,29 @@ def matches(name: str, globs: Iterable[str]) -> bool:
     True
     """
     return any(fnmatchcase(name, glob) or fnmatchcase(name, glob + ".weight") for glob in globs)
+
+
+def of_head(name: str) -> bool:
+    """Whether a tensor is the weight of an output head that models tie to their input embedding.
+
+    >>> of_head("language_model.lm_head.weight")
+    True
+    """
+    return any(f".{name}".endswith(f".{head}") for head in _HEADED)
+
+
+def of_vocabulary(name: str) -> bool:
+    """Whether a tensor is an input embedding's weight, or the weight or bias of an output head."""
+    module, _, leaf = name.rpartition(".")
+    return of_head(f"{module}.weight") if leaf == "bias" else leaf == "weight" and (module.rpartition(".")[2] in _EMBEDDED or of_head(name))
+
+
+def _before(ending: str, name: str) -> str | None:
+    """What stands before an ending in a name: a prefix of whole components, or None where it does not end so."""
+    wanted, parts = ending.split("."), name.split(".")
+    cut = len(parts) - len(wanted)
+    fits = cut >= 0 and all(want in ("*", part) for want, part in zip(wanted, parts[cut:], strict=True))
+    return "".join(part + "." for part in parts[:cut]) if fits and (cut == 0 or len(wanted) > 2) else None
 
 
 @dataclass(frozen=True)
@@ -89,7 +139,8 @@ class Family:
     def stacked(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a 3-D weight is a stack of experts' matrices rather than a 1-D convolution: by its name, or the config's count."""
         types = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
-        counts = {value for config in types for key, value in config.items() if key.endswith("experts") and type(value) is int and value > 1}
+        stated = [value for config in types for key, value in config.items() if key.endswith("experts") and type(value) is int]
+        counts = {value for value in stated if value > 1}
         return len(shape) == 3 and ("expert" in name or shape[0] in counts)
 
     def tied(self, names: Iterable[str]) -> tuple[str, str] | None:
@@ -98,14 +149,25 @@ class Family:
         text = self.config.get("text_config")
         flags = [part.get("tie_word_embeddings") for part in (self.config, text) if isinstance(part, Mapping)]
         stated = next((flag for flag in flags if flag is not None), None)
-        architectures = self.config.get("architectures") or []
-        if stated is False or (stated is None and not any(word in name for name in architectures for word in _WITH_HEAD)):
+        found = _pairs(present)
+        held = [pair for pair in found if pair[1] in present]
+        made = [name for name in self.config.get("architectures") or [] if isinstance(name, str)]
+        if stated is False or (stated is None and (held or not any(word in name for name in made for word in _WITH_HEAD))):
             return None
-        for ending, head in HEADS:
-            for name in sorted(present):
-                if name == ending or (ending.count(".") > 1 and name.endswith("." + ending)):
-                    prefix = name[: -len(ending)]
-                    if stated is None and prefix + head in present:
-                        return None
-                    return name, prefix + head
-        return None
+        if not held and any(word in name for name in made for word in _OTHER_HEAD):
+            return None
+        return next(iter(held or found), None)
+
+
+def _pairs(present: set[str]) -> list[tuple[str, str]]:
+    """Every (embedding, head) that the names allow, the head being in the checkpoint or not."""
+    pairs = []
+    for ending, head in (*BIASED_HEADS, *HEADS):
+        for name in sorted(present):
+            prefix = _before(ending, name)
+            if prefix is None:
+                continue
+            parent = prefix + (head.removesuffix("decoder.weight") if ".decoder." in head else head.removesuffix("weight"))
+            if (ending, head) in HEADS or any(other.startswith(parent) for other in present):
+                pairs.append((name, prefix + head))
+    return pairs

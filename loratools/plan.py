@@ -14,10 +14,11 @@ from typing import Any, TypeAlias
 from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint
 from loratools.deltas.base import Delta
+from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
-from loratools.families import Family
+from loratools.families import Family, of_vocabulary
 from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
 from loratools.tensorfile import Spec, same_bytes
 
@@ -101,7 +102,8 @@ def make_plan(
     if tied:
         _tie(plan, checkpoint, tied, untie)
     for name, applications in plan.changes.items():
-        _note_shape(plan, checkpoint, name, applications, tied)
+        _note_shape(plan, checkpoint, name, applications)
+    _check_vocabulary(plan, checkpoint)
     return plan
 
 
@@ -116,6 +118,9 @@ def _check_meetings(plan: Plan, known: Mapping[str, Spec]) -> None:
         equal = all(isinstance(d, Replacement) and isinstance(first, Replacement) and same_bytes(d.value, first.value) for d, _ in saved)
         if len(applications) > 1 and not (len(saved) == len(applications) and equal):
             faults.append(MatchError("several adapters change this tensor, and one replaces it whole", tensor=name))
+        elif len(applications) > 1 and any(strength != 1 for _, strength in applications):
+            found = ", ".join(f"{strength:g}" for _, strength in applications)
+            faults.append(MatchError("several adapters replace this tensor alike, which has strength 1", tensor=name, found=found))
         if equal and len(saved) == len(applications):
             plan.changes[name] = applications[:1]
             plan.without_effect += len(applications) - 1
@@ -131,21 +136,45 @@ def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool)
     here = [name for name in tied if name in plan.changes]
     if not here:
         return
+    _share_saved(plan, tied)
     if len(here) == 2 and _alike(plan.changes[embedding], plan.changes[head]):
         if head not in checkpoint:
             plan.without_effect += len(plan.changes.pop(head))
             plan.notes.append(f"{head} stays tied to {embedding}: the adapter changes both alike")
         return
+    how = f"{here[0]} alone" if len(here) == 1 else "each in a way of its own"
+    if embedding.endswith("shared.weight"):
+        raise UnsupportedError(
+            f"{embedding} is the embedding of encoder and decoder and, as {head}, the head, and the adapter changes {how}",
+            file=checkpoint.path, tensor=here[0], remedy="peft's own forward does not apply that either",
+        )  # fmt: skip
     if not untie:
         raise UnsupportedError(
-            f"{embedding} and {head} are one tensor in this model, and the adapter changes {' and '.join(here)} alone",
+            f"{embedding} and {head} are one tensor in this model, and the adapter changes {how}",
             file=checkpoint.path, tensor=here[0], remedy="give --untie to write both",
         )  # fmt: skip
     plan.config["tie_word_embeddings"] = False
     plan.notes.append(f"untied: {head} is written beside {embedding}")
-    if head not in checkpoint:
-        plan.sources[head] = embedding
-        plan.changes.setdefault(head, [])
+    bias = head.removesuffix("weight") + "bias"
+    # the flag that ties the weights ties the decoder's bias of BERT and its kin to their head's, too
+    for name, source in ((head, embedding), (bias, bias.replace("decoder.bias", "bias"))):
+        if name not in checkpoint and source in checkpoint and name != source:
+            plan.sources[name] = source
+            plan.changes.setdefault(name, [])
+
+
+def _share_saved(plan: Plan, tied: tuple[str, str]) -> None:
+    """Where one of the two is adapted on top of a saved tensor, the other one's base is that tensor too: they are tied."""
+    for name, other in (tied, tied[::-1]):
+        for delta, strength in plan.changes.get(name, ())[:1]:
+            if not isinstance(delta, Chain) or not isinstance(delta.first, Replacement):
+                continue
+            if other not in plan.changes:
+                plan.changes[other] = [(delta.first, strength)]
+                plan.expected += 1
+            elif plan.changes[other][0][0].needs_base:
+                then, theirs = plan.changes[other][0]
+                plan.changes[other][0] = (Chain(first=delta.first, then=then), theirs)
 
 
 def _alike(one: Applications, other: Applications) -> bool:
@@ -160,10 +189,12 @@ def _same(one: Delta, other: Delta) -> bool:
         return same_bytes(one.value, other.value)
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return one.scaling == other.scaling and same_bytes(one.A, other.A) and same_bytes(one.B, other.B)
+    if isinstance(one, Chain) and isinstance(other, Chain):
+        return _same(one.first, other.first) and _same(one.then, other.then)
     return False
 
 
-def _note_shape(plan: Plan, checkpoint: Checkpoint, name: str, applications: Applications, tied: tuple[str, str] | None) -> None:
+def _note_shape(plan: Plan, checkpoint: Checkpoint, name: str, applications: Applications) -> None:
     base = checkpoint.specs.get(plan.sources.get(name, name))
     if not applications:
         return
@@ -172,11 +203,29 @@ def _note_shape(plan: Plan, checkpoint: Checkpoint, name: str, applications: App
         plan.notes.append(f"added: {name} {spec}, which the base lacks")
     elif spec.shape != base.shape:
         plan.notes.append(f"resized: {name} from {list(base.shape)} to {list(spec.shape)}")
-        text = checkpoint.config.get("text_config")
-        stated = {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get("vocab_size")
-        resized = len(base.shape) == 2 and stated == base.shape[0]
+        resized = len(base.shape) == 2 and _vocabulary(checkpoint) == base.shape[0]
         if resized and plan.config.setdefault("vocab_size", spec.shape[0]) != spec.shape[0]:
             raise ShapeError("two vocabularies of different size", tensor=name, found=spec.shape[0], expected=plan.config["vocab_size"])
+
+
+def _check_vocabulary(plan: Plan, checkpoint: Checkpoint) -> None:
+    """With a resized vocabulary, the embedding and the head both have its size, or the model could not be loaded."""
+    size = plan.config.get("vocab_size")
+    if size is None:
+        return
+    for name, spec in {**{name: checkpoint.specs[source] for name, source in plan.sources.items()}, **checkpoint.specs}.items():
+        changed = plan.changes.get(name)
+        new = changed[0][0].spec(spec) if changed else spec
+        if (of_vocabulary(name) or name.endswith("predictions.bias")) and spec.shape[0] == _vocabulary(checkpoint) and new.shape[0] != size:
+            raise ShapeError(
+                "the adapter resizes the vocabulary, and does not save this tensor of it", file=checkpoint.path, tensor=name,
+                found=new.shape[0], expected=size, remedy="save the adapter with save_embedding_layers=True",
+            )  # fmt: skip
+
+
+def _vocabulary(checkpoint: Checkpoint) -> Any:
+    text = checkpoint.config.get("text_config")
+    return {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get("vocab_size")
 
 
 def changes_of(

@@ -364,6 +364,11 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
 
 
+def same_bytes(one: Ref, other: Ref) -> bool:
+    """Whether two tensors have the same spec and bytes."""
+    return one.spec == other.spec and all(bytes(a) == bytes(b) for a, b in zip(one.blocks(), other.blocks(), strict=True))
+
+
 def chunks(data: Buffer, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
     """The bytes of `data` in views of at most `size`."""
     view = memoryview(data).cast("B") if memoryview(data).nbytes else memoryview(b"")

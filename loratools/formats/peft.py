@@ -13,9 +13,7 @@ with an adapter's name or `.weight` behind a marker in live state dicts; every o
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from loratools.adapter import Adapter
@@ -28,18 +26,11 @@ from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError
 from loratools.families import matches
 from loratools.formats.base import Container, ReadOptions, nearest
 from loratools.formats.peft_config import LoraConfig, parse
+from loratools.formats.peft_keys import Module, Sorted, sort_keys
 from loratools.formats.peft_notes import unused
 from loratools.tensorfile import Ref, Spec
 
 NAME = "peft"
-ROOT = "base_model.model."
-SAVED = "loratools.saved"  # metadata: JSON list of whole tensors whose module modules_to_save cannot name
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-_KEY = re.compile(
-    r"(?P<module>.+?)\.(?P<marker>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
-)
-_LEAVES = {"lora_A": ("weight",), "lora_B": ("weight", "bias"), "lora_embedding_A": (None,), "lora_embedding_B": (None,)}
-_EMBEDDING_LAYERS = ("embed_tokens", "lm_head")  # peft's EMBEDDING_LAYER_NAMES: saved without being asked for
 
 
 def detect(container: Container) -> bool:
@@ -55,9 +46,8 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         raise UnsupportedError("this peft method is not read yet", file=container.path, found=kind, expected="LORA")
     try:
         config = parse(container.config or {}, alpha=options.alpha)
-        modules, whole = _sort(container, config)
-        deltas = _deltas(modules, config, options)
-        deltas = _with_whole(deltas, whole)
+        found = sort_keys(container, config)
+        deltas = _with_whole(_deltas(found, config, options), found.whole)
         if not deltas:
             raise FormatError("no adapter tensors in it", found=nearest(container.tensors) or "no tensors")
     except LoratoolsError as error:
@@ -68,127 +58,20 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         path=container.path,
         format=NAME,
         files=container.files,
-        expects=_expectation(config, {name.removesuffix(".weight") for name in modules}, whole),
-        notes=unused(config, container.config or {}, modules, whole),
+        expects=_expectation(config, deltas),
+        notes=(*found.notes, *unused(config, container.config or {}, found.modules, found.whole)),
     )
-
-
-# -- keys
-
-
-@dataclass
-class _Module:
-    """The adapter tensors of one module, by marker, and the keys they came from."""
-
-    refs: dict[str, Ref] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-
-
-def _sort(container: Container, config: LoraConfig) -> tuple[dict[str, _Module], dict[str, Ref]]:
-    """The file's tensors as modules with LoRA, and whole tensors by name; strays and doubles are collected and raised."""
-    modules: dict[str, _Module] = defaultdict(_Module)
-    whole: dict[str, Ref] = {}
-    names: set[str] = set()
-    faults: list[LoratoolsError] = []
-    listed = set(_listed(container.metadata))
-    paths = {key: _path(key) for key in container.tensors}
-    rooted = [key for key, (_, root) in paths.items() if root]
-    for key, ref in container.tensors.items():
-        path, root = paths[key]
-        if rooted and not root:
-            faults.append(FormatError("lacks the prefix that the others have", tensor=key, expected=ROOT))
-            continue
-        match = _KEY.fullmatch(path)
-        if match is None:
-            fault = _keep_whole(path, key, ref, whole, config, listed, modules, container.tensors)
-        else:
-            names |= {match["adapter"]} - {None}
-            fault = _keep_factor(match, key, ref, modules)
-        faults += [fault] if fault else []
-    if len(names) > 1:
-        faults.append(FormatError("holds several adapters", found=", ".join(sorted(names)), remedy="save each in a folder of its own"))
-    raise_all(faults)
-    return dict(modules), whole
-
-
-def _path(key: str) -> tuple[str, bool]:
-    """A key without wrappers and `base_model.model.` (doubled ones too), and whether it had that prefix."""
-    path = _WRAPPERS.sub("", key)
-    path = path.removeprefix("module.") if path.startswith("module." + ROOT) else path
-    path = path.removeprefix("model.") if path.startswith("model." + ROOT) else path
-    bare = re.sub(rf"^(?:{re.escape(ROOT)})+", "", path)
-    return bare.removeprefix("module.") if path != bare else bare, path != bare
-
-
-def _keep_factor(match: re.Match[str], key: str, ref: Ref, modules: dict[str, _Module]) -> LoratoolsError | None:
-    marker, leaf = match["marker"], match["leaf"]
-    if marker != "lora_magnitude_vector" and leaf not in _LEAVES[marker]:
-        return FormatError(
-            "not a key peft writes", tensor=key, expected=" or ".join(f"{marker}.{name}" if name else marker for name in _LEAVES[marker])
-        )
-    slot = "bias" if leaf == "bias" else marker
-    if marker == "lora_magnitude_vector" and leaf == "bias":
-        return FormatError("not a key peft writes", tensor=key, expected=marker)
-    module = modules[match["module"].removesuffix(".base_layer") if match["module"].endswith(".base_layer") else match["module"]]
-    if slot in module.refs:
-        return FormatError("the same tensor twice under two spellings", tensor=key, found=module.keys[slot])
-    module.refs[slot], module.keys[slot] = ref, key
-    return None
-
-
-def _keep_whole(
-    path: str,
-    key: str,
-    ref: Ref,
-    whole: dict[str, Ref],
-    config: LoraConfig,
-    listed: set[str],
-    modules: Mapping[str, _Module],
-    keys: Mapping[str, Ref],
-) -> LoratoolsError | None:
-    """File a whole tensor under its base name, if the config accounts for it; else the error that names it."""
-    if ".original_module." in f".{path}":
-        return FormatError("the base's own tensor from a live state dict", tensor=key, remedy="save the adapter with save_pretrained")
-    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", path)
-    based = ".base_layer." in name
-    name = name.replace(".base_layer.", ".")
-    module, _, leaf = name.rpartition(".")
-    covered = (
-        config.saves(module)
-        or name in listed
-        or (leaf == "bias" and config.bias != "none")
-        or module.rpartition(".")[2] in _EMBEDDING_LAYERS
-        or (based and leaf == "weight" and any(other.startswith(key[: key.index(".base_layer.")] + ".lora_") for other in keys))
-    )
-    if not covered:
-        remedy = "list its module in modules_to_save if it was trained, else remove it"
-        return MatchError("neither a LoRA tensor nor one that the config says was saved", tensor=key, remedy=remedy)
-    if name in whole:
-        return FormatError("the same tensor twice under two spellings", tensor=key)
-    whole[name] = ref
-    return None
-
-
-def _listed(metadata: Mapping[str, str]) -> list[str]:
-    import json
-
-    try:
-        names = json.loads(metadata.get(SAVED, "[]"))
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise FormatError(f"metadata {SAVED} is not a list of names", found=metadata.get(SAVED))
-    return names
 
 
 # -- deltas
 
 
-def _deltas(modules: Mapping[str, _Module], config: LoraConfig, options: ReadOptions) -> dict[str, Delta]:
+def _deltas(found: Sorted, config: LoraConfig, options: ReadOptions) -> dict[str, Delta]:
     deltas: dict[str, Delta] = {}
     faults: list[LoratoolsError] = []
-    for path, module in modules.items():
+    for path, module in found.modules.items():
         try:
+            _check_targeted(path, module, config, nested=f"{path}.weight" in found.whole)
             deltas[f"{path}.weight"] = _delta(path, module, config, options)
             if "bias" in module.refs:
                 deltas[f"{path}.bias"] = _bias(path, module, config)
@@ -198,14 +81,18 @@ def _deltas(modules: Mapping[str, _Module], config: LoraConfig, options: ReadOpt
     return deltas
 
 
-def _delta(path: str, module: _Module, config: LoraConfig, options: ReadOptions) -> Delta:
-    low = _embedding(path, module, config) if any("embedding" in slot for slot in module.refs) else _linear(path, module, config, options)
-    _check_rank(low, path, module, config)
-    if not config.targets(path):
+def _check_targeted(path: str, module: Module, config: LoraConfig, *, nested: bool) -> None:
+    """peft builds modules from the config and drops tensors of others; older versions adapted inside saved modules (`nested`)."""
+    if not (config.targets(path) or config.ties(path) or (nested and config.saves(path))):
         raise MatchError(
             "the config does not target this module, so peft would drop it in silence", tensor=next(iter(module.keys.values())),
             found=path, expected=_shown(config.target), remedy="add it to target_modules, or remove it",
         )  # fmt: skip
+
+
+def _delta(path: str, module: Module, config: LoraConfig, options: ReadOptions) -> Delta:
+    low = _embedding(path, module, config) if any("embedding" in slot for slot in module.refs) else _linear(path, module, config, options)
+    _check_rank(low, path, module, config)
     magnitude = module.refs.get("lora_magnitude_vector")
     if config.dora and magnitude is None:
         raise FormatError("use_dora is set, and the module has no lora_magnitude_vector", tensor=path)
@@ -217,7 +104,7 @@ def _delta(path: str, module: _Module, config: LoraConfig, options: ReadOptions)
     return DoRA(direction=low, magnitude=_magnitude(magnitude, low, module.keys["lora_magnitude_vector"]))
 
 
-def _pair(module: _Module, a: str, b: str, path: str) -> tuple[Ref, Ref]:
+def _pair(module: Module, a: str, b: str, path: str) -> tuple[Ref, Ref]:
     for mine, other in ((a, b), (b, a)):
         if mine not in module.refs:
             place = module.keys.get(other) or next(iter(module.keys.values()))
@@ -225,7 +112,7 @@ def _pair(module: _Module, a: str, b: str, path: str) -> tuple[Ref, Ref]:
     return module.refs[a], module.refs[b]
 
 
-def _linear(path: str, module: _Module, config: LoraConfig, options: ReadOptions) -> LowRank:
+def _linear(path: str, module: Module, config: LoraConfig, options: ReadOptions) -> LowRank:
     A, B = _pair(module, "lora_A", "lora_B", path)
     a, b = A.spec.shape, B.spec.shape
     if len(a) < 2 or len(b) != len(a) or any(size != 1 for size in b[2:]):
@@ -249,7 +136,7 @@ def _linear(path: str, module: _Module, config: LoraConfig, options: ReadOptions
     return low
 
 
-def _embedding(path: str, module: _Module, config: LoraConfig) -> LowRank:
+def _embedding(path: str, module: Module, config: LoraConfig) -> LowRank:
     A, B = _pair(module, "lora_embedding_A", "lora_embedding_B", path)
     if "lora_A" in module.refs or "lora_B" in module.refs:
         raise FormatError("a linear and an embedding LoRA on one module", tensor=next(iter(module.keys.values())))
@@ -262,7 +149,7 @@ def _embedding(path: str, module: _Module, config: LoraConfig) -> LowRank:
     return LowRank(A=B.T, B=A.T, alpha=config.alpha_of(path), rslora=config.rslora, layer="embedding")
 
 
-def _check_rank(low: LowRank, path: str, module: _Module, config: LoraConfig) -> None:
+def _check_rank(low: LowRank, path: str, module: Module, config: LoraConfig) -> None:
     expected = config.rank(path)
     if expected is not None and low.rank != expected:
         key = module.keys.get("lora_A") or module.keys["lora_embedding_A"]
@@ -287,7 +174,7 @@ def _magnitude(magnitude: Ref, low: LowRank, key: str) -> Ref:
     return magnitude.reshape(*made)
 
 
-def _bias(path: str, module: _Module, config: LoraConfig) -> Delta:
+def _bias(path: str, module: Module, config: LoraConfig) -> Delta:
     key = module.keys["bias"]
     if not config.lora_bias:
         raise FormatError(
@@ -312,19 +199,32 @@ def _shown(target: Any) -> str:
     return target if isinstance(target, str) else nearest(target or (), 6)
 
 
-def _expectation(config: LoraConfig, modules: set[str], whole: Iterable[str]) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
-    """What the config promises of a base: a delta on each weight it targets, a tensor for each module it saves."""
+def _expectation(config: LoraConfig, names: Iterable[str]) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
+    """What the config promises of a base: each tensor of a module it saves, and where it targets several layers alike, all of them.
+
+    A base may hold more than the model that was trained (a head of another task, a vision tower): a target or bias is
+    promised where another layer of the file has its like, or the config names the module in full.
+    """
+    kin = {_unnumbered(name) for name in names}
+
+    def alike(name: str) -> bool:
+        shape = _unnumbered(name)
+        return shape in kin or any(shape.endswith("." + other) or other.endswith("." + shape) for other in kin)
 
     def expected(base: Mapping[str, Spec]) -> Iterator[str]:
         for name, spec in base.items():
             module, _, leaf = name.rpartition(".")
-            if config.saves(module) or (
-                leaf == "weight"
-                and len(spec.shape) > 1
-                and spec.floating
-                and config.target not in (None, "all-linear")
-                and config.targets(module)
+            matrix = leaf == "weight" and len(spec.shape) > 1 and spec.floating
+            if (
+                config.saves(module)
+                or (matrix and config.names(module))
+                or (matrix and config.target is not None and config.targets(module) and alike(name))
+                or (leaf == "bias" and (config.bias == "all" or (config.bias == "lora_only" and config.targets(module))) and alike(name))
             ):
                 yield name
 
     return expected
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)

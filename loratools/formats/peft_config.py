@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, UnsupportedError, raise_all
+from loratools.families import of_head
 
 # read by the codec
 USED = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "bias",
     "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "init_lora_weights",
+    "ensure_weight_tying",
 )  # fmt: skip
 # matter while training or loading, not to what the trained tensors mean
 TRAINING = (
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "peft_version", "qalora_group_size",
-    "megatron_config", "megatron_core", "eva_config", "ensure_weight_tying", "runtime_config", "velora_config", "monteclora_config",
+    "megatron_config", "megatron_core", "eva_config", "runtime_config", "velora_config", "monteclora_config",
     "loftq_config", "corda_config", "lora_ga_config", "inference_only",
 )  # fmt: skip
+CARRIED = (*TRAINING, "task_type", "fan_in_fan_out", "ensure_weight_tying")
 # change what the tensors mean; refused unless null, false or empty
 REFUSED = {
     "use_qalora": "pools its input (QALoRA)",
@@ -63,6 +66,7 @@ class LoraConfig:
     exclude: Any
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    tying: bool
     carried: Mapping[str, Any]
 
     def rank(self, module: str) -> int | None:
@@ -76,18 +80,28 @@ class LoraConfig:
         parts = module.split(".")
         return any(".".join(parts[:count]).endswith(entry) for entry in self.saved for count in range(1, len(parts) + 1))
 
+    def names(self, module: str) -> bool:
+        """Whether `target_modules` has this very module in its list."""
+        return isinstance(self.target, tuple) and module in self.target and self.targets(module)
+
     def targets(self, module: str) -> bool:
         """Whether peft would put a LoRA on a module (`tuners_utils.check_target_module_exists`); None targets leave it open."""
         if self.target is None or self.target == "all-linear":
             return True
         if self.exclude and _selected(self.exclude, module):
             return False
+        if any(re.match(rf"(^|.*\.){re.escape(entry)}($|\..*)", module) for entry in self.saved):
+            return False
         return _selected(self.target, module) and self._layer_chosen(module)
 
+    def ties(self, module: str) -> bool:
+        """Whether peft would tie this head's LoRA to the embedding's (`ensure_weight_tying`), listed as a target or not."""
+        return self.tying and of_head(f"{module}.weight")
+
     def _layer_chosen(self, module: str) -> bool:
-        if self.layers is None or isinstance(self.target, str) or module in self.target:
+        if not self.layers or isinstance(self.target, str) or module in self.target:
             return True
-        patterns = [rf".*\.{pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
         found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
         return found is not None and int(found.group(1)) in self.layers
 
@@ -142,8 +156,9 @@ def parse(config: Mapping[str, Any], *, alpha: float | None = None) -> LoraConfi
         target=values.target("target_modules"),
         exclude=values.target("exclude_modules"),
         layers=values.layers("layers_to_transform"),
-        layers_pattern=values.names("layers_pattern"),
-        carried={name: value for name, value in config.items() if name in TRAINING or name in ("task_type", "fan_in_fan_out")},
+        layers_pattern=tuple(name for name in values.names("layers_pattern") if values.compiles("layers_pattern", name)),
+        tying=values.flag("ensure_weight_tying"),
+        carried={name: value for name, value in config.items() if name in CARRIED},
     )
     if result.dora and result.lora_bias:
         faults.append(FormatError("use_dora and lora_bias exclude each other"))
@@ -205,11 +220,11 @@ class _Values:
         if not good:
             self._fault(name, "regular expressions mapped to " + ("ranks" if whole else "numbers"))
             return {}
-        return {pattern: number for pattern, number in value.items() if self._compiles(name, pattern)}
+        return {pattern: number for pattern, number in value.items() if self.compiles(name, pattern)}
 
-    def _compiles(self, name: str, pattern: str) -> bool:
+    def compiles(self, name: str, pattern: str) -> bool:
         try:
-            re.compile(pattern)
+            re.compile(f"({pattern})")  # as it will be used: flags for the whole have no place in it
         except re.error as error:
             self.faults.append(FormatError(f"adapter_config.json: {name}: not a regular expression ({error})", found=pattern))
             return False
@@ -226,7 +241,7 @@ class _Values:
     def target(self, name: str) -> Any:
         value = self.config.get(name)
         if isinstance(value, str):
-            return value if self._compiles(name, value) else None
+            return value if self.compiles(name, value) else None
         return self.names(name) or None
 
     def layers(self, name: str) -> tuple[int, ...] | None:

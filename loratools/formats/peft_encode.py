@@ -21,7 +21,7 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats.base import Container
-from loratools.formats.peft import ROOT, SAVED
+from loratools.formats.peft_keys import ROOT, SAVED
 from loratools.tensorfile import Ref
 
 WRITTEN_FOR = "0.21.2"

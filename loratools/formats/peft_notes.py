@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from loratools.formats.peft_config import LoraConfig, pattern_key
+from loratools.formats.peft_config import HEADS, LoraConfig, pattern_key
 
 READERS_RANK = 8  # peft's default for a config without r
 
@@ -13,10 +13,12 @@ READERS_RANK = 8  # peft's default for a config without r
 def unused(config: LoraConfig, stated: Mapping[str, Any], modules: Collection[str], whole: Iterable[str]) -> tuple[str, ...]:
     """A sentence for each setting that meets no tensor; `stated` is the config as its file has it, `modules` those with LoRA."""
     saved = {name.rpartition(".")[0] for name in whole}
-    listed = stated.get("modules_to_save")
+    heads = HEADS.get(str(stated.get("task_type")), ())  # peft lists all of a task's usual heads, of which a model has one
+    excused = heads if any(head in name for name in saved for head in heads) else ()
+    listed = [entry for entry in stated.get("modules_to_save") or [] if entry not in excused]
     lacking = {
         "target_modules": [entry for entry in config.target if not _ends(entry, modules)] if isinstance(config.target, tuple) else [],
-        "modules_to_save": [entry for entry in (listed if isinstance(listed, list) else []) if not any(entry in name for name in saved)],
+        "modules_to_save": [entry for entry in listed if not any(name.endswith(entry) or f"{entry}." in name for name in saved)],
         "rank_pattern": _idle(config.rank_pattern, modules),
         "alpha_pattern": _idle(config.alpha_pattern, modules),
     }
