@@ -75,6 +75,7 @@ class Applied:
     def parts(self) -> Iterator[slice]:
         rows, columns = self.matrix()
         step = max(1, self.block // max(1, columns))
+        step = max(step, (step + 4) // 8 * 8)  # kernels take rows eight at a time
         if any(delta.align is None for delta, _ in self.applications):
             step = max(1, rows)
         multiple = math.lcm(*(delta.align or 1 for delta, _ in self.applications)) if self.applications else 1

@@ -66,10 +66,8 @@ class LowRank(Additive):
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         from loratools.linalg.exact import ExactProduct
 
-        # two slices carry 2⁻⁴⁴ of a row's maximum, beyond what a float32 weight can show; float64 wants the third
-        slices = 3 if "F64" in (base.dtype, self.A.spec.dtype, self.B.spec.dtype) else 2
         B, A = self.factors(device)
-        product = ExactProduct(B, A, scale=self.scaling * scale, slices=slices)
+        product = ExactProduct(B, A, scale=self.scaling * scale, slices=self._slices(base))
         buffers: list[Tensor] = []
 
         def dense(part: slice) -> Tensor:
@@ -79,6 +77,12 @@ class LowRank(Additive):
             return product.rows(part.start, part.stop, out=buffers[0][:count], scratch=buffers[1])
 
         return dense
+
+    def _slices(self, base: Spec) -> int:
+        """One slice is within 2⁻²⁴ of the factors' norms, which 16-bit weights cannot show; wider ones take two or three."""
+        if "F64" in (base.dtype, self.A.spec.dtype, self.B.spec.dtype):
+            return 3
+        return 1 if base.dtype != "F32" and self.rank <= 64 else 2
 
     def norm(self) -> float:
         from loratools.linalg.product import product_norm

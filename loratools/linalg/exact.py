@@ -17,15 +17,17 @@ from loratools.errors import NonFiniteError, OptionError
 from loratools.linalg._powers import balanced, exponent, power
 
 _LOWEST = -400  # rows and columns below 2**-400 are rounded to its grid: no product is subnormal, so flush-to-zero is harmless
+_NORM = 26  # bits of a row's norm in the first slice: (2**26)² is half of 2**53, the rest is room for rounding
 _HIGHEST = 480  # and none above 2**480 is taken: no product overflows
 
 
 class ExactProduct:
     """scale · B @ A in float64, any rows of it, bit for bit the same however it is asked for.
 
-    B is (m, r), A is (r, n), of any float dtype, on one device; the rows come as float64 on that device. The error of an
-    element is about 2**(1 - (bits + 1) * slices) · r · max|row of scale·B| · max|column of A| after balancing, with bits = 24
-    at rank 16: 2**-49 of that product for the default two slices, 2**-24 for one.
+    B is (m, r), A is (r, n), of any float dtype, on one device; the rows come as float64 on that device. A first slice keeps
+    a row of scale·B and a column of A, after balancing, to 2⁻²⁶ or 2⁻²⁷ of their norms, so that by Cauchy and Schwarz no
+    sum passes 2⁵³; each further slice adds 26 − ⌈log₂√r⌉ bits. The error of an element is about √r · 2⁻²⁶ of the norms'
+    product for one slice, √r · 2⁻⁵⁰ at rank 16 for the default two.
 
     Raises NonFiniteError for factors that hold inf or nan or whose product could overflow, OptionError for shapes and
     slices that do not fit.
@@ -42,11 +44,15 @@ class ExactProduct:
             raise OptionError("slices", found=slices, expected="1, 2 or 3")
         self.shape = (B.shape[0], A.shape[1])
         self.slices = slices
-        self.bits = _bits(B.shape[1], slices)
-        left, right = _padded(B.to(torch.float64) * scale, A.to(torch.float64))
+        self.bits = _bits(B.shape[1])
+        left, right = _checked(B.to(torch.float64) * scale, A.to(torch.float64))
         self._width = left.shape[1]
-        self._left = torch.cat(_sliced(left, 1, self.bits, slices), dim=1)
-        self._right = torch.cat(_sliced(right, 0, self.bits, slices)[::-1], dim=0)
+        self.units = _norm_exponent(left, 1) - _NORM, _norm_exponent(right, 0) - _NORM
+        lefts, rights = (_sliced(X, unit, self.bits, slices) for X, unit in zip((left, right), self.units, strict=True))
+        # A sum of zero products may be -0 where a kernel starts from its first product: then +0 is added, in all alike.
+        # Without a zero in the factors' first slices a sum is zero by cancellation alone, which is +0.
+        self._zeros = not (bool(lefts[0].all()) and bool(rights[0].all()))
+        self._left, self._right = torch.cat(lefts, dim=1), torch.cat(rights[::-1], dim=0)
 
     def rows(self, start: int, stop: int, *, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """Rows start to stop, (stop - start, n) in float64; `out` receives them, `scratch` (as large) saves an allocation.
@@ -61,31 +67,39 @@ class ExactProduct:
             # Not addmm: a kernel may start its sums from the first product and so round in an order of its own.
             term = torch.mm(*factors, out=None if scratch is None else scratch[: left.shape[0]])
             result.add_(term)
-        return result
+        return result.add_(0.0) if self._zeros else result
 
 
-def _bits(rank: int, slices: int) -> int:
-    """The most bits β of a slice with every partial sum ≤ 2**53; the longest sum is at most rank·2**2β, 5/4 of it for three slices."""
-    terms = max(1, rank if slices < 3 else -(-5 * rank // 4))
-    return (53 - (terms - 1).bit_length()) // 2
+def _bits(rank: int) -> int:
+    """Bits β of a slice after the first: remainders are at most half a unit, so a row of them has norm ≤ √r·2**(β − 1).
 
-
-def _padded(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The balanced factors with a zero component in front.
-
-    That component makes a zero sum +0 in every kernel; else it may be -0 where a kernel starts from its first product.
+    The second order's sums then stay below 2·2**26·√r·2**(β − 1) ≤ 2**52, the third's below that and r·2**(2β − 2) ≤ 2**50.
     """
+    return _NORM - (max(1, rank) - 1).bit_length() // 2 - (max(1, rank) - 1).bit_length() % 2
+
+
+def _checked(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors balanced, finite, and too small for any product to overflow."""
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         raise NonFiniteError("a factor holds inf or nan")
     B, A = balanced(B, A)
     if B.numel() and A.numel() and max(int(exponent(B, 1).max()), int(exponent(A, 0).max())) > _HIGHEST:
         raise NonFiniteError("a product of the factors overflows")
-    return torch.nn.functional.pad(B, (1, 0)), torch.nn.functional.pad(A, (0, 0, 1, 0))
+    return B, A
 
 
-def _sliced(X: Tensor, axis: int, bits: int, slices: int) -> list[Tensor]:
-    """X as a sum of slices, each on a grid of its row (axis 1) or column (axis 0): integers up to 2**bits times one power of two."""
-    unit = exponent(X, axis).clamp_min(_LOWEST) - bits
+def _norm_exponent(X: Tensor, axis: int) -> Tensor:
+    """Per row (axis 1) or column (axis 0) an e with norm < 2**e, at most one too large, the same for any order of its entries.
+
+    Entries are rounded up to 20 bits of the largest, so that their squares sum exactly: integers up to 2**52 at rank 4096.
+    """
+    top = exponent(X, axis).clamp_min(_LOWEST)
+    squares = (X.abs() * power(20 - top)).ceil_().square_().sum(axis, keepdim=True)
+    return top - 20 + (torch.frexp(squares).exponent.to(torch.int64) + 1) // 2
+
+
+def _sliced(X: Tensor, unit: Tensor, bits: int, slices: int) -> list[Tensor]:
+    """X as a sum of slices, integers times 2**unit, 2**(unit - bits), …, one unit a row or column."""
     parts = []
     for _ in range(slices):
         part = torch.round(X * power(-unit)) * power(unit)

@@ -48,16 +48,16 @@ def test_same_bits_in_any_blocking_and_order(m: int, n: int, rank: int, step: in
 @pytest.mark.parametrize("rank", [1, 2, 15, 16, 17, 256, 4096])
 @pytest.mark.parametrize("slices", [1, 2, 3])
 def test_every_partial_sum_is_an_integer_below_2_to_the_53(rank: int, slices: int) -> None:
-    # All entries at the top of the grid and of one sign: the longest sums there are.
-    B, A = torch.full((2, rank), 2 - 2.0**-22, dtype=torch.float64), torch.full((rank, 3), 2 - 2.0**-22, dtype=torch.float64)
-    product = ExactProduct(B, A, slices=slices)
-    beta = product.bits
-    for order in range(1, slices + 1):
-        left, right = product._left[:, : order * (rank + 1)], product._right[(slices - order) * (rank + 1) :]
-        # B is 2 - 2**-22, its unit 2**(1 - beta); products of order i lie on the grid 2**(2 - (i + 1) * beta)
-        largest = (left.abs() @ right.abs()).max().item() / 2.0 ** (2 - (order + 1) * beta)
-        assert largest <= 2**53
-    assert _bits(16, 1) == 24 and _bits(256, 2) == 22 and _bits(4096, 2) == 20 and _bits(1, 1) == 26
+    # All entries of one sign, at the top of a grid or with remainders of half a unit: the longest sums there are.
+    for entry in (2 - 2.0**-22, 1.0, 2.0**-26 + 1, 4 / 3, (1 + 2.0**-52) / max(1, rank) ** 0.5):
+        B, A = torch.full((2, rank), entry, dtype=torch.float64), torch.full((rank, 3), entry, dtype=torch.float64)
+        product = ExactProduct(B, A, slices=slices)
+        for order in range(1, slices + 1):
+            left, right = product._left[:, : order * rank], product._right[(slices - order) * rank :]
+            grid = 2.0 ** float(product.units[0][0, 0] + product.units[1][0, 0] - (order - 1) * product.bits)
+            assert (left.abs() @ right.abs()).max().item() / grid <= 2**53
+            assert torch.equal(left @ right / grid, (left @ right / grid).round())
+    assert [_bits(rank) for rank in (1, 2, 4, 16, 256, 4096)] == [26, 25, 25, 24, 22, 20]
 
 
 def test_one_and_two_threads_agree() -> None:
@@ -73,8 +73,8 @@ def test_one_and_two_threads_agree() -> None:
     assert torch.equal(bits(results[0]), bits(results[1]))
 
 
-# One slice keeps β bits of each row: (24, 22) bits and the error of a sum of r of them. Two and three double and triple that,
-# down to the rounding of float64 itself.
+# One slice keeps a row to 2**-26 of its norm at least, here times √256 entries that may all be off. Two and three add the bits of
+# theirs, down to the rounding of float64 itself.
 @pytest.mark.parametrize(("slices", "tolerance"), [(1, 2e-6), (2, 1e-12), (3, 4e-16)])
 @pytest.mark.parametrize("rank", [1, 16, 256])
 @pytest.mark.parametrize("spread", [0, 10])
