@@ -43,7 +43,7 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
 
     columns = TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(label, total=None, visible=False)
         last = 0.0
 
         def told(done: int, total: int) -> None:
@@ -51,6 +51,6 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
             now = time.monotonic()
             if now - last > 0.05 or done == total:  # a block is done each millisecond, and an update costs a tenth of one
                 last = now
-                bar.update(task, completed=done, total=total)
+                bar.update(task, completed=done, total=total, visible=True)
 
         yield told
