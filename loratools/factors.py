@@ -164,4 +164,3 @@ def residual_norm(D: Tensor, B: Tensor, A: Tensor, scale: float = 1.0) -> float:
         rows = D[start : start + step].to(torch.float64, copy=True)
         total += float(rows.addmm_(B[start : start + step], A, alpha=-1).square().sum())
     return math.sqrt(total)
-

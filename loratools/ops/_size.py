@@ -13,10 +13,11 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError
 from loratools.formats.base import Container
 from loratools.linalg.ranks import DENSE, Module, budget
-from loratools.tensorfile import BITS, InMemory, Spec
+from loratools.tensorfile import BITS, InMemory, Spec, build_header, canonical
 
 __all__ = ["DENSE", "Budget", "Candidate", "parse_size"]
 
+PADDING = 7  # a header is padded to a multiple of 8
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 Encode = Callable[[Mapping[str, Delta]], Container]
 
@@ -43,66 +44,76 @@ class Candidate:
     total: float
     copy: str | None = None
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        return self.spec.matrix
-
 
 class Budget:
-    """Ranks for many matrices in one file of at most `size` bytes beside tensors that are saved whatever happens.
+    """Ranks for many matrices in one file of at most `size` bytes, beside tensors that are saved whatever happens.
 
-    Bytes of the header are bounded from above: every offset is written with as many digits as `size` has, every rank with as
-    many as the largest, so the file is never larger than planned.
+    Each matrix is charged its tensors and their entries in the header, every offset with as many digits as `size` has. What a
+    format adds to several together (a bias spelt another way, siblings of a saved tensor) shows in the size of the whole plan,
+    and what it is too large by is taken off the budget until it fits.
     """
 
     def __init__(self, size: int, code: str, saved: Mapping[str, Delta], encode: Encode, *, whole: bool) -> None:
-        self.size, self.code, self.encode, self.whole = size, code, encode, whole
-        self.saved = dict(saved)
-        self.fixed = 8 + len('{"__metadata__":{"format":"pt"},}') + 7 + (self._cost(self.saved) if saved else 0)
-        if self.fixed > size:
-            raise self._impossible(self.fixed)
+        self.size, self.code, self.encode, self.whole, self.saved = size, code, encode, whole, dict(saved)
+        self.fixed = self._file(self.saved)
+        self._require(lambda: self.fixed)
 
-    def _impossible(self, least: int) -> OptionError:
-        found, expected = f"{self.size} bytes", f"at least {least} bytes"
-        return OptionError("--size is too small for what must be in the file", found=found, expected=expected)
+    def _require(self, cost: Callable[[], int]) -> None:
+        """Raise OptionError with the least size unless `cost` is within it; a larger size has more digits to count."""
+        given = self.size
+        while (least := cost()) > self.size:
+            self.size = least
+        if self.size > given:
+            found, expected = f"{given} bytes", f"at least {self.size} bytes"
+            raise OptionError("--size is too small for what must be in the file", found=found, expected=expected)
+
+    def _file(self, deltas: Mapping[str, Delta]) -> int:
+        """The size of the file that holds these."""
+        container = self.encode(deltas) if deltas else Container({}, {"format": "pt"})
+        header, _, end = build_header(canonical({name: ref.spec for name, ref in container.tensors.items()}), container.metadata)
+        return 8 + len(header) + end
 
     def _cost(self, deltas: Mapping[str, Delta]) -> int:
         """Bytes these deltas add to the file, at most: their tensors, and for each its entry in the header."""
-        container = self.encode(deltas)
-        listed = len(json.dumps(container.metadata, ensure_ascii=False).encode()) if len(container.metadata) > 1 else 0
-        return listed + sum(ref.spec.nbytes + self._entry(name, ref.spec) for name, ref in container.tensors.items())
+        return sum(ref.spec.nbytes + self._entry(name, ref.spec) for name, ref in self.encode(deltas).tensors.items())
 
     def _entry(self, name: str, spec: Spec) -> int:
-        # no offset has more digits than the size of the file
         entry = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [self.size, self.size]}
         return len(json.dumps({name: entry}, separators=(",", ":"), ensure_ascii=False).encode()) - 1
 
     def limit(self, candidate: Candidate) -> int:
         """The largest rank worth considering."""
-        rows, columns = candidate.matrix
-        per_rank = self._per_rank(candidate)
-        return max(1, min(rows, columns, (self.size - self.fixed) // per_rank))
+        return max(1, min(*candidate.spec.matrix, (self.size - self.fixed) // self._per_rank(candidate)))
 
     def _per_rank(self, candidate: Candidate) -> int:
-        return sum(candidate.matrix) * BITS[self.code] // 8 * (2 if candidate.copy else 1)
+        return sum(candidate.spec.matrix) * BITS[self.code] // 8 * (2 if candidate.copy else 1)
 
     def allocate(self, candidates: Mapping[str, Candidate]) -> dict[str, int]:
         """A rank for each matrix, 0 to leave it out, DENSE to save it whole; OptionError with the minimum if nothing fits."""
+        if candidates and not self.saved:
+            self._require(lambda: self.fixed + PADDING + min(_least(self._module(name, found)) for name, found in candidates.items()))
         modules = [self._module(name, candidate) for name, candidate in candidates.items()]
-        ranks = dict(zip(candidates, budget(modules, self.size - self.fixed), strict=True))
-        if modules and not self.saved and not any(ranks.values()):
-            least = min(min(module.overhead + module.bytes_per_rank, module.dense_bytes or 1 << 62) for module in modules)
-            raise self._impossible(self.fixed + least)
-        return ranks
+        capacity = self.size - self.fixed - PADDING
+        while capacity > 0:
+            ranks = dict(zip(candidates, budget(modules, capacity), strict=True))
+            excess = self._file(self.saved | self._plan(candidates, ranks)) - self.size
+            if excess <= 0:
+                return ranks
+            capacity -= excess
+        return dict.fromkeys(candidates, 0)
 
     def _module(self, name: str, candidate: Candidate) -> Module:
         per_rank, limit = self._per_rank(candidate), self.limit(candidate)
         # at the largest rank, whose digits in the header no other rank exceeds
-        factors = self._cost(self._planned(name, candidate, limit)) - per_rank * limit
+        overhead = self._cost(self._planned(name, candidate, limit)) - per_rank * limit
         dense = self._cost(self._planned(name, candidate, DENSE)) if self.whole else None
         return Module(
-            sigma2=candidate.sigma2, total=candidate.total, bytes_per_rank=per_rank, overhead=factors, dense_bytes=dense, max_rank=limit
+            sigma2=candidate.sigma2, total=candidate.total, bytes_per_rank=per_rank, overhead=overhead, dense_bytes=dense, max_rank=limit
         )  # fmt: skip
+
+    def _plan(self, candidates: Mapping[str, Candidate], ranks: Mapping[str, int]) -> dict[str, Delta]:
+        plans = (self._planned(name, candidate, ranks[name]) for name, candidate in candidates.items() if ranks[name] != 0)
+        return {name: delta for plan in plans for name, delta in plan.items()}
 
     def _planned(self, name: str, candidate: Candidate, rank: int) -> dict[str, Delta]:
         delta: Delta
@@ -116,3 +127,7 @@ class Budget:
         if candidate.copy:
             planned[candidate.copy] = delta
         return planned
+
+
+def _least(module: Module) -> int:
+    return min(module.overhead + module.bytes_per_rank, module.dense_bytes or module.overhead + module.bytes_per_rank)
