@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loratools.layers.base import widest
+
 LOST = 0.01  # below this share of ‖w‖² + ‖s·bA‖² a row has lost two of its seven digits and is computed densely
 BLOCK = 1 << 22  # elements of W widened at once: 16 MB in float32
 
@@ -72,7 +74,8 @@ def _lost(total: Tensor, parts: Tensor) -> Tensor | None:
 
 
 def _repeat(total: Tensor, rows: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> None:
-    """Write the squared norms of some rows as they come from W + scaling·B·A itself."""
+    """Write the squared norms of some rows as they come from W + scaling·B·A itself, wide: what is left of them is small."""
+    A, B = A.to(widest(W)), B.to(widest(W))
     for some in torch.split(rows, max(1, BLOCK // max(1, W.shape[1]))):
         dense = torch.addmm(W[some].to(A.dtype), B[some], A, alpha=scaling)
         total[some] = torch.linalg.vector_norm(dense, dim=1).square_().to(total.dtype)
