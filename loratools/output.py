@@ -35,6 +35,9 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
             raise OutputError("is, holds or lies inside the input", file=path, found=str(item), remedy="choose another -o OUT")
     if Path.cwd().is_relative_to(real):
         raise OutputError("is or holds the working folder", file=path, remedy="choose another -o OUT")
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise OutputError("lies below what is no folder", file=path, found=str(above), remedy="choose another -o OUT")
     _clear_stale(path)
     if os.path.lexists(path) and not overwrite and not _empty_folder(path):
         raise OutputError("exists already", file=path, remedy="choose another -o OUT or give --overwrite")

@@ -243,10 +243,17 @@ class InFile(Ref):
             raise FormatError("the file became shorter while it was read", file=self.path)
 
 
+def file_of(ref: Ref) -> Path | None:
+    """The file a tensor lies in, if any."""
+    while isinstance(ref, Reshaped | Transposed):
+        ref = ref.origin
+    return ref.path if isinstance(ref, InFile) else None
+
+
 class TensorFile(Mapping[str, Ref]):
     """A safetensors file opened from its header: names to `Ref`s in the order of their bytes.
 
-    Raises FormatError, naming the file, for every header the specification forbids.
+    Raises FormatError (or Faults of several), naming the file, for every header the specification forbids.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -270,7 +277,8 @@ class TensorFile(Mapping[str, Ref]):
             raise FormatError("not a safetensors file: shorter than the 8 bytes of its header's length", found=f"{self.size} bytes")
         (count,) = struct.unpack("<Q", length)
         if count > HEADER_LIMIT:
-            raise FormatError("not a safetensors file: header too long", found=f"{count} bytes", expected=f"at most {HEADER_LIMIT}")
+            remedy = "it is a pointer of Git LFS: run git lfs pull" if bytes(length) == b"version " else None
+            raise FormatError("not a safetensors file: no header's length at its start", found=bytes(length), remedy=remedy)
         if count > self.size - 8:
             raise FormatError(
                 "truncated: the header goes past the end of the file", found=f"{self.size} bytes", expected=f"{8 + count} or more"

@@ -38,7 +38,7 @@ def _models(folder: Path) -> list[str]:
     """The files that are a model each: those transformers and diffusers would load, else indices, else single files."""
     if (folder / "model_index.json").is_file():
         return []
-    present = sorted(path.name for path in folder.iterdir() if path.is_file())
+    present = sorted(path.name for path in folder.iterdir() if not path.is_dir())  # a link to nothing is there, and fails when opened
     usual = [next((name for name in (single, _index_of(single)) if name in present), None) for single in SINGLE]
     found = [name for name in usual if name] or [name for name in present if name.endswith(INDEX)]
     found = found or [name for name in present if name.endswith(".safetensors")]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
-from loratools.errors import FormatError
+from loratools.errors import Faults, FormatError
 from loratools.tensorfile import (
     BITS,
     HEADER_LIMIT,
@@ -161,8 +161,8 @@ def test_a_mutated_header_is_read_as_the_library_reads_it_or_refused(place: Path
         place.write_bytes(mutated)
         try:
             opened = TensorFile(place)
-        except FormatError as error:
-            assert str(place) in str(error)
+        except (FormatError, Faults) as error:
+            assert all(isinstance(fault, FormatError) and fault.file == place for fault in getattr(error, "errors", [error]))
             continue
         read = {name: (ref.spec.dtype, list(ref.spec.shape), bytes(ref.read())) for name, ref in opened.items()}
         try:
@@ -236,7 +236,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(place: Path) -> None:
 @pytest.mark.parametrize("count", [1 << 63, HEADER_LIMIT + 1])
 def test_a_header_of_absurd_length_is_not_waited_for(place: Path, count: int) -> None:
     place.write_bytes(struct.pack("<Q", count) + b"{}")
-    with pytest.raises(FormatError, match="too long"):
+    with pytest.raises(FormatError, match="no header's length"):
         TensorFile(place)
 
 

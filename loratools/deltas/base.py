@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
-from loratools.errors import ShapeError
+from loratools.errors import ShapeError, UnsupportedError
 from loratools.tensorfile import Ref, Spec
 
 if TYPE_CHECKING:
@@ -71,6 +71,13 @@ class Delta(ABC):
         return sum(ref.spec.nbytes for ref in self.refs().values())
 
 
+def require_floating(*specs: Spec) -> None:
+    """Raise UnsupportedError for a tensor whose elements are no plain floating-point numbers, and so cannot be rounded to."""
+    for spec in specs:
+        if not spec.floating:
+            raise UnsupportedError("arithmetic on a dtype that is not a plain floating-point one", found=spec)
+
+
 class Additive(Delta):
     """A delta that is a difference: W′ = W + ΔW, so that it can be scaled and summed."""
 
@@ -91,6 +98,7 @@ class Additive(Delta):
             raise ShapeError("changes a tensor that the base lacks", expected=f"a weight of shape {list(self.shape())}")
         if not self.fits(base):
             raise ShapeError("does not fit the base's weight", found=list(self.shape()), expected=list(base.shape))
+        require_floating(base, *(ref.spec for ref in self.refs().values()))
         return base
 
     def fits(self, base: Spec) -> bool:

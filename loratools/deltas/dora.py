@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from loratools.deltas.base import Additive, Bound, Delta, Read
+from loratools.deltas.base import Additive, Bound, Delta, Read, require_floating
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import ShapeError, UnsupportedError
 from loratools.tensorfile import Ref, Spec
@@ -30,6 +30,7 @@ class DoRA(Delta):
 
     def spec(self, base: Spec | None) -> Spec:
         found = self.direction.spec(base)
+        require_floating(self.magnitude.spec)
         shape = self.magnitude.spec.shape
         if self.axis == "in" and len(found.shape) > 2:
             raise UnsupportedError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.deltas.base import Additive, Bound, Delta, Dense, Read
+from loratools.deltas.base import Additive, Bound, Delta, Dense, Read, require_floating
 from loratools.errors import ShapeError
 from loratools.tensorfile import Ref, Spec
 from loratools.tensors import as_tensor, read_tensor
@@ -46,6 +46,8 @@ class Replacement(Delta):
 
     def spec(self, base: Spec | None) -> Spec:
         found = self.value.spec
+        if found.dtype == "C64" or (base is not None and base.dtype != found.dtype):
+            require_floating(found, *([base] if base else []))
         if base is None:
             return found
         if found.shape != base.shape and (len(found.shape) != len(base.shape) or not found.shape or found.shape[1:] != base.shape[1:]):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from loratools.deltas.base import Additive, Dense
-from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.errors import NonFiniteError, ShapeError
+from loratools.tensorfile import Ref, Spec, file_of
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ class LowRank(Additive):
         from loratools.linalg.exact import ExactProduct
 
         B, A = self.factors(device)
-        product = ExactProduct(B, A, scale=self.scaling * scale, slices=self._slices(base))
+        try:
+            product = ExactProduct(B, A, scale=self.scaling * scale, slices=self._slices(base))
+        except NonFiniteError as error:
+            raise error.at(file=file_of(self.A)) from None
         buffers: list[Tensor] = []
 
         def dense(part: slice) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,17 +83,17 @@ def load_pickle(path: Path) -> dict[str, Ref]:
     try:
         table = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0][:160]
-        raise FormatError(f"the pickle holds more than tensors, nothing in it was run: {reason}", file=path) from None
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise FormatError("the pickle holds more than tensors; nothing in it was run", file=path, found=named and named[1]) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError) as error:
-        raise FormatError(f"not a torch file, or truncated: {str(error).splitlines()[0][:160]}", file=path) from None
+        raise FormatError(f"not a torch file, or truncated ({type(error).__name__})", file=path) from None
     if isinstance(table, dict) and isinstance(table.get("state_dict"), dict):
         table = table["state_dict"]
     if not isinstance(table, dict):
         raise FormatError("not a dictionary of tensors", file=path, found=type(table).__name__)
-    wrong = [str(key) for key, value in table.items() if not isinstance(value, torch.Tensor) or not isinstance(key, str)]
-    if wrong:
-        raise FormatError("not a tensor under a name", file=path, tensor=wrong[0], found=type(table.get(wrong[0])).__name__)
+    for key, value in table.items():
+        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
+            raise FormatError("not a tensor under a name", file=path, tensor=str(key), found=type(value).__name__)
     return {name: to_ref(tensor) for name, tensor in table.items()}
 
 
