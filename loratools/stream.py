@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.checkpoint import Seen
 from loratools.deltas.base import Additive, Bound, Delta
 from loratools.errors import NonFiniteError
+from loratools.rounding import Rounding
 from loratools.tensorfile import Buffer, Ref, Spec
 from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
 
@@ -100,7 +101,7 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
     apply, measured = _combined(applied, reader)
     dtype, statistics.total = torch_dtype(spec.dtype), spec.numel
     stored: Tensor | None = None
-    meter = _Meter(statistics, whole=not measured)
+    meter, rounded = _Meter(statistics, whole=not measured), Rounding()
     for index, part in enumerate(applied.parts()):
         count = (part.stop - part.start) * columns
         if stored is None or stored.numel() < count:
@@ -109,7 +110,7 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
         W = reader.read(part, seen) if reader and applied.same_shape else None
         meter.before(W, index)
         new = apply(part, W)
-        out.copy_(new)
+        rounded(new, out)
         _check_finite(new, out)
         meter.after(new, out)
         yield tensor_bytes(out)
