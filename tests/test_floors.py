@@ -1,0 +1,82 @@
+"""The floors of the house: a file imports only from those below its own, and the cheap ones import no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import loratools
+
+PACKAGE = Path(loratools.__file__).parent
+# from the ground up; a name is a file or a folder of loratools/
+FLOORS = (
+    ("errors",),
+    ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
+    ("families", "quantized", "tensors", "weightfiles"),
+    ("deltas", "rounding", "ulps"),
+    ("adapter", "checkpoint"),
+    ("receipt", "stream", "differences", "factors"),
+    ("formats", "plan"),
+    ("layers",),
+    ("ops",),
+    ("workflows",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or not path.name.startswith("__"))
+
+
+def imports(path: Path) -> list[list[str]]:
+    """The modules of loratools a file imports, at its top or within a function, as components below the package."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "no relative imports"
+            module = node.module or ""
+            found += [f"{module}.{alias.name}" if is_module(f"{module}.{alias.name}") else module for alias in node.names]
+    return [name.split(".")[1:] for name in found if name.startswith("loratools.")]
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_imports_go_down(path: Path) -> None:
+    own = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    for other in imports(path):
+        if other[0] != own[0]:
+            assert LEVEL[other[0]] < LEVEL[own[0]], f"{'.'.join(own)} imports {'.'.join(other)}"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in ("ops", "cli", "workflows", "formats")], ids=str)
+def test_operations_commands_and_formats_do_not_know_each_other(path: Path) -> None:
+    """They share what is in a `_name.py` or `base.py`; the files of one format begin with its name."""
+    for other in imports(path):
+        if path.stem != "__init__" and len(other) > 1 and other[0] == path.parent.name:
+            shared = other[1] == "base" or other[1].startswith("_")
+            assert shared or (other[0] == "formats" and other[1].partition("_")[0] == path.stem.partition("_")[0]), other
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    graph = {path.relative_to(PACKAGE).with_suffix("").parts: {tuple(other) for other in imports(path)} for path in FILES}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(FILES)  # CycleError names the circle
+
+
+def test_every_file_has_a_floor() -> None:
+    assert {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES} == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", ["", ".tensorfile", ".checkpoint", ".formats", ".ops.inspect", ".cli"])
+def test_opening_headers_needs_no_torch(module: str) -> None:
+    heavy = {"torch", "huggingface_hub", "numpy", "rich", "transformers"}
+    code = f"import sys, loratools{module}; print(*{heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
