@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratools.errors import ConvergenceError
-from loratools.linalg._leading import Leading
+from loratools.linalg._leading import Leading, tail
 from loratools.linalg._operator import Operator
 from loratools.linalg._rules import Rule
 
@@ -33,10 +33,11 @@ def gram(op: Operator, rule: Rule) -> Leading:
     Q = V[:, :rank].contiguous()
     Z = torch.cat([block @ Q for block in op.blocks()])
     sigma = torch.linalg.vector_norm(Z, dim=0)
+    P = _divide(Z, sigma)
     # Ky Fan: the sum of r eigenvalues moves by at most √r·‖ΔG‖_F; see spec/certificate.md, "The Gram route".
     slack = 8 * 2.0**-53 * (op.m + op.n) * math.sqrt(rank) * op.norm**2
-    optimal = math.sqrt(max(0.0, op.norm**2 - float(values[:rank].sum()) - slack))
-    return Leading(P=_divide(Z, sigma), sigma=sigma.cpu(), Q=Q, optimal=optimal, method="gram")
+    sigma, optimal = sigma.cpu(), math.sqrt(max(0.0, op.norm**2 - float(values[:rank].sum()) - slack))
+    return Leading(P=P, sigma=sigma, Q=Q, optimal=optimal, expected=tail(op.norm**2, sigma, rank), method="gram")
 
 
 def lapack(op: Operator, rule: Rule) -> Leading:
@@ -48,8 +49,10 @@ def lapack(op: Operator, rule: Rule) -> Leading:
         except (RuntimeError, ValueError, ImportError):  # torch's LinAlgError is a RuntimeError, numpy's a ValueError
             continue
         if bool(torch.isfinite(sigma).all()) and bool(torch.isfinite(U).all()) and bool(torch.isfinite(Vh).all()):
-            rank = rule.rank(sigma.cpu(), op.norm**2)
-            return Leading(P=U[:, :rank], sigma=sigma[:rank].cpu(), Q=Vh[:rank].T, optimal=_tail(op, name, sigma, rank), method=name)
+            sigma = sigma.cpu()
+            rank = rule.rank(sigma, op.norm**2)
+            optimal, expected = _tail(op, name, sigma, rank), float(torch.linalg.vector_norm(sigma[rank:]))
+            return Leading(P=U[:, :rank], sigma=sigma[:rank], Q=Vh[:rank].T, optimal=optimal, expected=expected, method=name)
     raise ConvergenceError("the singular value decomposition converged on no rung", found=", ".join(_RUNGS))
 
 

@@ -49,7 +49,7 @@ def iterative(op: Operator, rule: Rule, *, tolerance: float, seed: int) -> Leadi
             chance = FAILURE / 2**attempts
             optimal = _certify(op, space, theta, rank, wanted=error / (1 + tolerance), chance=chance, generator=generator)
         if optimal is not None:
-            return Leading(P=P[:, :rank], sigma=sigma[:rank], Q=Q[:, :rank], optimal=optimal, method="krylov")
+            return Leading(P=P[:, :rank], sigma=sigma[:rank], Q=Q[:, :rank], optimal=optimal, expected=error, method="krylov")
         next_look = basis.dim + max(2 * block, basis.dim // 2)
     return None
 

@@ -36,15 +36,10 @@ class Krylov:
         block = self.next
         self.Q = torch.cat([self.Q, block], dim=1)
         W = self.op.back(self.op.forward(block))
+        size = torch.linalg.matrix_norm(W)
         W, H = self._orthogonal(W)
         W, again = self._orthogonal(W)
-        fresh, R = torch.linalg.qr(W)
-        diagonal = R.diagonal().abs()
-        if bool(diagonal.min() <= 0.05 * diagonal.max()):
-            # Few distinct singular values: some columns of W are rounding noise, and their directions after QR are not
-            # orthogonal to Q at all unless they are made so.
-            fresh, correction = torch.linalg.qr(self._orthogonal(fresh)[0])
-            R = correction @ R
+        fresh, R = self._normalized(W, size)
         self.next, self.coupling = fresh, R.double().cpu()
         self._project((H + again).double().cpu())
 
@@ -54,6 +49,19 @@ class Krylov:
         theta, Y = theta.flip(0).clamp_min(0), Y.flip(1)
         residual = torch.linalg.vector_norm(self.coupling @ Y[-self.coupling.shape[1] :], dim=0)
         return theta, residual, Y
+
+    def _normalized(self, W: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """QR of W, orthogonal to Q to rounding of the `size` it had, with columns that are so whatever is left of it."""
+        fresh, R = torch.linalg.qr(W)
+        diagonal = R.diagonal().abs()
+        sound = bool(diagonal.min() > 0.05 * diagonal.max()) and bool(diagonal.max() > 1e-3 * size)
+        for _ in range(0 if sound else 6):
+            # Few distinct singular values: columns of W are rounding noise, and what QR makes of them lies partly, or wholly, in Q.
+            fresh, correction = torch.linalg.qr(self._orthogonal(fresh)[0])
+            R = correction @ R
+            if bool(correction.diagonal().abs().min() > 0.5):
+                break
+        return fresh, R
 
     def _orthogonal(self, W: Tensor) -> tuple[Tensor, Tensor]:
         coefficients = self.Q.T @ W

@@ -14,12 +14,16 @@ from loratools.linalg._operator import Operator
 
 @dataclass(frozen=True, kw_only=True)
 class Leading:
-    """P (m, r), sigma (r,) falling, Q (n, r) in float64; optimal is a lower bound on the best rank-r error, all in X's unit."""
+    """P (m, r), sigma (r,) falling, Q (n, r) in float64, all in X's unit.
+
+    optimal is a lower bound on the best rank-r error; expected what P, sigma, Q leave if they are as orthogonal as they should be.
+    """
 
     P: Tensor
     sigma: Tensor
     Q: Tensor
     optimal: float
+    expected: float
     method: str
 
 
@@ -29,7 +33,8 @@ def split(op: Operator, space: Space) -> tuple[Tensor, Tensor, Tensor]:
     Ritz vectors make XV orthogonal, so UᵀX is W's columns over √θ; a small SVD turns it into singular triples.
     """
     root = space.theta.sqrt()
-    kept = int((root > 1e-9 * op.norm).sum())  # below, √θ is rounding noise and so is the direction
+    # Below 1e-8 of the norm a column of Z is off by 1e-8 of itself, and no longer orthogonal to the large ones.
+    kept = int((root > 1e-8 * op.norm).sum())
     root = root[:kept].to(space.Z.device)
     base, R = torch.linalg.qr(space.W[:, :kept] / root)
     left, sigma, right = torch.linalg.svd(R.cpu(), full_matrices=False)  # (UᵀX)ᵀ = base · R
