@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools.checkpoint import Seen
@@ -159,7 +159,8 @@ class _Reader:
 
 def _combined(applied: Applied, reader: _Reader | None) -> tuple[Bound, bool]:
     """All applications as one map of blocks, and whether ‖W′ − W‖ follows from the delta without looking at the blocks."""
-    spec = applied.source.spec if applied.source else None
+    # what is written decides how exact a delta must be
+    spec = replace(applied.source.spec, dtype=applied.target.dtype) if applied.source else None
     read = reader.blocks if reader else (lambda rows: iter(()))
     if not applied.applications:
         return (lambda part, W: W), False
