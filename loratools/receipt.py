@@ -6,6 +6,7 @@ Its fields and their meaning are in spec/receipt.schema.json.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from loratools.sidefiles import file_entry
 
 @dataclass
 class Receipt:
-    """What one operation did; `rows` has one entry a changed tensor, `digests` one a tensor of the output."""
+    """What one operation did; `tensors` has a row for each changed tensor, `digests` one entry for each of the output."""
 
     operation: str
     arguments: Mapping[str, Any]
@@ -52,8 +53,8 @@ class Receipt:
             "digests": dict(sorted(self.digests.items())),
             "expected": self.expected,
             "applied": self.applied,
-            "tensors": sorted(self.tensors, key=lambda row: str(row["name"])),
-            "left_out": self.left_out,
+            "tensors": _plain(sorted(self.tensors, key=lambda row: str(row["name"]))),
+            "left_out": _plain(self.left_out),
             "changed_files": self.changed_files,
             "notes": self.notes,
             "seconds": self.seconds,
@@ -111,6 +112,9 @@ def add_sha256(entries: Iterable[dict[str, Any]], folder: Path | None) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """A value as JSON has it; inf and nan, which it has not, are null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, Mapping):

@@ -74,7 +74,8 @@ class Pair:
     def weight(self, name: str, value: Tensor | None) -> None:
         table = load_file(self.weights)
         table |= {name: value} if value is not None else {}
-        save_file({key: tensor for key, tensor in table.items() if key != name or value is not None}, self.weights)
+        kept = {key: tensor for key, tensor in table.items() if key != name or value is not None}
+        save_file(kept, self.weights, metadata={"format": "pt"})
 
     def header(self, edit: Callable[[dict[str, Any]], object], path: Path | None = None) -> None:
         """Edit a safetensors header as JSON, its length kept true, the data as it is."""
