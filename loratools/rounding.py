@@ -4,6 +4,9 @@ torch takes float64 to bfloat16 and float16 by way of float32, which rounds twic
 the second, the second decides without knowing on which side the value was (one in 65 thousand for bfloat16, one in 8 thousand
 for float16). Rounding the first to odd repairs that: Boldo, Melquiond, "Emulation of FMA and correctly rounded sums: proved
 algorithms using rounding to odd", IEEE Transactions on Computers 57, 2008. Only values near a tie need it, and those are few.
+
+bfloat16 has float32's exponents, so there three float64 operations of Veltkamp's round to its 8 bits at once (Boldo, "Pitfalls
+of a full floating-point proof", IJCAR 2006); numbers below its smallest normal one, 2**-126, have fewer bits and are rounded twice.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+_VELTKAMP = 2.0**45 + 1  # leaves 53 − 45 = 8 bits
 _LOWEST = np.int32(-(2**31))
-# bits of a float32 that the dtype lacks; below the smallest normal number it lacks more
-_LACKS = {"bfloat16": (16, 0.0), "float16": (13, 2.0**-14)}
+# bits of a float32 that a dtype lacks; below the smallest normal number it lacks more
+_LACKS = {"float16": (13, 2.0**-14)}
 
 
 class Rounding:
@@ -33,6 +37,7 @@ class Rounding:
     def __init__(self) -> None:
         self._narrow = np.empty(0, np.float32)
         self._low = np.empty(0, np.int32)
+        self._split: list[Tensor] = []
 
     def __call__(self, wide: Tensor, out: Tensor) -> None:
         """out = wide, rounded; shapes are equal, `wide` on any device."""
@@ -40,10 +45,22 @@ class Rounding:
 
         if out.dtype in (torch.float64, torch.float32) or not out.dtype.is_floating_point or wide.dtype != torch.float64:
             out.copy_(wide)
+        elif out.dtype == torch.bfloat16:
+            out.copy_(self._eight_bits(wide))
         elif wide.device.type != "cpu":
             out.copy_(_to_odd(wide))
         else:
             self._round(wide.reshape(-1), out)
+
+    def _eight_bits(self, wide: Tensor) -> Tensor:
+        import torch
+
+        if not self._split or self._split[0].shape != wide.shape or self._split[0].device != wide.device:
+            self._split = [torch.empty_like(wide), torch.empty_like(wide)]
+        large, low = self._split
+        torch.mul(wide, _VELTKAMP, out=large)
+        torch.sub(large, wide, out=low)
+        return torch.sub(large, low, out=low)
 
     def _round(self, wide: Tensor, out: Tensor) -> None:
         import torch

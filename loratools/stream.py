@@ -19,9 +19,10 @@ from loratools.tensorfile import Buffer, Ref, Spec
 from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-BLOCK = 1 << 17  # elements: a block in float64 and its product stay in the cache; whole tensors were 3 × slower
+BLOCK = 1 << 18  # elements: fewer pay for Python more often, more leave the cache; whole tensors were 3 × slower
 EVERY, PROBE = 4, 1 << 14  # unless a full report is asked for, the first so many elements of one block in so many are measured
 
 
@@ -100,20 +101,17 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
             seen(block)
     apply, measured = _combined(applied, reader)
     dtype, statistics.total = torch_dtype(spec.dtype), spec.numel
-    stored: Tensor | None = None
-    meter, rounded = _Meter(statistics, whole=not measured), Rounding()
+    limit = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
+    meter, rounded, outs = _Meter(statistics, whole=not measured), Rounding(), _Outs(dtype, columns)
     for index, part in enumerate(applied.parts()):
-        count = (part.stop - part.start) * columns
-        if stored is None or stored.numel() < count:
-            stored = torch.empty(count, dtype=dtype)
-        out = stored[:count].view(part.stop - part.start, columns)
+        out, data = outs.block(part.stop - part.start)
         W = reader.read(part, seen) if reader and applied.same_shape else None
         meter.before(W, index)
         new = apply(part, W)
         rounded(new, out)
-        _check_finite(new, out)
+        _check_finite(new, out, limit)
         meter.after(new, out)
-        yield tensor_bytes(out)
+        yield data
     if measured:
         delta, strength = applied.applications[0]
         assert isinstance(delta, Additive)
@@ -121,33 +119,52 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
     statistics.applied = len(applied.applications)
 
 
+class _Outs:
+    """The blocks to be written, over one buffer; a tensor and its bytes for each number of rows, made once."""
+
+    def __init__(self, dtype: torch.dtype, columns: int) -> None:
+        self.dtype, self.columns = dtype, columns
+        self.made: dict[int, tuple[Tensor, memoryview]] = {}
+
+    def block(self, rows: int) -> tuple[Tensor, memoryview]:
+        import torch
+
+        if rows not in self.made:
+            first = next(iter(self.made.values()))[0] if self.made else None
+            fits = first is not None and len(first) >= rows
+            out = first[:rows] if first is not None and fits else torch.empty(rows, self.columns, dtype=self.dtype)
+            self.made[rows] = out, tensor_bytes(out)
+        return self.made[rows]
+
+
 class _Reader:
-    """Blocks of W in float64 on a device, through buffers that are used again."""
+    """Blocks of W in float64 on a device, through buffers that are used again, with views for each number of rows made once."""
 
     def __init__(self, applied: Applied, columns: int) -> None:
         assert applied.source is not None
-        self.ref, self.columns, self.device = (
-            applied.source.reshape(applied.source.spec.numel // max(1, columns), columns),
-            columns,
-            applied.device,
-        )
-        self.raw: bytearray | None = None
-        self.wide: Tensor | None = None
+        self.ref = applied.source.reshape(applied.source.spec.numel // max(1, columns), columns)
+        self.columns, self.device = columns, applied.device
+        self.made: dict[int, tuple[memoryview, Tensor, Tensor]] = {}
 
     def read(self, part: slice, seen: Seen | None = None) -> Tensor:
+        rows = part.stop - part.start
+        if rows not in self.made:
+            self.made[rows] = self._make(rows)
+        raw, narrow, wide = self.made[rows]
+        self.ref.readinto(part.start, part.stop, raw)
+        if seen:
+            seen(raw)
+        return wide.copy_(narrow)
+
+    def _make(self, rows: int) -> tuple[memoryview, Tensor, Tensor]:
         import torch
 
-        size = (part.stop - part.start) * self.ref.spec.row_bytes()
-        if self.raw is None or len(self.raw) < size:
-            self.raw = bytearray(size)
-            self.wide = torch.empty(part.stop - part.start, self.columns, dtype=torch.float64, device=self.device)
-        view = memoryview(self.raw)[:size]
-        self.ref.readinto(part.start, part.stop, view)
-        if seen:
-            seen(view)
-        assert self.wide is not None
-        wide = self.wide[: part.stop - part.start]
-        return wide.copy_(as_tensor(view, Spec(self.ref.spec.dtype, (part.stop - part.start, self.columns))))
+        for held, (raw, narrow, wide) in self.made.items():
+            if held >= rows:
+                return raw[: rows * self.ref.spec.row_bytes()], narrow[:rows], wide[:rows]
+        raw = memoryview(bytearray(rows * self.ref.spec.row_bytes()))
+        narrow = as_tensor(raw, Spec(self.ref.spec.dtype, (rows, self.columns)))
+        return raw, narrow, torch.empty(rows, self.columns, dtype=torch.float64, device=self.device)
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
         """All of W in blocks of `rows` rows, for deltas that look before they change."""
@@ -202,13 +219,11 @@ def _square(values: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
-def _check_finite(new: Tensor, out: Tensor) -> None:
+def _check_finite(new: Tensor, out: Tensor, limit: float) -> None:
     """Nothing in `out` is inf or nan: known at once when even the norm is far from the dtype's limit, else looked at."""
     import torch
 
-    limit = torch.finfo(out.dtype).max if out.dtype.is_floating_point else math.inf
-    size = math.sqrt(value) if math.isfinite(value := _square(new)) else math.inf
-    if size < limit * 0.99 or not out.dtype.is_floating_point:
+    if not out.dtype.is_floating_point or _square(new) < (0.99 * min(limit, 1e150)) ** 2:
         return
     wide = out.to(torch.float64)
     if not torch.isfinite(wide).all():

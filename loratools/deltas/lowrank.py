@@ -71,13 +71,15 @@ class LowRank(Additive):
             product = ExactProduct(B, A, scale=self.scaling * scale, slices=self._slices(base))
         except NonFiniteError as error:
             raise error.at(file=file_of(self.A)) from None
-        buffers: list[Tensor] = []
+        made: dict[int, tuple[Tensor, Tensor]] = {}
 
         def dense(part: slice) -> Tensor:
             count = part.stop - part.start
-            if not buffers or len(buffers[0]) < count:
-                buffers[:] = [B.new_empty(count, product.shape[1]) for _ in range(2)]
-            return product.rows(part.start, part.stop, out=buffers[0][:count], scratch=buffers[1])
+            if count not in made:
+                made.clear()
+                made[count] = B.new_empty(count, product.shape[1]), B.new_empty(count, product.shape[1])
+            out, scratch = made[count]
+            return product.rows(part.start, part.stop, out=out, scratch=scratch)
 
         return dense
 
