@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, OptionError, UnsupportedError
-from loratools.formats import peft, peft_encode
+from loratools.formats import loralib, peft, peft_encode, scratch
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -25,7 +25,11 @@ class Format:
     encode: Callable[[Adapter], Container] | None = None
 
 
-FORMATS = (Format(peft.NAME, peft.detect, peft.decode, peft_encode.encode),)
+FORMATS = (
+    Format(peft.NAME, peft.detect, peft.decode, peft_encode.encode),
+    Format(loralib.NAME, loralib.detect, loralib.decode, loralib.encode),
+    Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
+)
 
 
 def load(path: str | Path, *, format: str | None = None, options: ReadOptions | None = None) -> Adapter:

@@ -33,11 +33,19 @@ class Container:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a user adds where a file does not say enough."""
+    """What a user adds where a file does not say enough.
+
+    `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output") are for the tutorials' files, `enable_lora` (the
+    slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their convolution) for loralib's.
+    """
 
     alpha: float | None = None
     embeddings: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    scale: str | None = None
+    scratch_dora: str | None = None
+    enable_lora: tuple[bool, ...] | None = None
+    kernels: tuple[tuple[str, int], ...] = ()
 
 
 def open_container(path: str | Path) -> Container:
@@ -98,8 +106,15 @@ def load_pickle(path: Path) -> dict[str, Ref]:
 
 
 def write_container(container: Container, folder: Path) -> dict[str, str]:
-    """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest."""
+    """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest.
+
+    Without a config it may be a single file: where the name ends in `.safetensors`.
+    """
+    if container.config is None and folder.suffix == ".safetensors":
+        return write_tensors(folder, container.tensors, container.metadata)
     folder.mkdir(exist_ok=True)
+    if container.config is None:
+        return write_tensors(folder / WEIGHTS[0], container.tensors, container.metadata)
     (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return write_tensors(folder / WEIGHTS[0], container.tensors, container.metadata)
 

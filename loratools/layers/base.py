@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from loratools.deltas.base import Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError, UnsupportedError
+from loratools.rounding import Rounding
 from loratools.tensors import to_ref
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -172,8 +173,9 @@ class LoRALayer(nn.Module):
             raise UnsupportedError(f"merging would change {self.tied_to} too, which shares this weight", remedy="untie the two first")
         merged = torch.empty_like(self.weight.data, memory_format=torch.contiguous_format)
         rows = merged.flatten(1)
+        round_once = Rounding()
         for part, block in self.merged_blocks():
-            rows[part] = block.to(merged.dtype)
+            round_once(block, rows[part])
         self.original = self.weight.data
         self.weight.data = merged
 

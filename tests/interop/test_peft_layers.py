@@ -63,9 +63,8 @@ def test_ours_in_peft(rslora: bool, dora: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_pefts_in_ours(rslora: bool, dora: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=DORA_TARGETS if dora else TARGETS, use_rslora=rslora, use_dora=dora, init_lora_weights=False, fan_in_fan_out=True
-    )
+    targets = DORA_TARGETS if dora else TARGETS
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_rslora=rslora, use_dora=dora, init_lora_weights=False)
     theirs: Any = peft.get_peft_model(net(), config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

@@ -27,7 +27,8 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 }
 INPUTS = {
     "linear": (5, 12), "unbiased": (2, 3, 12), "Conv1D": (2, 3, 12), "embedding": (4, 7), "conv1d": (2, 4, 9), "conv2d": (2, 4, 6, 5),
-    "conv3d": (2, 4, 5, 5, 5), "grouped": (2, 4, 6, 6), "merged": (3, 5, 12), "merged, stored (in, out)": (5, 12), "stored (in, out)": (5, 12),
+    "conv3d": (2, 4, 5, 5, 5), "grouped": (2, 4, 6, 6), "merged": (3, 5, 12), "merged, stored (in, out)": (5, 12),
+    "stored (in, out)": (5, 12),
 }  # fmt: skip
 LORA: dict[str, Make] = {
     "linear": layers.LoRALinear,
@@ -65,7 +66,14 @@ def plain(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) ->
 
 
 def layer(
-    method: str, name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, *, base: nn.Module | None = None, factors: torch.dtype | None = None, **more: Any
+    method: str,
+    name: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    base: nn.Module | None = None,
+    factors: torch.dtype | None = None,
+    **more: Any,
 ) -> LoRALayer:
     """A case's layer over a module, a fresh one by default, its change still zero."""
     made = {"lora": LORA, "dora": DORA}[method][name]
@@ -94,7 +102,8 @@ def dense_change(made: LoRALayer) -> Tensor:
     """scaling·B·A in the shape of the stored weight, in float64, from each kind's definition."""
     A, B = made.lora_A.detach().double(), made.lora_B.detach().double()
     if isinstance(made, layers.LoRAMergedLinear):
-        o, r, change = made.out_features // len(made.enable_lora), made.rank, torch.zeros(made.out_features, made.in_features).double().to(A.device)
+        o, r = made.out_features // len(made.enable_lora), made.rank
+        change = A.new_zeros(made.out_features, made.in_features)
         for j, slot in enumerate([index for index, flag in enumerate(made.enable_lora) if flag]):
             change[slot * o : (slot + 1) * o] = B[j * o : (j + 1) * o] @ A[j * r : (j + 1) * r]
     else:
@@ -112,7 +121,8 @@ def dense(made: LoRALayer) -> Tensor:
     by_rows = (made.axis == "out") != turned
     axes = tuple(range(1, V.dim())) if by_rows else (0,)
     magnitude = made.magnitude.detach().double()
-    return V / torch.linalg.vector_norm(V, dim=axes, keepdim=True) * (magnitude.view(-1, *(1,) * (V.dim() - 1)) if by_rows else magnitude.view(1, -1))
+    shaped = magnitude.view(-1, *(1,) * (V.dim() - 1)) if by_rows else magnitude.view(1, -1)
+    return V / torch.linalg.vector_norm(V, dim=axes, keepdim=True) * shaped
 
 
 def plain_output(made: LoRALayer, name: str, weight: Tensor, x: Tensor) -> Tensor:

@@ -212,7 +212,8 @@ def test_scaling() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 0}, {"rank": 1.5}, {"rank": True}, {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}, {"dtype": torch.int8}]
+    "wrong",
+    [{"rank": 0}, {"rank": 1.5}, {"rank": True}, {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}, {"dtype": torch.int8}],
 )
 def test_settings_that_are_none(wrong: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):

@@ -36,7 +36,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.blocks, self.conv, self.head = nn.Embedding(9, 8), nn.ModuleList([Block(), Block()]), nn.Conv2d(1, 2, 3), nn.Linear(4, 3)
+        self.embed, self.blocks = nn.Embedding(9, 8), nn.ModuleList([Block(), Block()])
+        self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(4, 3)
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         return self.head(self.blocks[1].v_proj(self.embed(indices)))
@@ -183,7 +184,8 @@ def test_in_transformers(dora: bool) -> None:
     sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 11}
     bert = BertModel(BertConfig(**sizes)).eval()
     gpt2 = GPT2Model(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=11)).eval()
-    for model, targets, kind in ((bert, ["query", "value", "word_embeddings"], LoRAEmbedding), (gpt2, ["c_attn", "wte", "mlp.c_fc"], LoRALinear)):
+    cases = ((bert, ["query", "value", "word_embeddings"], LoRAEmbedding), (gpt2, ["c_attn", "wte", "mlp.c_fc"], LoRALinear))
+    for model, targets, kind in cases:
         before = model(ids).last_hidden_state
         inject(model, targets, rank=2, alpha=4, dora=dora)
         assert any(isinstance(module, kind) for module in model.modules())
