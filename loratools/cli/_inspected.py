@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from loratools.cli._names import grouped, natural
-from loratools.cli._numbers import count, number, percent, size, span
+from loratools.cli._numbers import count, many, number, percent, size, span
 from loratools.cli._table import facts, table
 
 Row = Mapping[str, Any]
@@ -47,7 +47,7 @@ def _adapter_facts(report: Row) -> list[tuple[str, str]]:
     ]
     lines += [("rank", _ranks(report))] if report["ranks"] else []
     lines += [("scaling", _scaling(modules))] if any(row["alpha"] is not None for row in modules) else []
-    lines.append(("parameters", f"{count(report['parameters'])} in {count(report['modules_total'])} tensors"))
+    lines.append(("parameters", f"{count(report['parameters'])} in {many(report['modules_total'], 'tensor')}"))
     if report["base_parameters"] is not None:
         together = report["base_parameters"] + report["parameters"]
         share = percent(report["trainable_percent"] / 100)
@@ -56,7 +56,7 @@ def _adapter_facts(report: Row) -> list[tuple[str, str]]:
 
 
 def _kinds(kinds: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} on {number} {'tensor' if number == 1 else 'tensors'}" for name, number in kinds.items())
+    return ", ".join(f"{name} on {many(tensors, 'tensor')}" for name, tensors in kinds.items())
 
 
 def _ranks(report: Row) -> str:
@@ -79,11 +79,11 @@ def _scaling(modules: Sequence[Row]) -> str:
 
 
 def _checkpoint_facts(report: Row) -> list[tuple[str, str]]:
-    dtypes = ", ".join(f"{name} ({count(number)}×)" if len(report["dtypes"]) > 1 else name for name, number in report["dtypes"].items())
-    files = "one file" if report["shards"] == 1 else f"{report['shards']} shards"
+    dtypes = ", ".join(f"{name} ({count(tensors)}×)" if len(report["dtypes"]) > 1 else name for name, tensors in report["dtypes"].items())
+    files = many(report["shards"], "file", "shards")
     return [
         ("checkpoint", report["path"]),
-        ("parameters", f"{count(report['parameters'])} in {count(report['tensors'])} tensors"),
+        ("parameters", f"{count(report['parameters'])} in {many(report['tensors'], 'tensor')}"),
         ("on disk", f"{size(report['bytes'])} in {files}, {dtypes}"),
     ]
 

@@ -14,6 +14,15 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def many(value: int, one: str, several: str | None = None) -> str:
+    """A count with its noun.
+
+    >>> many(1, "tensor"), many(1200, "tensor")
+    ('1 tensor', '1,200 tensors')
+    """
+    return f"{count(value)} {one if value == 1 else several or one + 's'}"
+
+
 def size(value: float, unit: str = "B") -> str:
     """Three digits and a decimal prefix; small whole numbers as they are.
 

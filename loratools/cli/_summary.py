@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from loratools.cli._names import grouped, natural
-from loratools.cli._numbers import count, number, percent, size, span
+from loratools.cli._numbers import count, many, number, percent, size, span
 from loratools.cli._table import facts, table
 from loratools.receipt import receipt_path
 
@@ -111,12 +111,8 @@ def _ending(receipt: Row, out: str) -> Pairs:
     files = receipt["outputs"]
     weights = [entry for entry in files if entry["header_sha256"] is not None]
     others = len(files) - len(weights)
-    text = f"{size(sum(entry['bytes'] for entry in files))}: {_files(len(weights), 'file of weights', 'files of weights')}"
-    pairs = [("on disk", text + (f", {_files(others, 'other', 'others')}" if others else ""))]
+    text = f"{size(sum(entry['bytes'] for entry in files))}: {many(len(weights), 'file of weights', 'files of weights')}"
+    pairs = [("on disk", text + (f", {many(others, 'other')}" if others else ""))]
     pairs += [("edited", ", ".join(receipt["changed_files"]))] if receipt["changed_files"] else []
     receipt_at = receipt_path(Path(out), folder=Path(out).is_dir())
     return [*pairs, ("receipt", str(receipt_at)), ("took", f"{receipt['seconds']:.1f} s")]
-
-
-def _files(many: int, one: str, several: str) -> str:
-    return f"{count(many)} {one if many == 1 else several}"

@@ -12,7 +12,7 @@ import torch
 
 from loratools import __version__
 from loratools.cli import COMMANDS, SHOWN, told
-from loratools.errors import FormatError, Faults
+from loratools.errors import Faults, FormatError
 from tests.cli._adapters import command, environment, llama_adapter, loratools
 from tests.files import write_adapter
 
@@ -48,7 +48,14 @@ def test_version() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("no-such-command",), ("merge", "base/"), ("merge", "base/", "adapter/"), ("inspect",), ("inspect", "x", "--no-such-option"), ("extract", "a", "b")],
+    [
+        ("no-such-command",),
+        ("merge", "base/"),
+        ("merge", "base/", "adapter/"),
+        ("inspect",),
+        ("inspect", "x", "--no-such-option"),
+        ("extract", "a", "b"),
+    ],
 )
 def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
     found = loratools(*arguments)
@@ -112,7 +119,9 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 
 def test_a_terminal_without_our_signs_still_gets_the_numbers(tmp_path: Path) -> None:
     adapter = llama_adapter(tmp_path / "adapter")
-    found = subprocess.run(command("inspect", adapter, "--spectra"), capture_output=True, env=environment() | {"PYTHONIOENCODING": "latin-1"})
+    found = subprocess.run(
+        command("inspect", adapter, "--spectra"), capture_output=True, env=environment() | {"PYTHONIOENCODING": "latin-1"}
+    )
     assert found.returncode == 0, found.stderr
     text = found.stdout.decode("latin-1")
     assert "?W?" in text and "4 × 8" in text  # Latin-1 has no ‖ and no Δ, but ×

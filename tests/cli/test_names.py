@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from loratools.cli._names import grouped, natural
 
 NAMES = st.lists(
-    st.lists(st.sampled_from(["h", "0", "1", "2", "3", "7", "10", "01", "q", "attn"]), min_size=1, max_size=4).map(".".join), unique=True, max_size=30
+    st.lists(st.sampled_from(["h", "0", "1", "2", "3", "7", "10", "01", "q", "attn"]), min_size=1, max_size=4).map(".".join),
+    unique=True,
+    max_size=30,
 )
 
 

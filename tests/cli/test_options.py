@@ -24,7 +24,9 @@ def test_options_are_the_functions_keywords(name: str) -> None:
     assert {option.name for option in options} - SHOWING == keywords
     positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     assert positional == POSITIONAL[name]
-    assert [argument.name for argument in command.params if isinstance(argument, click.Argument)] == [word for word in positional if word != "out"]
+    assert [argument.name for argument in command.params if isinstance(argument, click.Argument)] == [
+        word for word in positional if word != "out"
+    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -35,7 +37,9 @@ def test_defaults_are_the_functions_own(name: str) -> None:
     given = command.make_context(name, least).params
     parameters = inspect.signature(getattr(loratools, name)).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    assert {word: given[word] for word in defaults if word != "progress"} == {word: defaults[word] for word in defaults if word != "progress"}
+    assert {word: given[word] for word in defaults if word != "progress"} == {
+        word: defaults[word] for word in defaults if word != "progress"
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)

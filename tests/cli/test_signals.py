@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +21,17 @@ DEFAULT = {"preexec_fn": lambda: [signal.signal(number, signal.SIG_DFL) for numb
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of 0.5 GB whose merge takes seconds, and an adapter for all of it."""
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A base of 0.3 GB whose merge takes a second or more, and an adapter for all of it."""
     folder = tmp_path_factory.mktemp("large")
     tensors = {
         f"model.layers.{layer}.self_attn.{name}_proj.weight": torch.full((height, 2048), 0.5, dtype=torch.bfloat16)
-        for layer in range(40)
+        for layer in range(24)
         for name, height in (("q", 2048), ("v", 1024))
     }
     base = write_checkpoint(folder / "base", tensors, {"model_type": "llama"})
-    return base, llama_adapter(folder / "adapter", hidden=2048, layers=40)
+    yield base, llama_adapter(folder / "adapter", hidden=2048, layers=24)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -35,7 +35,9 @@ def test_a_name_that_leaves_no_room_has_a_line_of_its_own() -> None:
 
 def test_where_most_names_leave_no_room_all_numbers_stand_below() -> None:
     cells = {"module": ["a.long.name.of.a.module"] * 3, "n": ["1", "2", "30"]}
-    assert table(cells, 12) == ["module", "     n"] + [line for n in ("1", "2", "30") for line in ("a.long.name.of.a.module", f"    {n:>2}")]
+    assert table(cells, 12) == ["module", "     n"] + [
+        line for n in ("1", "2", "30") for line in ("a.long.name.of.a.module", f"    {n:>2}")
+    ]
 
 
 @given(st.lists(st.text("ab.", min_size=1, max_size=60), min_size=1, max_size=8), st.integers(40, 200))
