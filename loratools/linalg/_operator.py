@@ -31,7 +31,7 @@ class Operator:
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NonFiniteError("the matrix holds inf or nan")
         self.unit = 2.0 ** max(-1000, math.frexp(max(-low, high))[1])
-        self.norm = math.sqrt(sum(float(block.square().sum()) for block in self.blocks()))
+        self.norm = math.hypot(*(float(torch.linalg.vector_norm(block)) for block in self.blocks()))
 
     @property
     def narrow(self) -> bool:
