@@ -20,6 +20,7 @@ _PUBLIC = {
     "load": "loratools.formats",
     "merge": "loratools.ops.merge",
     "save": "loratools.formats",
+    "verify": "loratools.ops.verify",
 }
 __all__ = ["__version__", *_PUBLIC]
 

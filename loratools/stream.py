@@ -262,7 +262,7 @@ class _Meter:
         statistics, some = self.statistics, self.sampled
         kept = self.kept[: self.rows]
         if some:
-            written = out[:some].to(device=new.device, dtype=new.dtype)
+            written = out[:some].to(device=new.device, dtype=new.dtype, copy=True)  # a copy even where out is float64 itself
             statistics.sampled += written.numel()
             statistics.same += int((written == kept[:some]).sum())
             statistics.sampled_error += _square(written.sub_(new[:some]))

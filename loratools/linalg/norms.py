@@ -17,6 +17,7 @@ ROWS = 128
 def row_squares(X: Tensor) -> Tensor:
     """Σⱼ X[i, j]² for each row of an (m, n) float64 matrix, (m,).
 
+    >>> import torch
     >>> row_squares(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     tensor([25.], dtype=torch.float64)
     """

@@ -103,7 +103,7 @@ def _rewrite(
         raise OptionError("--threads", found=count, expected="at least 1")
     if checkpoint.single and place.suffix != ".safetensors":
         raise OptionError("a base that is one file gives one file", found=place.name, expected="OUT with the ending .safetensors")
-    with threads.single_threaded_blas(count > 1):
+    with threads.single_threaded_blas(device == "cpu"):
         return checkpoint.rewrite(place, changes, added=added, config=plan.config, workers=count, progress=progress)
 
 
