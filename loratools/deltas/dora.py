@@ -44,9 +44,9 @@ class DoRA(Delta):
 
     @property
     def axis(self) -> str:
-        """`out`: one norm for each output row; `in`: one for each input column."""
-        shape = self.magnitude.spec.shape
-        return "in" if shape[0] == 1 and len(shape) == 2 and shape != (1, 1) else "out"
+        """`out`: one norm for each output row; `in`: one for each input column; of a single number, the axis there is."""
+        shape, rows = self.magnitude.spec.shape, self.direction.shape()[0]
+        return "in" if len(shape) == 2 and shape[0] == 1 and (shape[1] > 1 or rows > 1) else "out"
 
     def matrix(self, base: Spec) -> tuple[int, int]:
         return self.direction.matrix(base)
