@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.checkpoint import Seen
 from loratools.deltas.base import Additive, Bound, Delta
+from loratools.deltas.full import Replacement
 from loratools.errors import NonFiniteError
 from loratools.rounding import Rounding
 from loratools.tensorfile import Buffer, Ref, Spec
@@ -68,6 +69,13 @@ class Applied:
     def same_shape(self) -> bool:
         return self.source is not None and self.source.spec.shape == self.target.shape
 
+    @property
+    def replaced(self) -> Ref | None:
+        """The tensor that takes the weight's place as it is, bytes and all, where that is all that happens."""
+        (delta, strength), *more = self.applications or ((None, 0.0),)
+        alone = isinstance(delta, Replacement) and strength == 1 and not more
+        return delta.value if isinstance(delta, Replacement) and alone and delta.value.spec.dtype == self.target.dtype else None
+
     def matrix(self) -> tuple[int, int]:
         spec = self.source.spec if self.source is not None and self.same_shape else self.target
         views = {delta.matrix(spec) for delta, _ in self.applications} or {spec.matrix}
@@ -99,6 +107,12 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
     if reader and not applied.same_shape:
         for block in applied.source.blocks() if applied.source else ():
             seen(block)
+    if not spec.floating and applied.replaced is not None:  # a counter saved with its module: float64 could not hold it
+        for block in applied.source.blocks() if applied.source and applied.same_shape else ():
+            seen(block)
+        statistics.applied, statistics.total = 1, spec.numel
+        yield from applied.replaced.blocks()
+        return
     apply, measured = _combined(applied, reader)
     dtype, statistics.total = torch_dtype(spec.dtype), spec.numel
     limit = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
