@@ -52,7 +52,7 @@ def table(cells: Mapping[str, Sequence[str]], columns: int | None, words: Collec
     room = longest if columns is None else min(longest, columns - taken)
     fitting = sum(len(name) <= room for name in names)
     room = room if room >= min(NARROW, longest) and 2 * fitting >= len(names) else len(GAP)
-    lines = []
+    lines: list[str] = []
     for name, *row in zip((first, *names), *((title, *column) for title, column in others), strict=True):
         head = not lines
         pairs = zip(others, row, sizes, strict=True)

@@ -11,42 +11,50 @@ import loratools
 from loratools.cli import COMMANDS, cli
 
 SHOWING = {"as_json", "quiet", "each", "out", "help"}  # how a result is shown; OUT is the function's last positional word
-POSITIONAL = {"inspect": ["path"], "extract": ["base", "tuned", "out"], "merge": ["base", "adapters", "out"], "demo": []}
+
+
+def parameters(name: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(getattr(loratools, name)).parameters.values())
+
+
+def found(name: str) -> click.Command:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return command
+
+
+def options(name: str) -> list[click.Option]:
+    return [option for option in found(name).params if isinstance(option, click.Option) and option.name not in SHOWING]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_options_are_the_functions_keywords(name: str) -> None:
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    parameters = inspect.signature(getattr(loratools, name)).parameters.values()
-    keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY} - {"progress"}
-    options = [option for option in command.params if isinstance(option, click.Option)]
-    assert {option.name for option in options} - SHOWING == keywords
-    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-    assert positional == POSITIONAL[name]
-    assert [argument.name for argument in command.params if isinstance(argument, click.Argument)] == [
-        word for word in positional if word != "out"
-    ]
+    keywords = {word.name for word in parameters(name) if word.kind is word.KEYWORD_ONLY} - {"progress"}
+    assert {option.name for option in options(name)} == keywords
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_arguments_are_the_functions_positional_words(name: str) -> None:
+    words = [word.name for word in parameters(name) if word.kind is word.POSITIONAL_OR_KEYWORD]
+    arguments = [argument.name for argument in found(name).params if isinstance(argument, click.Argument)]
+    has_out = any(option.name == "out" for option in found(name).params)
+    assert words == arguments + ["out"] * has_out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_defaults_are_the_functions_own(name: str) -> None:
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    least = {"inspect": ["a"], "extract": ["a", "b", "-o", "c"], "merge": ["a", "b", "-o", "c"], "demo": []}[name]
+    command = found(name)
+    least = ["x" for argument in command.params if isinstance(argument, click.Argument)]
+    least += ["-o", "y"] if any(option.name == "out" for option in command.params) else []
     given = command.make_context(name, least).params
-    parameters = inspect.signature(getattr(loratools, name)).parameters.values()
-    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    assert {word: given[word] for word in defaults if word != "progress"} == {
-        word: defaults[word] for word in defaults if word != "progress"
-    }
+    defaults = {word.name: word.default for word in parameters(name) if word.kind is word.KEYWORD_ONLY and word.name != "progress"}
+    assert {word: given[word] for word in defaults} == defaults
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_option_is_spelt_as_its_word(name: str) -> None:
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    for option in command.params:
-        if isinstance(option, click.Option) and option.name not in SHOWING:
-            assert option.opts == [f"--{str(option.name).replace('_', '-')}"]
-            assert option.help and option.help.endswith(".")
+    for option in options(name):
+        word = str(option.name).replace("_", "-")
+        # one that is given several times is a list in Python, and may have a list's name
+        assert option.opts in ([f"--{word}"], [f"--{word.removesuffix('s')}"] if option.multiple else [])
+        assert option.help and option.help.endswith(".")

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.cli._adapters import command, environment, llama_adapter
 from tests.files import write_checkpoint
 
 # fails from the start in a shell that ignores SIGINT for its background jobs, unless the child asks for the default again
-DEFAULT = {"preexec_fn": lambda: [signal.signal(number, signal.SIG_DFL) for number in ENDING]}
+DEFAULT: dict[str, Any] = {"preexec_fn": lambda: [signal.signal(number, signal.SIG_DFL) for number in ENDING]}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path
 def test_a_stopped_merge_leaves_no_output(large: tuple[Path, Path], tmp_path: Path, number: signal.Signals, code: int, times: int) -> None:
     room = tmp_path / "room"
     room.mkdir()
-    run = subprocess.Popen(
-        command("merge", *large, "-o", room / "out", "--threads", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-        **DEFAULT,  # type: ignore[call-overload]
-    )  # fmt: skip
+    arguments = command("merge", *large, "-o", room / "out", "--threads", "2")
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(arguments, env=environment(), **streams, **DEFAULT)
     deadline = time.monotonic() + 60
     while not any(room.rglob("*.safetensors")):  # it is writing
         assert run.poll() is None and time.monotonic() < deadline
