@@ -18,7 +18,8 @@ from loratools.deltas.full import Replacement
 from loratools.errors import OptionError
 from loratools.formats import encode
 from loratools.formats.base import write_container
-from loratools.ops._extraction import Extraction, Options, Progress
+from loratools.ops._extract_options import Options
+from loratools.ops._extraction import Extraction, Progress
 from loratools.ops._pair import Pair
 from loratools.output import check_output, whole
 from loratools.receipt import Receipt, add_sha256, checkpoint_input, history_of, receipt_path
