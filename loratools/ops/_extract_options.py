@@ -65,6 +65,7 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
-        raise OptionError("--device", found=device, expected=f"one that torch has here ({str(error).splitlines()[0][:80]})") from None
+        raise OptionError("--device", found=device, expected="one that torch has here", remedy=str(error).splitlines()[0][:80]) from None
+    _check(kind in ("cpu", "cuda"), "--device", device, "cpu, cuda or cuda:N")

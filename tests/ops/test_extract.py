@@ -571,7 +571,7 @@ def test_progress_ends_at_all_of_the_bytes(pair: tuple[Path, Path], tmp_path: Pa
         {"max_error": 1.0},
         {"size": "many"}, {"size": "-3MB"}, {"size": 10}, {"rank": 2, "alpha": 0.0}, {"rank": 2, "alpha": float("nan")},
         {"rank": 2, "rest": "keep"}, {"rank": 2, "dtype": "int8"}, {"rank": 2, "format": "nothing"}, {"rank": 2, "tolerance": 0.0},
-        {"rank": 2, "threads": 0}, {"rank": 2, "device": "nowhere"},
+        {"rank": 2, "threads": 0}, {"rank": 2, "device": "nowhere"}, {"rank": 2, "device": "meta"},
         {"rank": 2, "include": ["*typo*"]}, {"rank": 2, "exclude": ["*typo*"]},
         {"rank": 2, "embedding": ["typo"]}, {"rank": 2, "transposed": ["typo"]},
         # nothing is left to write
