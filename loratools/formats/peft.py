@@ -93,6 +93,8 @@ def _check_targeted(path: str, module: Module, config: LoraConfig, *, nested: bo
 def _delta(path: str, module: Module, config: LoraConfig, options: ReadOptions) -> Delta:
     low = _embedding(path, module, config) if any("embedding" in slot for slot in module.refs) else _linear(path, module, config, options)
     _check_rank(low, path, module, config)
+    if config.lora_bias and "lora_B" in module.refs and "bias" not in module.refs:
+        raise FormatError("lora_bias is set, and the module has no lora_B.bias", tensor=path, remedy="the file is incomplete")
     magnitude = module.refs.get("lora_magnitude_vector")
     if config.dora and magnitude is None:
         raise FormatError("use_dora is set, and the module has no lora_magnitude_vector", tensor=path)
@@ -203,7 +205,8 @@ def _expectation(config: LoraConfig, names: Iterable[str]) -> Callable[[Mapping[
     """What the config promises of a base: each tensor of a module it saves, and where it targets several layers alike, all of them.
 
     A base may hold more than the model that was trained (a head of another task, a vision tower): a target or bias is
-    promised where another layer of the file has its like, or the config names the module in full.
+    promised where another layer of the file has its like, or the config names the module in full; so is the bias of a module
+    with LoRA, where biases are saved.
     """
     kin = {_unnumbered(name) for name in names}
 
@@ -219,7 +222,8 @@ def _expectation(config: LoraConfig, names: Iterable[str]) -> Callable[[Mapping[
                 config.saves(module)
                 or (matrix and config.names(module))
                 or (matrix and config.target is not None and config.targets(module) and alike(name))
-                or (leaf == "bias" and (config.bias == "all" or (config.bias == "lora_only" and config.targets(module))) and alike(name))
+                or (leaf == "bias" and config.bias == "all" and alike(name))
+                or (leaf == "bias" and config.bias != "none" and config.targets(module) and alike(f"{module}.weight"))
             ):
                 yield name
 
