@@ -5,6 +5,7 @@ From it follow the changes of a checkpoint's tensors; `merge` writes them, `veri
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +105,8 @@ def make_plan(
     for name, applications in plan.changes.items():
         _note_shape(plan, checkpoint, name, applications)
     _check_vocabulary(plan, checkpoint)
+    if checkpoint.single and plan.config:
+        plan.notes.append("the output is one file; the config.json it is used with needs " + json.dumps(plan.config))
     return plan
 
 

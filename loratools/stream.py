@@ -241,7 +241,7 @@ def _check_finite(new: Tensor, out: Tensor, limit: float) -> None:
         return
     wide = out.to(torch.float64)
     if not torch.isfinite(wide).all():
-        worst = float(new.abs().nan_to_num(nan=math.inf).max())
+        worst = float(new.abs().max())  # nan if any is
         raise NonFiniteError(
             f"would not be finite in {str(out.dtype).removeprefix('torch.')}", found=f"{worst:g}", expected=f"at most {limit:g}",
             remedy="give a wider --dtype, a lower strength, or look at the adapter with inspect --values",

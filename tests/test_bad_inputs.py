@@ -175,7 +175,7 @@ TENSORS: list[Case] = [
     ("a magnitude with two axes", magnitude(8, 1), (FACTORS, "lora_magnitude_vector", "found [8, 1], expected [8]")),
     ("infinity in a factor", factor(lora_A__weight=torch.full((2, 8), torch.inf)), (f"{FACTORS}: {Q}", "inf or nan")),
     ("nan in a factor", factor(lora_B__weight=torch.full((8, 2), torch.nan)), (f"{FACTORS}: {Q}", "inf or nan")),
-    ("nan in a weight that changes", weight(Q, NAN), ("base: " + Q, "finite")),
+    ("nan in a weight that changes", weight(Q, NAN), ("base: " + Q, "not be finite in float32", "found nan")),
     ("too large for float16", then(factor(lora_A__weight=LARGE), option("--dtype", "float16")), ("base: " + Q, "float16", "65504")),
     ("a norm too large", then(weight("model.norm.weight", LARGE[0]), option("--dtype", "fp16")), ("base: model.norm", "float16")),
     ("a pickle with code", lambda pair: pair.pickled({A: Evil()}), (PICKLE, "nothing in it was run", "posix.mkdir")),

@@ -7,6 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,3 +273,47 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     with pytest.raises(OutputError):
         make_file(check_output(tmp_path / name, overwrite=False))
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_all_is_on_disk_before_it_is_renamed_and_the_rename_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Maker) -> None:
+    opened: dict[int, str] = {}
+    events: list[tuple[str, str]] = []
+    real_open, real_sync, real_replace = os.open, os.fsync, os.replace
+
+    def open_(path: object, *more: int, **options: object) -> int:
+        descriptor = real_open(path, *more, **options)  # type: ignore[call-overload]
+        opened[descriptor] = str(path)
+        return int(descriptor)
+
+    def sync(descriptor: int) -> None:
+        events.append(("sync", opened[descriptor]))
+        real_sync(descriptor)
+
+    def replace(source: object, target: object) -> None:
+        events.append(("rename", str(target)))
+        real_replace(source, target)  # type: ignore[arg-type]
+
+    for name, spy in (("open", open_), ("fsync", sync), ("replace", replace)):
+        monkeypatch.setattr(os, name, spy)
+    out = tmp_path / "out"
+    make(out)
+    at = events.index(("rename", str(out)))
+    before = {path.partition("/new/")[2] for kind, path in events[:at] if kind == "sync"}
+    assert before == ({"out"} if make is make_file else {"out", "out/inner", "out/inner/file"})
+    assert events[at + 1 :] == [("sync", str(tmp_path))]
+
+
+def test_a_room_that_another_run_clears_before_it_is_locked_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = tempfile.mkdtemp, list[str]()
+
+    def raced(**words: object) -> str:
+        made.append(real(**words))  # type: ignore[call-overload]
+        if len(made) == 1:
+            Path(made[0]).rmdir()
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", raced)
+    make_file(tmp_path / "out")
+    assert len(made) == 2
+    assert names(tmp_path) == ["out"]

@@ -109,6 +109,14 @@ def test_a_merge_of_one_file_has_its_receipt_beside_it(pair: Pair) -> None:
     assert [entry["arguments"]["out"] for entry in again["history"]] == [str(out)]
 
 
+def test_what_one_file_cannot_say_of_its_config_is_a_note(pair: Pair) -> None:
+    pair.tied()
+    pair.config(modules_to_save=["lm_head"])
+    pair.tensors({"base_model.model.lm_head.weight": torch.ones(17, 8)})
+    receipt = merge(pair.weights, pair.adapter, pair.folder / "merged.safetensors", untie=True)
+    assert any(note.endswith('needs {"tie_word_embeddings": false}') for note in receipt["notes"])
+
+
 def test_history_is_kept_oldest_first_and_flat(pair: Pair) -> None:
     merge(pair.base, pair.adapter, pair.folder / "one")
     merge(pair.folder / "one", pair.adapter, pair.folder / "two")

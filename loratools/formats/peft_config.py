@@ -136,7 +136,7 @@ def parse(config: Mapping[str, Any], *, alpha: float | None = None) -> LoraConfi
         faults.append(UnsupportedError("init_lora_weights changed the base before training", found=init, remedy=remedy))
     values = _Values(config, faults)
     stated = values.number("lora_alpha")
-    if stated is None and alpha is None:
+    if config.get("lora_alpha") is None and alpha is None:
         faults.append(AmbiguousError("lora_alpha is missing, and nothing else tells the scale", remedy="give it with --alpha-in A"))
     saved = values.names("modules_to_save")
     saved += tuple(head for head in HEADS.get(str(config.get("task_type")), ()) if head not in saved)
