@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
 import zipfile
 from email import message_from_string
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,24 @@ def test_every_requirement_is_pinned_within_its_range(line: str) -> None:
         assert need.extras <= set(EXTRAS)
         return
     assert need.specifier.contains(pins()[canonicalize_name(need.name)])
+
+
+@pytest.mark.parametrize(("folder", "extras"), [("loratools", ["demo"]), ("tests", ["demo", "test"])])
+def test_what_is_imported_is_required(folder: str, extras: list[str]) -> None:
+    """Nothing that happens to be installed here is needed, by the package or by its tests, without being asked for."""
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
+    required = {canonicalize_name(Requirement(line).name) for line in lines}
+    owners = packages_distributions()
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in imported(path) - set(sys.stdlib_module_names) - {"loratools", "tests"}:
+            assert {canonicalize_name(owner) for owner in owners.get(name, [name])} & required, f"{path} imports {name}"
+
+
+def imported(path: Path) -> set[str]:
+    """First components of all modules that a file imports, anywhere in it; relative imports have none."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in whole | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}} - {""}
 
 
 def test_torch_is_pinned_to_the_release_the_tests_ran_with() -> None:
