@@ -15,6 +15,7 @@ from torch import Tensor
 from loratools.layers.base import widest
 
 LOST = 0.01  # below this share of ‖w‖² + ‖s·bA‖² a row has lost two of its seven digits and is computed densely
+_WIDE_SUMS = "out_dtype" in (torch.mm.__doc__ or "")  # torch 2.8 and later, on CUDA
 BLOCK = 1 << 22  # elements of W widened at once: 16 MB in float32
 
 
@@ -54,7 +55,9 @@ def _product_dtype(W: Tensor, wide: torch.dtype) -> torch.dtype:
 
 
 def _with_base(W: Tensor, A: Tensor, B: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(‖w‖², ⟨w·Aᵀ, b⟩) per row; W is widened in blocks."""
+    """(‖w‖², ⟨w·Aᵀ, b⟩) per row; W is widened in blocks, or by the GPU's own bfloat16 products, which are summed in float32."""
+    if W.is_cuda and W.dtype is torch.bfloat16 and A.dtype is torch.float32 and _WIDE_SUMS:
+        return torch.linalg.vector_norm(W, dim=1, dtype=wide).square_(), _split_product(W, A).mul_(B).sum(1)
     step = len(W) if W.dtype == A.dtype else max(1, BLOCK // max(1, W.shape[1]))
     own, cross = torch.empty(len(W), dtype=wide, device=W.device), torch.empty(len(W), dtype=wide, device=W.device)
     for start in range(0, len(W), step):
@@ -63,6 +66,14 @@ def _with_base(W: Tensor, A: Tensor, B: Tensor, wide: torch.dtype) -> tuple[Tens
         own[part] = torch.linalg.vector_norm(block, dim=1).square_()
         cross[part] = (block @ A.T).mul_(B[part]).sum(1)
     return own, cross
+
+
+def _split_product(W: Tensor, A: Tensor) -> Tensor:
+    """W·Aᵀ in float32 from bfloat16 factors: A as the sum of two, 16 bits of it, one part in 10⁷ of a norm where ΔW is a tenth of W."""
+    high = A.to(torch.bfloat16)
+    low = (A - high).to(torch.bfloat16)
+    both = torch.mm(W, torch.cat([high, low]).T, out_dtype=torch.float32)
+    return both[:, : len(A)] + both[:, len(A) :]
 
 
 def _lost(total: Tensor, parts: Tensor) -> Tensor | None:
