@@ -56,6 +56,7 @@ HEADS = (
     ("biogpt.embed_tokens.weight", "output_projection.weight"),
     ("gpt_neox.embed_in.weight", "embed_out.weight"),
     ("gpt_neox.embed_in.weight", "lm_head.weight"),
+    ("gpt_neox_japanese.embed_in.weight", "embed_out.weight"),
     ("shared.weight", "lm_head.weight"),
     ("embed_tokens.weight", "lm_head.weight"),
     ("wte.weight", "lm_head.weight"),

@@ -167,7 +167,7 @@ def parse(config: Mapping[str, Any], *, alpha: float | None = None) -> LoraConfi
 
 
 def _set(value: Any) -> bool:
-    return value not in (None, False, "", [], {}, ())
+    return value is not None and value is not False and value not in ("", [], {}, ())  # 0 is a value
 
 
 def _short(value: Any) -> str:

@@ -78,7 +78,10 @@ def _mixed(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: M
     faults: list[LoratoolsError] = []
     if magnitudes and len(magnitudes) < len(lows):
         plain = next(module for module in lows if module not in magnitudes)
-        faults.append(NotExpressible("peft's use_dora holds for the whole adapter, and this module is plain LoRA", tensor=plain))
+        faults.append(NotExpressible("peft's use_dora holds for the whole adapter, and this module is plain LoRA", tensor=f"{plain}.weight"))
+    bare = [module for module, low in lows.items() if module not in biases and low.layer != "embedding"]
+    if biases and bare:
+        faults.append(NotExpressible("peft's lora_bias holds for the whole adapter, and this module has none", tensor=f"{bare[0]}.bias"))
     if magnitudes and biases:
         faults.append(NotExpressible("peft allows no lora_bias beside DoRA", tensor=f"{next(iter(biases))}.bias"))
     for module, bias in biases.items():

@@ -118,8 +118,7 @@ def _with_magnitude(low: LowRank, m: Ref, dora: str | None, key: str) -> DoRA:
         )  # fmt: skip
     if m.spec.shape == (1, out) and (out != into or dora == "output"):
         raise UnsupportedError(
-            "LinearWithDoRA scales the LoRA's output, divided by that output's norm over the batch: it depends on the input, so"
-            " it is no weight edit", tensor=key, found=list(m.spec.shape), expected=f"[1, {into}], as LinearWithDoRAMerged has it",
+            "LinearWithDoRA divides the LoRA's output by that output's own norm, which depends on the input: it is no weight edit", tensor=key, found=list(m.spec.shape), expected=f"[1, {into}], as LinearWithDoRAMerged has it",
         )  # fmt: skip
     return DoRA(direction=low, magnitude=m)
 

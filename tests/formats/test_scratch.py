@@ -141,7 +141,7 @@ SQUARE = {"x.lora.A": A, "x.lora.B": torch.randn(2, 5), "x.m": torch.ones(1, 5)}
     [
         (PAIR, ReadOptions(), AmbiguousError, "--alpha-in"),
         (PAIR, ReadOptions(alpha=1, scale="1/alpha"), FormatError, "scale"),
-        (PAIR | {"x.m": torch.ones(1, 3)}, ALPHA, UnsupportedError, r"x\.m.*over the batch.*no weight edit.*\[1, 5\]"),
+        (PAIR | {"x.m": torch.ones(1, 3)}, ALPHA, UnsupportedError, r"x\.m.*depends on the input.*no weight edit.*\[1, 5\]"),
         (PAIR | {"x.m": torch.ones(5)}, ALPHA, ShapeError, r"x\.m.*\[5\]"),
         (SQUARE, ALPHA, AmbiguousError, r"x\.m.*--scratch-dora"),
         (SQUARE, ReadOptions(alpha=8, scratch_dora="output"), UnsupportedError, r"x\.m.*no weight edit"),
