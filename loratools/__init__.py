@@ -19,6 +19,7 @@ _PUBLIC = {
     "inspect": "loratools.ops.inspect",
     "load": "loratools.formats",
     "merge": "loratools.ops.merge",
+    "rescale": "loratools.ops.rescale",
     "save": "loratools.formats",
     "verify": "loratools.ops.verify",
 }

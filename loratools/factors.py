@@ -133,7 +133,7 @@ def _written(found: Truncated, how: How) -> tuple[Tensor, Tensor, float]:
     if how.alpha is not None:
         root = math.sqrt(rank / how.alpha)
         B, A, alpha = B * root, A * root, how.alpha
-    elif shift := _shift(B, A):
+    elif shift := range_shift(B, A):
         B, A, alpha = B * 2.0**shift, A * 2.0**shift, rank * 4.0**-shift
     B, A = B.to(dtype).contiguous(), A.to(dtype).contiguous()
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
@@ -142,7 +142,7 @@ def _written(found: Truncated, how: How) -> tuple[Tensor, Tensor, float]:
     return B, A, alpha
 
 
-def _shift(B: Tensor, A: Tensor) -> int:
+def range_shift(B: Tensor, A: Tensor) -> int:
     """The power of two that brings the largest entry to [1/2, 1), if float16 is short of range as it is; else 0."""
     import torch
 

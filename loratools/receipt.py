@@ -37,6 +37,7 @@ class Receipt:
     changed_files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    unmerge: dict[str, Any] | None = None
     started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
 
@@ -59,6 +60,7 @@ class Receipt:
             "notes": self.notes,
             "seconds": self.seconds,
             "history": self.history,
+            **({"unmerge": self.unmerge} if self.unmerge is not None else {}),
         }
 
     def write(self, path: Path) -> None:
@@ -72,7 +74,19 @@ def receipt_path(out: Path, *, folder: bool) -> Path:
 
 def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """The receipts that lie with a checkpoint, oldest first: what was done to it before."""
-    path = receipt_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
+    return _history_at(receipt_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single))
+
+
+def adapter_history(adapter: Adapter) -> list[dict[str, Any]]:
+    """The receipts that lie with an adapter, in its folder or beside its one file, oldest first."""
+    if adapter.path is None:
+        return []
+    found = _history_at(receipt_path(adapter.path, folder=False)) or _history_at(receipt_path(adapter.path.parent, folder=True))
+    written = [entry.get("path") for entry in found[-1].get("outputs", ())] if found else []
+    return found if adapter.path.name in written else []  # a folder's receipt may be another file's
+
+
+def _history_at(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = read_json(path)

@@ -26,6 +26,8 @@ transposed: Option[Any] = click.option(
 )
 alpha_in: Option[Any] = click.option("--alpha-in", type=float, metavar="A", help="The adapter's alpha, where its config lacks it.")
 
+format: Option[Any] = click.option("--format", metavar="F", help="The format to write; by default the one that was read.")
+
 
 def together(*options: Option[Any]) -> Option[Any]:
     """Several options as one decorator, in the order they shall stand in the help."""

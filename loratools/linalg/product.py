@@ -66,6 +66,35 @@ def sum_svd(terms: Sequence[tuple[Tensor, Tensor, float]]) -> Triple:
     return product_svd(B, A)
 
 
+class Against(NamedTuple):
+    """Of two matrices: their inner product ⟨X, Y⟩ and their distance ‖X − Y‖_F."""
+
+    inner: float
+    distance: float
+
+
+def against(known: Triple, B: Tensor, A: Tensor, *, scale: float = 1.0) -> Against:
+    """X = U·S·Vh, known by its SVD, beside Y = scale · B @ A: no m × n matrix, and no cancellation in the distance.
+
+    B = U·P + E and A = Q·Vh + F split Y − X into four parts that are orthogonal to each other, U(scale·P·Q − S)Vh,
+    scale·E·Q·Vh, scale·U·P·F and scale·E·F, whose squares add up. Good to about 1e-15 of Σₖ‖bₖ‖‖aₖ‖.
+
+    >>> one = product_svd(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0]]))
+    >>> found = against(one, torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0]]), scale=0.5)
+    >>> round(found.inner, 12), round(found.distance, 12)
+    (50.0, 5.0)
+    """
+    B, A = _checked(B, A)
+    P, Q = known.U.T @ B, A @ known.Vh.T
+    E, F = B - known.U @ P, A - Q @ known.Vh
+    core = scale * (P @ Q)
+    inner = float(core.diagonal() @ known.S)
+    inside = core - torch.diag(known.S)
+    left, right = E.T @ E, F @ F.T  # Gram matrices: what they add are squares, not differences
+    outside = (left * (Q @ Q.T)).sum() + ((P.T @ P) * right).sum() + (left * right).sum()
+    return Against(inner, math.sqrt(float(inside.square().sum()) + scale**2 * max(0.0, float(outside))))
+
+
 def effective_rank(S: Tensor) -> float:
     """exp(H(p)) with pᵢ = σᵢ²/Σσ²: how many equal singular values would spread the energy so widely; 0 for a zero matrix.
 
