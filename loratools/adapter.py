@@ -139,11 +139,12 @@ def _align(deltas: Mapping[str, Delta], base: Mapping[str, Spec]) -> tuple[dict[
     probe = needing or list(deltas)
     if any(name in base for name in probe) or not probe:
         return dict(deltas), []
-    best = max(_prefixes(probe, base), key=lambda pair: sum(_swap(name, pair) in base for name in probe), default=("", ""))
-    if not any(_swap(name, best) in base for name in probe):
+    fits = {pair: sum(_swap(name, pair) in base for name in probe) for pair in _prefixes(probe, base)}
+    most = max(fits.values(), default=0)
+    if not most:
         return dict(deltas), []
-    rivals = [pair for pair in _prefixes(probe, base) if pair != best and all(_swap(name, pair) in base for name in probe)]
-    if rivals and all(_swap(name, best) in base for name in probe):
+    best, *rivals = [pair for pair, count in fits.items() if count == most]
+    if rivals:
         shown = " or ".join(repr(added or f"without {removed}") for removed, added in (best, *rivals))
         raise AmbiguousError("the adapter's names fit the base under several prefixes", found=shown, remedy="give --rename OLD=NEW")
     removed, added = best
