@@ -16,10 +16,10 @@ from loratools.cli._say import say, say_json
 @click.option("--adapter", "adapters", multiple=True, metavar="ADAPTER[:STRENGTH]", help="An adapter that was merged; may be repeated.")
 @click.option("--forward", is_flag=True, help="Run base and adapter as torch layers beside the merged weights, on random inputs.")
 @options.device
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random inputs.")
 @options.together(options.threads, options.as_json)
 def command(path: str, as_json: bool, **words: Any) -> int:
-    """Verify an output of loratools.
+    """Check an output against its receipt, and against the merge itself.
 
     Recomputes the digest of every tensor and file that the receipt names. With --base and --adapter the merge is done again
     in memory and compared bit by bit; what another tool merged is told in units in the last place. Exit code 1 on any fault.

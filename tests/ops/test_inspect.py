@@ -113,7 +113,7 @@ def test_ranks_and_scalings_by_pattern_and_by_rslora(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_delta_has_its_row(tmp_path: Path) -> None:
-    tensors = lora("conv", torch.ones(2, 3, 5, 5), torch.ones(7, 2, 1, 1))
+    tensors = lora("conv", torch.ones(2, 3, 5, 5), torch.ones(7, 2, 1, 1), lora_B__bias=torch.ones(7))
     tensors |= {f"{ROOT}emb.lora_embedding_A": torch.ones(2, 11), f"{ROOT}emb.lora_embedding_B": torch.ones(6, 2)}
     tensors |= lora("lin", torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(4, 2), lora_B__bias=torch.ones(4))
     tensors |= {f"{ROOT}head.weight": torch.ones(9, 4, dtype=torch.float16)}
@@ -122,12 +122,13 @@ def test_every_kind_of_delta_has_its_row(tmp_path: Path) -> None:
     rows = {row["name"]: (row["kind"], row["shape"], row["rank"], row["parameters"], row["dtype"]) for row in report["modules"]}
     assert rows == {
         "conv.weight": ("lora", [7, 3, 5, 5], 2, 2 * 75 + 14, "F32"),
+        "conv.bias": ("full", [7], None, 7, "F32"),
         "emb.weight": ("lora", [11, 6], 2, 22 + 12, "F32"),
         "lin.weight": ("lora", [4, 4], 2, 16, "BF16+F32"),
         "lin.bias": ("full", [4], None, 4, "F32"),
         "head.weight": ("replacement", [9, 4], None, 36, "F16"),
     }
-    assert report["kinds"] == {"lora": 3, "full": 1, "replacement": 1}
+    assert report["kinds"] == {"lora": 3, "full": 2, "replacement": 1}
 
 
 def test_share_of_the_base_is_what_peft_prints(tmp_path: Path) -> None:
