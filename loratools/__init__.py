@@ -20,7 +20,9 @@ _PUBLIC = {
     "load": "loratools.formats",
     "merge": "loratools.ops.merge",
     "rescale": "loratools.ops.rescale",
+    "resize": "loratools.ops.resize",
     "save": "loratools.formats",
+    "unmerge": "loratools.ops.unmerge",
     "verify": "loratools.ops.verify",
 }
 __all__ = ["__version__", *_PUBLIC]

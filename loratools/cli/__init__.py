@@ -23,7 +23,9 @@ COMMANDS = {
     "inspect": "Show what an adapter or a checkpoint holds.",
     "extract": "Make an adapter from the difference of two checkpoints.",
     "merge": "Merge adapters into a checkpoint.",
+    "unmerge": "Undo a merge, bit for bit.",
     "rescale": "Change an adapter's alpha, strength or rsLoRA flag.",
+    "resize": "Give an adapter other ranks.",
     "verify": "Check an output against its receipt, and against the merge itself.",
     "demo": "Train, extract and merge a small network, and print what it cost.",
 }

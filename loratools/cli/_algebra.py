@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from loratools.cli._names import grouped
-from loratools.cli._numbers import count, many, number, size
+from loratools.cli._numbers import count, many, number, percent, size, span
 from loratools.cli._table import facts, table
 from loratools.receipt import receipt_path
 
 Row = Mapping[str, Any]
 Pairs = list[tuple[str, str]]
-SHOWN = 12  # lines of a table of modules
+WORST = 5  # modules in a table of errors
 
 
 def rescaled(receipt: Row, out: str, columns: int | None) -> list[str]:
@@ -29,6 +31,38 @@ def rescaled(receipt: Row, out: str, columns: int | None) -> list[str]:
     return [*facts(pairs + ending(receipt, out), columns), "", *table(cells, columns)]
 
 
+def resized(receipt: Row, out: str, columns: int | None) -> list[str]:
+    """Ranks before and after, the error of all modules together beside the best possible, then the worst of them."""
+    return _factored("resized", receipt, out, columns)
+
+
+def combined(receipt: Row, out: str, columns: int | None) -> list[str]:
+    """The same for a sum, and how many adapters meet on a module."""
+    return _factored("combined", receipt, out, columns)
+
+
+def _factored(word: str, receipt: Row, out: str, columns: int | None) -> list[str]:
+    rows = [row for row in receipt["tensors"] if row["rank"] is not None]
+    pairs = [(word, out), ("held", f"{count(receipt['applied'])} of {count(receipt['expected'])} deltas")]
+    pairs += [("rank", f"{span(row['rank_before'] for row in rows)} before, {span(row['rank'] for row in rows)} now")] if rows else []
+    held = math.fsum(row["share"] or 0.0 for row in rows)
+    if held:
+        squares = (math.fsum((row["share"] or 0.0) * row[which] ** 2 for row in rows) for which in ("error", "optimal_error"))
+        error, best = (math.sqrt(square / held) for square in squares)
+        pairs.append(("error", f"{number(error)} of ‖ΔW‖ as stored; the best possible at these ranks is {number(best)}"))
+    worst = sorted(rows, key=lambda row: (-row["error"], row["name"]))[:WORST]
+    cells = {
+        "worst modules" if len(rows) > WORST else "module": [row["name"].removesuffix(".weight") for row in worst],
+        "rank before": [str(row["rank_before"]) for row in worst],
+        "rank": [str(row["rank"]) for row in worst],
+        "error": [number(row["error"]) for row in worst],
+        "best possible": [number(row["optimal_error"]) for row in worst],
+        "share of ΔW": [percent(row["share"]) if row["share"] is not None else "–" for row in worst],
+    }
+    below = ["", *table(cells, columns)] if worst else []
+    return facts(pairs + ending(receipt, out), columns) + below
+
+
 _TOLD = {
     "rank": "rank", "alpha_before": "alpha before", "alpha": "alpha", "scaling_before": "scaling before", "scaling": "scaling",
     "factor": "B times",
@@ -41,8 +75,6 @@ def _shown(value: float | None) -> str:
 
 def ending(receipt: Row, out: str) -> Pairs:
     """What lies on disk, and where the receipt is."""
-    from pathlib import Path
-
     written = sum(entry["bytes"] for entry in receipt["outputs"])
     place = receipt_path(Path(out), folder=Path(out).is_dir())
     return [

@@ -15,7 +15,7 @@ from loratools.formats.base import Container
 from loratools.linalg.ranks import DENSE, Module, budget
 from loratools.tensorfile import BITS, InMemory, Spec, build_header, canonical
 
-__all__ = ["DENSE", "Budget", "Candidate", "parse_size"]
+__all__ = ["DENSE", "Budget", "Candidate", "file_bytes", "parse_size"]
 
 PADDING = 7  # a header is padded to a multiple of 8
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -32,6 +32,12 @@ def parse_size(size: str | int) -> int:
     if not found or found[2] not in _UNITS or isinstance(size, bool):
         raise OptionError("--size", found=size, expected="bytes, as in 40MB, 1.5GiB or 300000")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def file_bytes(container: Container) -> int:
+    """The size of the safetensors file that holds a container's tensors, its header counted."""
+    header, _, end = build_header(canonical({name: ref.spec for name, ref in container.tensors.items()}), container.metadata)
+    return 8 + len(header) + end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +75,7 @@ class Budget:
 
     def _file(self, deltas: Mapping[str, Delta]) -> int:
         """The size of the file that holds these."""
-        container = self.encode(deltas) if deltas else Container({}, {"format": "pt"})
-        header, _, end = build_header(canonical({name: ref.spec for name, ref in container.tensors.items()}), container.metadata)
-        return 8 + len(header) + end
+        return file_bytes(self.encode(deltas) if deltas else Container({}, {"format": "pt"}))
 
     def _cost(self, deltas: Mapping[str, Delta]) -> int:
         """Bytes these deltas add to the file, at most: their tensors, and for each its entry in the header."""
