@@ -179,7 +179,7 @@ class Checkpoint(Mapping[str, Ref]):
         done.read[name] = digest.hexdigest()
 
     def _copy_beside(self, out: Path, done: Rewritten) -> None:
-        for name, reason in sidefiles.beside(self.folder, {*self.files, RECEIPT, self.index_name or "", "config.json"}):
+        for name, reason in sidefiles.beside(self.folder, {*self.files, RECEIPT, sidefiles.RECORD, self.index_name or "", "config.json"}):
             if reason is None:
                 done.files.append(sidefiles.copy(self.folder / name, out / name, name))
             else:

@@ -18,6 +18,7 @@ from loratools.errors import FormatError
 WEIGHTS = re.compile(
     r".+\.(safetensors|bin|pt|pth|ckpt|onnx|onnx_data|onnx\.data|gguf|h5|msgpack|npz|ot|tflite|pdparams|mlmodel)(\.index(\.[\w-]+)?\.json)?"
 )
+RECORD = "unmerge.safetensors"  # what undoes a merge; beside an output that is one file, NAME.unmerge.safetensors
 PRIVATE = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
 _BLOCK = 1 << 20
 

@@ -267,6 +267,7 @@ class TensorFile(Mapping[str, Ref]):
             raise FormatError(f"cannot be read: {error.strerror}", file=self.path) from error
         except LoratoolsError as error:
             raise error.at(file=self.path) from None
+        self.header = header
         self.header_sha256 = hashlib.sha256(header).hexdigest()
         start = 8 + len(header)
         self._refs = {name: InFile(self.path, self._handle, start + begin, spec) for name, (spec, begin) in entries.items()}
@@ -387,12 +388,19 @@ def chunks(data: Buffer, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
 class TensorWriter:
     """A safetensors file written as a stream: the header at once, then each tensor's blocks, in any order and from any thread.
 
-    `close` syncs to disk, and raises if a tensor is missing. The file keeps the order of `specs` and gets the mode the umask gives.
+    `close` syncs to disk, and raises if a tensor is missing. The file keeps the order of `specs` and gets the mode the umask gives;
+    `header` is one that already says where they lie, to be written as it is.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None, *, header: bytes | None = None
+    ) -> None:
         self.path, self.specs = path, dict(specs)
-        header, self._offsets, end = build_header(self.specs, metadata or {})
+        if header is None:
+            header, self._offsets, end = build_header(self.specs, metadata or {})
+        else:
+            end = sum(spec.nbytes for spec in self.specs.values())
+            self._offsets = {name: begin for name, (_, begin) in parse_header(header, end)[0].items()}
         self.header_sha256 = hashlib.sha256(header).hexdigest()
         self.digests: dict[str, str] = {}
         self._lock, self._told = threading.Lock(), False

@@ -31,6 +31,20 @@ def ordered(data: Buffer, dtype: str) -> Tensor:
     return torch.where(view < 0, lowest - view - 1, view)
 
 
+def from_ordered(numbers: Tensor, dtype: str) -> bytes:
+    """The buffer whose ordered integers these are.
+
+    >>> from_ordered(ordered(bytes.fromhex("0180"), "BF16") + 1, "BF16").hex()
+    '0080'
+    """
+    import torch
+
+    bits = BITS[dtype]
+    lowest = -(1 << (bits - 1)) if bits < 64 else torch.iinfo(torch.int64).min
+    view = torch.where(numbers < 0, lowest - numbers - 1, numbers)
+    return view.to(getattr(torch, f"int{bits}")).numpy().tobytes()
+
+
 def distance(one: Buffer, other: Buffer, dtype: str) -> Tensor:
     """How many units in the last place apart, for each number; −0 and +0 are 0 apart.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, UnsupportedError, raise_all
 from loratools.jsonfile import read_json
-from loratools.sidefiles import WEIGHTS
+from loratools.sidefiles import RECORD, WEIGHTS
 
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 INDEX = ".safetensors.index.json"
@@ -42,7 +42,7 @@ def _models(folder: Path) -> list[str]:
     usual = [next((name for name in (single, _index_of(single)) if name in present), None) for single in SINGLE]
     found = [name for name in usual if name] or [name for name in present if name.endswith(INDEX)]
     found = found or [name for name in present if name.endswith(".safetensors")]
-    return [name for name in found if not name.startswith("adapter_model.")]
+    return [name for name in found if not name.startswith("adapter_model.") and name != RECORD and not name.endswith(f".{RECORD}")]
 
 
 def _index_of(single: str) -> str:

@@ -30,6 +30,23 @@ def merged(receipt: Row, out: str, columns: int | None) -> list[str]:
     pairs += _spread("‖ΔW‖/‖W‖", rows, "relative_norm", number, worst=max)
     pairs += _spread("survived", rows, "survived", percent, worst=min, of=" of ‖ΔW‖")
     pairs += _spread("unmoved", rows, "unchanged", percent, worst=max, of=" of the weights")
+    if "unmerge" in receipt:
+        record = receipt["unmerge"]
+        whole = f", {many(len(record['whole']), 'tensor')} of it stored whole" if record["whole"] else ""
+        pairs.append(("undone by", f"{record['path']}, {size(record['bytes'])}, {percent(record['share'])} of the base{whole}"))
+    return facts(pairs + _left_out(receipt["left_out"]) + _ending(receipt, out), columns)
+
+
+def unmerged(receipt: Row, out: str, columns: int | None) -> list[str]:
+    """What an undoing did, as lines for so many columns."""
+    rows = receipt["tensors"]
+    off = [row["off_by"] for row in rows if "off_by" in row]
+    exact = f"subtracted: no weight is off by more than {number(max(off))}" if off else "every byte is the base's"
+    pairs = [
+        ("unmerged", out),
+        ("removed", f"{count(receipt['applied'])} of {count(receipt['expected'])} deltas"),
+        ("restored", f"{count(len(rows))} of {count(len(receipt['digests']))} tensors; {exact}"),
+    ]
     return facts(pairs + _left_out(receipt["left_out"]) + _ending(receipt, out), columns)
 
 

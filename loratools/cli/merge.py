@@ -20,6 +20,7 @@ from loratools.cli._say import notes, progress, say, say_json
 @click.option("--allow-unmatched", is_flag=True, help="Leave out deltas whose weight the base lacks, and say so.")
 @options.together(options.alpha_in, options.transposed, options.embedding)
 @click.option("--full-report", is_flag=True, help="Measure what survived rounding on every weight, not on a sample.")
+@click.option("--reversible", is_flag=True, help="Keep beside OUT what unmerge needs to give BASE back, bit for bit.")
 @options.together(options.sha256, options.overwrite, options.threads, options.as_json, options.quiet)
 def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet: bool, **words: Any) -> None:
     """Merge adapters into a checkpoint.

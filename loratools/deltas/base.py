@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Read: TypeAlias = "Callable[[int], Iterator[tuple[slice, Tensor]]]"  # rows a block -> W's blocks in order
 Bound: TypeAlias = "Callable[[slice, Tensor | None], Tensor]"  # may overwrite and return the block it is given
 Dense: TypeAlias = "Callable[[slice], Tensor]"  # valid until the next call
+Affine: TypeAlias = "Callable[[slice], tuple[Tensor | None, Tensor]]"  # rows -> (a, d); d is valid until the next call
+Keep: TypeAlias = "Callable[[Callable[[], Tensor]], Tensor]"  # a vector made now and written down, or one written down before
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,6 +40,14 @@ class Delta(ABC):
     @abstractmethod
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         """The map rows, W[rows] → W′[rows] for one weight; `read(n)` gives W in blocks of n rows for kinds that look first."""
+
+    def affine(self, base: Spec, read: Read, keep: Keep, strength: float = 1.0, device: str = "cpu") -> Affine | None:
+        """The map W′ = a∘(W + d) of `strength` of this change as rows → (a, d), by which a merge is undone; an `a` of None is 1.
+
+        None where W′ does not tell W, or where another machine could compute another d. What only W tells, such as norms, goes
+        through `keep`: it is written down when a merge is recorded and given back when it is undone, when `read` gives nothing.
+        """
+        return None
 
     @property
     def align(self) -> int | None:
@@ -79,7 +89,12 @@ def require_floating(*specs: Spec) -> None:
 
 
 class Additive(Delta):
-    """A delta that is a difference: W′ = W + ΔW, so that it can be scaled and summed."""
+    """A delta that is a difference: W′ = W + ΔW, so that it can be scaled and summed.
+
+    `reproducible` kinds promise the same bits of ΔW on any machine.
+    """
+
+    reproducible: ClassVar[bool] = False
 
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
@@ -110,6 +125,12 @@ class Additive(Delta):
 
         def rows(part: slice, W: Tensor | None) -> Tensor:
             assert W is not None
-            return W.add_(dense(part))
+            return W.add_(dense(part).to(W.dtype))
 
         return rows
+
+    def affine(self, base: Spec, read: Read, keep: Keep, strength: float = 1.0, device: str = "cpu") -> Affine | None:
+        if not self.reproducible:
+            return None
+        dense = self.bind_dense(base, strength, device)
+        return lambda part: (None, dense(part))

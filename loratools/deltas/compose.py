@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from loratools.deltas.base import Bound, Delta, Read
+from loratools.deltas.base import Affine, Bound, Delta, Keep, Read
 from loratools.errors import ShapeError
 from loratools.tensorfile import Ref, Spec
 
@@ -89,15 +89,7 @@ class Part(Delta):
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         assert base is not None
 
-        def read_part(rows: int) -> Iterator[tuple[slice, Tensor]]:
-            held: list[Tensor] = []
-            for part, W in read(rows):
-                low, high = max(part.start, self.start), min(part.stop, self.stop)
-                if low < high:
-                    held.append(W[low - part.start : high - part.start].clone())
-            yield from _reblock(held, rows)
-
-        inner = self.delta.bind(self._inner(base), read_part, device)
+        inner = self.delta.bind(self._inner(base), self._read_part(read), device)
 
         def rows(part: slice, W: Tensor | None) -> Tensor:
             assert W is not None
@@ -108,6 +100,41 @@ class Part(Delta):
             return W
 
         return rows
+
+    def affine(self, base: Spec, read: Read, keep: Keep, strength: float = 1.0, device: str = "cpu") -> Affine | None:
+        inner = self.delta.affine(self._inner(base), self._read_part(read), keep, strength, device)
+        if inner is None:
+            return None
+        columns = self.matrix(base)[1]
+
+        def rows(part: slice) -> tuple[Tensor | None, Tensor]:
+            import torch
+
+            count = part.stop - part.start
+            d = torch.zeros(count, columns, dtype=torch.float64, device=device)
+            low, high = max(part.start, self.start), min(part.stop, self.stop)
+            if low >= high:
+                return None, d
+            at = slice(low - part.start, high - part.start)
+            factor, d[at] = inner(slice(low - self.start, high - self.start))
+            if factor is None:
+                return None, d
+            a = d.new_ones(count, factor.shape[1])
+            a[at] = factor
+            return a, d
+
+        return rows
+
+    def _read_part(self, read: Read) -> Read:
+        def read_part(rows: int) -> Iterator[tuple[slice, Tensor]]:
+            held: list[Tensor] = []
+            for part, W in read(rows):
+                low, high = max(part.start, self.start), min(part.stop, self.stop)
+                if low < high:
+                    held.append(W[low - part.start : high - part.start].clone())
+            yield from _reblock(held, rows)
+
+        return read_part
 
     def refs(self) -> dict[str, Ref]:
         return self.delta.refs()
@@ -167,6 +194,23 @@ class Stacked(Delta):
             for apply in bound:
                 W = apply(part, W)
             return W
+
+        return rows
+
+    def affine(self, base: Spec, read: Read, keep: Keep, strength: float = 1.0, device: str = "cpu") -> Affine | None:
+        flat = replace(base, shape=self.matrix(base))
+        found = [part.affine(flat, read, keep, strength, device) for part in self._parts(base)]
+        bound = [affine for affine in found if affine is not None]
+        if not bound or len(bound) < len(found):
+            return None
+
+        def rows(part: slice) -> tuple[Tensor | None, Tensor]:
+            a, d = bound[0](part)
+            for affine in bound[1:]:  # the members' rows are apart: elsewhere a is 1 and d is 0
+                factor, more = affine(part)
+                a = factor if a is None else a if factor is None else a * factor
+                d = d.add_(more)
+            return a, d
 
         return rows
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from loratools.deltas.base import Additive, Bound, Delta, Read, require_floating
+from loratools.deltas.base import Additive, Affine, Bound, Delta, Keep, Read, require_floating
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import ShapeError, UnsupportedError
 from loratools.tensorfile import Ref, Spec
@@ -58,6 +58,38 @@ class DoRA(Delta):
         magnitude = read_tensor(self.magnitude, torch.float64, device)
         direct = self.direction.bind(base, read, device)
         return _by_rows(magnitude.reshape(-1, 1), direct) if self.axis == "out" else _by_columns(magnitude, direct, read)
+
+    def affine(self, base: Spec, read: Read, keep: Keep, strength: float = 1.0, device: str = "cpu") -> Affine | None:
+        """W′ = g∘(W + ΔW), g = m/‖W + ΔW‖ being what must be kept; at a strength s, a = 1 + s(g − 1) and d = (s·g/a)∘ΔW."""
+        direction = self.direction.affine(base, read, keep, 1.0, device)
+        if direction is None:
+            return None
+        by_rows = self.axis == "out"
+        g = keep(lambda: self._factors(base, read, device)).reshape(-1 if by_rows else 1, 1 if by_rows else -1)
+        a = g if strength == 1 else 1 + strength * (g - 1)
+        share = None if strength == 1 else strength * g / a
+
+        def rows(part: slice) -> tuple[Tensor | None, Tensor]:
+            d = direction(part)[1]
+            if share is not None:
+                d = d.mul_(share[part] if by_rows else share)
+            return a[part] if by_rows else a, d
+
+        return rows
+
+    def _factors(self, base: Spec, read: Read, device: str) -> Tensor:
+        """g for each row or column, from a pass over W."""
+        import torch
+
+        from loratools.linalg.norms import ROWS, column_squares, row_squares
+
+        magnitude = read_tensor(self.magnitude, torch.float64, device).reshape(-1)
+        direct = self.direction.bind(base, read, device)
+        if self.axis == "out":
+            squares = torch.cat([row_squares(direct(part, W)) for part, W in read(ROWS)])
+        else:
+            squares = column_squares(direct(part, W) for part, W in read(ROWS))
+        return magnitude / squares.sqrt_()
 
     def refs(self) -> dict[str, Ref]:
         return {**self.direction.refs(), "magnitude": self.magnitude}

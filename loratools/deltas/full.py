@@ -19,6 +19,7 @@ class Full(Additive):
     """W′ = W + scale·diff, diff of W's shape."""
 
     kind = "full"
+    reproducible = True
 
     diff: Ref
     scale: float = 1.0
@@ -38,16 +39,19 @@ class Full(Additive):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Replacement(Delta):
-    """W′ = value; the rows may differ in number (a resized vocabulary), and the base may lack the tensor (a new head)."""
+    """W′ = value; the rows may differ in number (a resized vocabulary), and if `new` the base may lack the tensor (a head)."""
 
     kind = "replacement"
 
     value: Ref
+    new: bool = True
 
     def spec(self, base: Spec | None) -> Spec:
         found = self.value.spec
         if found.dtype == "C64" or (base is not None and base.dtype != found.dtype):
             require_floating(found, *([base] if base else []))
+        if base is None and not self.new:
+            raise ShapeError("replaces a tensor that the base lacks", found=list(found.shape))
         if base is None:
             return found
         if found.shape != base.shape and (len(found.shape) != len(base.shape) or not found.shape or found.shape[1:] != base.shape[1:]):
@@ -56,7 +60,7 @@ class Replacement(Delta):
 
     @property
     def needs_base(self) -> bool:
-        return False
+        return not self.new
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         rows = _rows_of(self.value, self.value.spec.matrix[1], device)

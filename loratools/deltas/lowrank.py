@@ -31,6 +31,7 @@ class LowRank(Additive):
     """
 
     kind = "lora"
+    reproducible = True
 
     A: Ref
     B: Ref

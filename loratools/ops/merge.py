@@ -17,9 +17,12 @@ from loratools.checkpoint import Change, Checkpoint, Rewritten
 from loratools.errors import OptionError
 from loratools.formats import load
 from loratools.formats.base import ReadOptions
+from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
 from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, add_sha256, checkpoint_input, history_of, receipt_path
+from loratools.record import record_path
+from loratools.sidefiles import file_entry
 from loratools.stream import Statistics
 from loratools.tensors import dtype_code
 
@@ -38,6 +41,7 @@ def merge(
     transposed: Sequence[str] = (),
     embedding: Sequence[str] = (),
     full_report: bool = False,
+    reversible: bool = False,
     sha256: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
@@ -47,7 +51,8 @@ def merge(
 
     Every tensor keeps its dtype unless `dtype` names another. Raises, before anything is visible at `out`, MatchError for
     deltas the base lacks, ShapeError, QuantizedError, NonFiniteError for a weight that overflows, UnsupportedError for a
-    delta on a tied tensor without `untie`. `progress` is told (bytes written, bytes to write), from several threads in turn.
+    delta on a tied tensor without `untie`. `reversible` writes beside the output the record by which `unmerge` gives the base
+    back bit for bit (spec/unmerge.md). `progress` is told (bytes written, bytes to write), from several threads in turn.
 
     >>> receipt = merge("base/", ["adapter/", "style/:0.5"], "out/")  # doctest: +SKIP
     >>> receipt["applied"] == receipt["expected"]  # doctest: +SKIP
@@ -66,6 +71,8 @@ def merge(
         checkpoint, loaded, untie=untie, renames=split_renames(rename), allow_unmatched=allow_unmatched,
         transposed=tuple(transposed), embeddings=tuple(embedding),
     )  # fmt: skip
+    if reversible:
+        check_recordable(loaded)
     code = dtype_code(dtype) if dtype else None
     statistics: dict[str, Statistics] = {}
     changes, added = changes_of(checkpoint, plan, statistics, dtype=code, device=device, full=full_report)
@@ -73,6 +80,11 @@ def merge(
         plan.config |= {key: _TORCH[code] for key in ("torch_dtype", "dtype") if key in checkpoint.config}
     with whole(target) as place:
         done = _rewrite(checkpoint, place, changes, added, plan, device, threads, progress)
+        if reversible:
+            kept = {name: arguments[name] for name in ("untie", "rename", "allow_unmatched", "alpha_in", "transposed", "embedding")}
+            receipt.unmerge = _record(Recording(checkpoint, place, plan, changes, added, done, loaded, kept), threads)
+        else:
+            _note_lost_record(checkpoint, done)
         _fill(receipt, checkpoint, [adapter for adapter, _ in loaded], plan, statistics, done)
         if sha256:
             add_sha256(receipt.outputs, place.parent if checkpoint.single else place)
@@ -105,6 +117,21 @@ def _rewrite(
         raise OptionError("a base that is one file gives one file", found=place.name, expected="OUT with the ending .safetensors")
     with threads.single_threaded_blas(device == "cpu"):
         return checkpoint.rewrite(place, changes, added=added, config=plan.config, workers=count, progress=progress)
+
+
+def _record(recording: Recording, workers: int | None) -> dict[str, Any]:
+    """Write the record of the merge; returns what the receipt says of it."""
+    with threads.single_threaded_blas():
+        path, told = recording.write(workers or threads.default_threads())
+    recording.done.files.append(file_entry(path, path.name))
+    return told
+
+
+def _note_lost_record(checkpoint: Checkpoint, done: Rewritten) -> None:
+    path = record_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
+    if path.is_file():
+        reason = "what undoes an earlier merge, not this one; --reversible would carry it on"
+        done.left_out.append({"name": path.name, "reason": reason, "relative_norm": None})
 
 
 def _fill(

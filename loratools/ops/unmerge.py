@@ -1,0 +1,328 @@
+"""unmerge: the base a reversible merge began with, bit for bit, from its output, its record and its adapters.
+
+What the record does not hold is computed: W = round(W′/a − d), corrected where the merge saw that this is not W
+(`loratools.inverse`, `loratools.corrections`). Every tensor is held against the digest of the base's own bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+from blake3 import blake3
+
+from loratools import threads as pool
+from loratools.adapter import Adapter
+from loratools.checkpoint import Checkpoint, weights_entry
+from loratools.corrections import corrected, inflated, segments
+from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError
+from loratools.formats import load
+from loratools.formats.base import ReadOptions
+from loratools.inverse import Inverse
+from loratools.jsonfile import read_json
+from loratools.ops._approximate import approximate as subtract
+from loratools.ops._recording import Factors, wide
+from loratools.output import check_output, whole
+from loratools.plan import Plan, make_plan, split_renames, split_strength
+from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
+from loratools.record import Record, record_path
+from loratools.sidefiles import copy, file_entry
+from loratools.stream import BLOCK, Applied
+from loratools.tensorfile import Buffer, Ref, Spec, TensorWriter, parse_header
+
+
+def unmerge(
+    merged: str | Path,
+    out: str | Path,
+    *,
+    adapters: str | Path | Sequence[str | Path] = (),
+    approximate: bool = False,
+    overwrite: bool = False,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint that `merged` was made from; returns the receipt of the undoing.
+
+    All that one merge put in comes off at once, by the record that `merge --reversible` left; `adapters` are needed only
+    where they no longer lie where the merge found them. Where that checkpoint was itself a merge, its receipt and record come
+    back with it. `approximate` is for outputs without a record: the adapters (`path:strength`, as they were merged) are
+    subtracted, and each row's `off_by` bounds how far from the original a weight can be.
+
+    Raises, before anything is visible at `out`, FormatError for a missing or damaged record and for bytes that are not those
+    the merge wrote, naming the tensor; MatchError for adapters that are not the ones it used; NotInvertible from
+    `approximate` for changes that cannot be subtracted.
+
+    >>> loratools.unmerge("merged/", "base/")["applied"]  # doctest: +SKIP
+    24
+    """
+    listed = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    target = check_output(out, overwrite=overwrite, inputs=[merged, *(_place(item) for item in listed)])
+    arguments = {"merged": str(merged), "adapters": [str(item) for item in listed], "out": str(out), "approximate": approximate}
+    receipt = Receipt("unmerge", arguments | {"overwrite": overwrite, "threads": threads})
+    count = threads or pool.default_threads()
+    if count < 1:
+        raise OptionError("--threads", found=count, expected="at least 1")
+    checkpoint = Checkpoint(merged)
+    if checkpoint.single and target.suffix != ".safetensors":
+        raise OptionError("a model that is one file gives one file", found=target.name, expected="OUT with the ending .safetensors")
+    path = record_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
+    if not path.is_file():
+        if approximate:
+            return subtract(checkpoint, target, listed, receipt, count)
+        remedy = "merge with --reversible, or give --approximate and each --adapter to subtract them"
+        raise FormatError("no record to undo a merge by", file=path, remedy=remedy)
+    undoing = Undoing(checkpoint, Record(path), listed)
+    with whole(target) as place, pool.single_threaded_blas():
+        undoing.write(place, receipt, count)
+        receipt.history = history_of(checkpoint)
+        undoing.restore(place, receipt)
+    return receipt.as_json()
+
+
+@dataclass
+class _Described(Mapping[str, Ref]):
+    """The base as its headers and config tell it: what a plan asks of a checkpoint."""
+
+    path: Path
+    specs: dict[str, Spec]
+    config: dict[str, Any]
+    refs: Mapping[str, Ref]
+    quantization: str | None = None
+    single: bool = False
+
+    def __getitem__(self, name: str) -> Ref:
+        return self.refs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+@dataclass
+class _Found:
+    """An adapter at a path, with the digests of its files."""
+
+    path: str
+    adapter: Adapter
+    used: bool = False
+
+    @cached_property
+    def digests(self) -> list[str]:
+        return [row["blake3"] for row in adapter_inputs(self.adapter)]
+
+
+@dataclass
+class Undoing:
+    """One record at work: what it says of the base, the plan of the merge again, and the base's files written from it."""
+
+    merged: Checkpoint
+    record: Record
+    adapters: Sequence[str | Path]
+    block: int = BLOCK
+    read: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.table = self.record.table
+        self.headers = {entry["name"]: b"".join(inflated(self.record.blob(f"header/{entry['name']}"))) for entry in self.table["files"]}
+        self.parsed = {
+            entry["name"]: parse_header(self.headers[entry["name"]], entry["bytes"] - 8 - len(self.headers[entry["name"]]))
+            for entry in self.table["files"]
+        }
+        self.specs = {name: spec for entries, _ in self.parsed.values() for name, (spec, _) in entries.items()}
+        self._check_files()
+        self.loaded = self._adapters() if self._needed else []
+
+    @property
+    def _needed(self) -> bool:
+        """Whether anything has to be computed: what is stored whole needs no adapter."""
+        return any(name.startswith("differences/") for name in self.table["blobs"]) or bool(self.adapters)
+
+    def _check_files(self) -> None:
+        """The output has the files, tensors and headers that the merge wrote."""
+        said = [entry["header_sha256"] for entry in self.table["files"]]
+        for file, digest in zip(self.merged.files.values(), said, strict=False):
+            if file.header_sha256 != digest:
+                raise FormatError("its header is not the one that the merge wrote", file=file.path)
+        if len(said) != len(self.merged.files) or self.table["single"] != self.merged.single:
+            raise FormatError("not the files that the merge wrote", file=self.merged.path, found=", ".join(self.merged.files))
+
+    # -- the merge again
+
+    def _adapters(self) -> list[tuple[Adapter, float]]:
+        """The recorded adapters with their strengths: those given, or the ones at their paths, of the very bytes that were merged."""
+        given = [_Found(item, self._load(item)) for item in (str(_place(item)) for item in self.adapters)]
+        found = [(self._recorded(entry, given), entry["strength"]) for entry in self.table["adapters"]]
+        for item in given:
+            if not item.used:
+                raise MatchError("not an adapter that was merged", file=item.path, expected=_names(self.table["adapters"]))
+        return found
+
+    def _load(self, place: str) -> Adapter:
+        options = self.table["options"]
+        read = ReadOptions(alpha=options["alpha_in"], transposed=tuple(options["transposed"]), embeddings=tuple(options["embedding"]))
+        return load(place, options=read)
+
+    def _recorded(self, entry: Mapping[str, Any], given: list[_Found]) -> Adapter:
+        said = [file["blake3"] for file in entry["files"]]
+        for item in given:
+            if item.digests == said:
+                item.used = True
+                return item.adapter
+        remedy = "give the adapter as it was merged with --adapter"
+        if not Path(entry["path"]).exists():
+            raise MatchError("the adapter that was merged is not where it was", file=entry["path"], remedy=remedy)
+        there = _Found(entry["path"], self._load(entry["path"]))
+        if there.digests != said:
+            other = [str(file) for file, one, two in zip(there.adapter.files, there.digests, said, strict=False) if one != two]
+            found = f"other bytes in {', '.join(other) or 'its files'}"
+            raise MatchError("not the adapter that was merged", file=entry["path"], found=found, remedy=remedy)
+        return there.adapter
+
+    @cached_property
+    def plan(self) -> Plan:
+        options = self.table["options"]
+        refs = {name: self.merged[name] for name in self.specs}
+        described = _Described(Path(self.table["path"]), self.specs, self._config(), refs)
+        return make_plan(
+            cast("Checkpoint", described), self.loaded, untie=options["untie"], renames=split_renames(options["rename"]),
+            allow_unmatched=options["allow_unmatched"], transposed=tuple(options["transposed"]), embeddings=tuple(options["embedding"]),
+        )  # fmt: skip
+
+    def _config(self) -> dict[str, Any]:
+        import json
+
+        if self.merged.single:
+            return dict(self.table["config"])
+        if "file/config.json" in self.table["restored"]:
+            return dict(json.loads(b"".join(inflated(self.record.blob("file/config.json")))))
+        path = self.merged.folder / "config.json"
+        return read_json(path) if path.is_file() else {}
+
+    # -- writing
+
+    def write(self, place: Path, receipt: Receipt, workers: int) -> None:
+        """The base's weight files at `place`, every byte held against the record."""
+        single, plan = self.merged.single, self.plan if self.loaded else Plan()
+        if not single:
+            place.mkdir()
+        writers = {}
+        try:
+            for name, (entries, _) in self.parsed.items():
+                specs = {key: spec for key, (spec, _) in entries.items()}
+                writers[name] = TensorWriter(place if single else place / name, specs, header=self.headers[name])
+            jobs = [partial(self._tensor, writer, name) for writer in writers.values() for name in writer.specs]
+            jobs += [partial(self._added, name) for name in self.table["added"]]
+            pool.run_all(jobs, workers)
+            for writer in writers.values():
+                writer.close()
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+        for writer in writers.values():
+            receipt.outputs.append(weights_entry(writer.path.name, writer.size, writer.header_sha256, writer.digests))
+            receipt.digests |= writer.digests
+        changed = sorted(name for name in self.specs if self._changed(name))
+        receipt.tensors = [_row(name, plan) for name in changed]
+        receipt.expected = receipt.applied = plan.expected
+        receipt.inputs = [checkpoint_input(self.merged, "merged", self.read)]
+        receipt.inputs += [row for adapter, _ in self.loaded for row in adapter_inputs(adapter)]
+        receipt.notes = [f"removed: {name}, which the merge added" for name in sorted(self.table["added"])]
+        receipt.notes += [f"not given back, the merge left it out: {name}" for name in self.table["left_out"]]
+
+    def _changed(self, name: str) -> bool:
+        return any(f"{kind}/{name}" in self.table["blobs"] for kind in ("differences", "whole"))
+
+    def _tensor(self, writer: TensorWriter, name: str) -> None:
+        said, seen = self.table["tensors"][name], blake3()
+        try:
+            found = writer.write(name, self._blocks(name, seen.update))
+        except LoratoolsError as error:
+            raise error.at(file=self.record.path, tensor=name) from None
+        self._check_read(name, seen.hexdigest(), said["merged"])
+        if found != said["base"]:
+            # the input was right, so the computation was not
+            raise FormatError(
+                "what was computed is not the base's tensor", file=self.merged.path, tensor=name,
+                found=f"{found[:16]}…", expected=f"{said['base'][:16]}…",
+            )  # fmt: skip
+
+    def _added(self, name: str) -> None:
+        seen = blake3()
+        for block in self.merged[name].blocks():
+            seen.update(block)
+        self._check_read(name, seen.hexdigest(), self.table["added"][name])
+
+    def _check_read(self, name: str, found: str, expected: str) -> None:
+        self.read[name] = found
+        if found != expected:
+            raise FormatError(
+                "not the bytes that the merge wrote", file=self.merged.path, tensor=name,
+                found=f"{found[:16]}…", expected=f"{expected[:16]}…",
+            )  # fmt: skip
+
+    def _blocks(self, name: str, seen: Any) -> Iterator[Buffer]:
+        """The base's bytes; all of the merged tensor's pass through `seen`, in order."""
+        merged, blobs = self.merged[name], self.table["blobs"]
+        if f"differences/{name}" in blobs and merged.spec.shape == self.specs[name].shape:
+            yield from self._predicted(name, seen)
+            return
+        for block in merged.blocks():
+            seen(block)
+            if not self._changed(name):
+                yield block
+        if f"differences/{name}" in blobs:
+            yield from self._predicted(name, lambda _: None)
+        elif f"whole/{name}" in blobs:
+            yield from inflated(self.record.blob(f"whole/{name}"))
+
+    def _predicted(self, name: str, seen: Any) -> Iterator[Buffer]:
+        base, merged = self.specs[name], self.merged[name]
+        data = self.record.blob(f"factors/{name}").read() if f"factors/{name}" in self.table["blobs"] else b""
+        applied = Applied(None, merged.spec, tuple(self.plan.changes.get(name, ()) if self.loaded else ()), "cpu", self.block)
+        inverse = Inverse(applied, base, merged, Factors(wide(base), bytearray(data), given=True))
+        predicted = inverse.bind()
+        kept = segments(self.record.blob(f"differences/{name}").read())
+        for segment, found in zip(inverse.segments(), kept, strict=True):
+            yield corrected(b"".join(bytes(block) for _, block in predicted(segment, seen)), found, base.dtype)
+
+    # -- what lies beside
+
+    def restore(self, place: Path, receipt: Receipt) -> None:
+        """Config, index and the files beside, then the receipt: the base's own where it had one, else that of the undoing."""
+        single = self.merged.single
+        folder = place.parent if single else place
+        for entry in self.table["beside"]:
+            row = copy(self.merged.folder / entry["path"], folder / entry["path"], entry["path"])
+            if row["blake3"] != entry["blake3"]:
+                raise FormatError("not the bytes that the merge wrote", file=self.merged.folder / entry["path"])
+            receipt.outputs.append(row)
+        ours = {"receipt": receipt_path(place, folder=not single), "record": record_path(place, folder=not single)}
+        for name in self.table["restored"]:
+            path = ours[name] if name in ours else folder / name.removeprefix("file/")
+            with path.open("xb") as stream:
+                for block in inflated(self.record.blob(name)):
+                    stream.write(block)
+            if name != "receipt":
+                receipt.outputs.append(file_entry(path, path.name))
+        if "receipt" not in self.table["restored"]:
+            receipt.write(ours["receipt"])
+        else:
+            receipt.notes.append("the receipt beside it is the one that it had before")
+
+
+def _row(name: str, plan: Plan) -> dict[str, Any]:
+    kinds = "+".join(delta.kind for delta, _ in plan.changes.get(name, ())) or "copy"
+    return {"name": name, "kind": kinds}
+
+
+
+def _place(item: str | Path) -> str | Path:
+    return cast("str | Path", split_strength(item)[0])  # no adapter in memory goes in, so none comes out
+
+
+def _names(entries: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(entry["path"] for entry in entries)
