@@ -117,9 +117,9 @@ def _with_magnitude(low: LowRank, m: Ref, dora: str | None, key: str) -> DoRA:
             remedy="give --scratch-dora merged or --scratch-dora output",
         )  # fmt: skip
     if m.spec.shape == (1, out) and (out != into or dora == "output"):
-        raise UnsupportedError(
-            "LinearWithDoRA divides the LoRA's output by that output's own norm, which depends on the input: it is no weight edit", tensor=key, found=list(m.spec.shape), expected=f"[1, {into}], as LinearWithDoRAMerged has it",
-        )  # fmt: skip
+        fact = "LinearWithDoRA divides the LoRA's output by that output's own norm, which depends on the input: it is no weight edit"
+        expected = f"[1, {into}], as LinearWithDoRAMerged has it"
+        raise UnsupportedError(fact, tensor=key, found=list(m.spec.shape), expected=expected)
     return DoRA(direction=low, magnitude=m)
 
 

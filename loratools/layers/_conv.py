@@ -55,9 +55,13 @@ class _LoRAConv(LoRALayer, nn.modules.conv._ConvNd):
         x = self.lora_dropout(x)
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(A.dtype)
         repeated = A if self.groups == 1 else A.repeat(self.groups, *(1,) * (A.dim() - 1))
-        hidden = self.convolve(x, repeated, None) * self.scaling
-        up = (conv1d, conv2d, conv3d)[len(self.kernel_size) - 1]
-        low: Tensor = up(hidden, B.view(*B.shape, *(1,) * len(self.kernel_size)), groups=self.groups)
+        hidden = self.convolve(x, repeated, None)
+        if self.groups == 1 and hidden.dtype == base.dtype and base.dim() == A.dim() and base.is_contiguous():
+            up = B.to(hidden.dtype).expand(len(base), *B.shape)  # one product that adds, nothing of base's size beside it
+            base.flatten(2).baddbmm_(up, hidden.flatten(2), alpha=self.scaling)
+            return base
+        convolve = (conv1d, conv2d, conv3d)[len(self.kernel_size) - 1]
+        low: Tensor = convolve(hidden * self.scaling, B.view(*B.shape, *(1,) * len(self.kernel_size)), groups=self.groups)
         return base.add_(low) if low.dtype == base.dtype else (base + low).to(base.dtype)
 
 

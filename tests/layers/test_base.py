@@ -203,6 +203,19 @@ def test_gradients(name: str) -> None:
     assert torch.autograd.gradgradcheck(output, variables)
 
 
+@pytest.mark.parametrize(("method", "name"), [kind for kind in KINDS if kind[1] in ("conv1d", "conv2d", "conv3d", "grouped")])
+def test_convolutions_of_one_example_and_in_any_memory_format(method: str, name: str, device: str) -> None:
+    made, x = changed(layer(method, name, device)), inputs(name, device)
+    expected = made(x)
+    close(torch.stack([made(one) for one in x]).detach(), expected.detach(), torch.float32)
+    formats = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+    close(made(x.to(memory_format=formats[x.dim()])).detach(), expected.detach(), torch.float32)
+    made.to(memory_format=formats[x.dim()])
+    close(made(x).detach(), expected.detach(), torch.float32)
+    made.merge()
+    close(made(x).detach(), expected.detach(), torch.float32)
+
+
 def test_scaling() -> None:
     assert Settings(rank=16, alpha=8).scaling == 0.5
     assert Settings(rank=16, alpha=8, rslora=True).scaling == 2
