@@ -17,7 +17,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
-from loratools.families import Family
+from loratools.families import Family, of_vocabulary
 from loratools.tensorfile import Ref, Spec
 
 
@@ -83,6 +83,7 @@ class Adapter(Mapping[str, Delta]):
         else:
             faults += [_stray(name, base, self.path) for name in unmatched]
         matched = {name: delta for name, delta in aligned.items() if name in base or not delta.needs_base}
+        faults += [error.at(file=self.path) for name in matched if name not in base for error in _misplaced(name, base)]
         flagged = bool(self.metadata.get("peft", {}).get("fan_in_fan_out"))
         settled, ambiguous = settle(matched, base, family, flagged=flagged)
         faults += [error.at(file=self.path) for error in ambiguous]
@@ -181,6 +182,15 @@ def _stray(name: str, base: Mapping[str, Spec], path: Path | None) -> MatchError
         "the base has no such weight", file=path, tensor=name, found="nearest " + ", ".join(near) if near else None,
         remedy="give --rename OLD=NEW, or --allow-unmatched to leave it out",
     )  # fmt: skip
+
+
+def _misplaced(name: str, base: Mapping[str, Spec]) -> list[MatchError]:
+    """A new tensor that would stand beside, or inside, what is a layer of the base already: no new head."""
+    parts = name.split(".")
+    own = 0 if of_vocabulary(name) else 1  # the bias of a tied head is stored or not
+    inside = [".".join(parts[:count]) for count in range(1, len(parts) - 1 + own)]
+    found = next((held for path in inside for held in (path, f"{path}.weight") if held in base), None)
+    return [] if found is None else [MatchError("is new, and the base has a layer there that lacks it", tensor=name, found=found)]
 
 
 def settle(

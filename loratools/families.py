@@ -76,7 +76,7 @@ BIASED_HEADS = (
     ("transformer.embeddings.weight", "pred_layer.proj.weight"),
 )
 _EMBEDDED = {ending.split(".")[-2] for ending, _ in (*HEADS, *BIASED_HEADS)}
-_HEADED = tuple(dict.fromkeys(head for _, head in (*HEADS, *BIASED_HEADS)))
+_HEADED = {head for _, head in (*HEADS, *BIASED_HEADS)} - {"head.weight", "decoder.weight"}  # which may be anything's
 _WITH_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining", "DoubleHeadsModel")
 _OTHER_HEAD = ("Classification", "ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
 

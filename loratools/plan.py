@@ -105,16 +105,22 @@ def make_plan(
     for name, applications in plan.changes.items():
         _note_shape(plan, checkpoint, name, applications)
     _check_vocabulary(plan, checkpoint)
+    _check_rows(plan, checkpoint)
     if checkpoint.single and plan.config:
         plan.notes.append("the output is one file; the config.json it is used with needs " + json.dumps(plan.config))
     return plan
+
+
+def _replaces(delta: Delta) -> bool:
+    """Whether nothing of the base's own tensor is left."""
+    return isinstance(delta, Replacement) or (isinstance(delta, Chain) and _replaces(delta.first))
 
 
 def _check_meetings(plan: Plan, known: Mapping[str, Spec]) -> None:
     """A whole tensor meets nothing else on its name unless the bytes are equal, and one of another shape has strength 1."""
     faults: list[LoratoolsError] = []
     for name, applications in plan.changes.items():
-        saved = [(delta, strength) for delta, strength in applications if not delta.needs_base]
+        saved = [(delta, strength) for delta, strength in applications if _replaces(delta)]
         if not saved:
             continue
         first = saved[0][0]
@@ -175,7 +181,7 @@ def _share_saved(plan: Plan, tied: tuple[str, str]) -> None:
             if other not in plan.changes:
                 plan.changes[other] = [(delta.first, strength)]
                 plan.expected += 1
-            elif plan.changes[other][0][0].needs_base:
+            elif not _replaces(plan.changes[other][0][0]):
                 then, theirs = plan.changes[other][0]
                 plan.changes[other][0] = (Chain(first=delta.first, then=then), theirs)
 
@@ -224,6 +230,22 @@ def _check_vocabulary(plan: Plan, checkpoint: Checkpoint) -> None:
                 "the adapter resizes the vocabulary, and does not save this tensor of it", file=checkpoint.path, tensor=name,
                 found=new.shape[0], expected=size, remedy="save the adapter with save_embedding_layers=True",
             )  # fmt: skip
+
+
+def _check_rows(plan: Plan, checkpoint: Checkpoint) -> None:
+    """A weight and a bias of one module that had as many rows still have."""
+    faults: list[LoratoolsError] = []
+    for name, applications in plan.changes.items():
+        module, _, leaf = name.rpartition(".")
+        other = f"{module}.{'bias' if leaf == 'weight' else 'weight'}"
+        old, beside = checkpoint.specs.get(name), checkpoint.specs.get(other)
+        if leaf not in ("weight", "bias") or not applications or old is None or beside is None or old.shape[:1] != beside.shape[:1]:
+            continue
+        meeting = plan.changes.get(other)
+        new, theirs = applications[0][0].spec(old).shape[:1], (meeting[0][0].spec(beside) if meeting else beside).shape[:1]
+        if new != theirs and old.shape[:1] != new:
+            faults.append(ShapeError(f"changes its rows, and {other} does not", tensor=name, found=list(new), expected=list(theirs)))
+    raise_all(faults)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> Any:

@@ -29,7 +29,9 @@ def write_checkpoint(folder: Path, tensors: Tensors, config: Mapping[str, Any] |
     for file in files:
         save_file({name: kept[name] for name in names if where[name] == file}, folder / file, metadata={"format": "pt"})
     size = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n"
+    )
     return folder
 
 
@@ -78,7 +80,9 @@ def llama_config(**more: object) -> dict[str, object]:
     return config | more
 
 
-def llama_tensors(dtype: torch.dtype = torch.float32, *, vocabulary: int = 17, hidden: int = 8, head: bool = True) -> dict[str, torch.Tensor]:
+def llama_tensors(
+    dtype: torch.dtype = torch.float32, *, vocabulary: int = 17, hidden: int = 8, head: bool = True
+) -> dict[str, torch.Tensor]:
     """The tensors of a tiny Llama, random from a fixed seed."""
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     for layer in range(2):

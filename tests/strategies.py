@@ -38,7 +38,9 @@ class Drawn:
     dense: Callable[[Tensor], Tensor]
 
 
-def low_rank(shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype = torch.float32, *, rslora: bool = False, alpha: float = 3.0) -> Drawn:
+def low_rank(
+    shape: tuple[int, ...], rank: int, seed: int, dtype: torch.dtype = torch.float32, *, rslora: bool = False, alpha: float = 3.0
+) -> Drawn:
     """LoRA on a weight of that shape, and its own algebra."""
     B, A = randn(shape[0], rank, seed=seed, dtype=dtype), randn(rank, *shape[1:], seed=seed + 1, dtype=dtype)
     scale = alpha / math.sqrt(rank) if rslora else alpha / rank

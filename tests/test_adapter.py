@@ -45,7 +45,10 @@ def test_names_that_fit_are_left_alone() -> None:
     assert list(found) == ["a.q.weight"] and found.notes == ()
 
 
-@given(st.lists(st.sampled_from(["h.0.q", "h.1.q", "h.1.k", "mlp.up"]), unique=True, min_size=1), st.sampled_from(["model", "a.b", "transformer"]))
+@given(
+    st.lists(st.sampled_from(["h.0.q", "h.1.q", "h.1.k", "mlp.up"]), unique=True, min_size=1),
+    st.sampled_from(["model", "a.b", "transformer"]),
+)
 def test_one_prefix_added_or_removed_for_all(modules: list[str], prefix: str) -> None:
     short, long = [f"{module}.weight" for module in modules], [f"{prefix}.{module}.weight" for module in modules]
     for mine, theirs, word in ((short, long, "added"), (long, short, "removed")):

@@ -56,7 +56,9 @@ def test_float16_as_numpy_rounds_it_in_one_step() -> None:
     generator = np.random.default_rng(0)
     values = generator.standard_normal(200_000) * 10.0 ** generator.integers(-9, 5, 200_000)
     ties = (generator.integers(1024, 2047, 5000) + 0.5) * 2.0**-14 * (1 + generator.choice([-1, 0, 1], 5000) * 2.0**-45)
-    values = np.concatenate([values, ties, [65519.99999, 65520.0, 1e9, -1e300, np.inf, -np.inf, 0.0, -0.0, 2.0**-25, 2.0**-25 * (1 + 2**-40)]])
+    values = np.concatenate(
+        [values, ties, [65519.99999, 65520.0, 1e9, -1e300, np.inf, -np.inf, 0.0, -0.0, 2.0**-25, 2.0**-25 * (1 + 2**-40)]]
+    )
     with np.errstate(over="ignore"):
         expected = values.astype(np.float16)
     found = rounded(values, torch.float16).numpy()

@@ -58,7 +58,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         path=container.path,
         format=NAME,
         files=container.files,
-        expects=_expectation(config, deltas),
+        expects=_expectation(config, deltas, some=found.some),
         notes=(*found.notes, *unused(config, container.config or {}, found.modules, found.whole)),
     )
 
@@ -74,7 +74,7 @@ def _deltas(found: Sorted, config: LoraConfig, options: ReadOptions) -> dict[str
             _check_targeted(path, module, config, nested=f"{path}.weight" in found.whole)
             deltas[f"{path}.weight"] = _delta(path, module, config, options)
             if "bias" in module.refs:
-                deltas[f"{path}.bias"] = _bias(path, module, config)
+                deltas[f"{path}.bias"] = _bias(path, module, config, saved=found.some or f"{path}.bias" in found.whole)
         except LoratoolsError as error:
             faults.append(error.at(tensor=next(iter(module.keys.values()))))
     raise_all(faults)
@@ -176,8 +176,10 @@ def _magnitude(magnitude: Ref, low: LowRank, key: str) -> Ref:
     return magnitude.reshape(*made)
 
 
-def _bias(path: str, module: Module, config: LoraConfig) -> Delta:
+def _bias(path: str, module: Module, config: LoraConfig, *, saved: bool) -> Delta:
     key = module.keys["bias"]
+    if config.bias != "none" and not saved:
+        raise FormatError(f"bias is {config.bias!r}, and the bias that this is added to is not in the file", tensor=key)
     if not config.lora_bias:
         raise FormatError(
             "lora_B.bias without lora_bias: peft would drop it in silence", tensor=key, remedy="set lora_bias to true in the config"
@@ -188,26 +190,24 @@ def _bias(path: str, module: Module, config: LoraConfig) -> Delta:
     return Full(diff=module.refs["bias"], scale=low.scaling)
 
 
-def _with_whole(deltas: Mapping[str, Delta], whole: Mapping[str, Ref]) -> dict[str, Delta]:
+def _with_whole(deltas: Mapping[str, Delta], whole: Mapping[str, Replacement]) -> dict[str, Delta]:
     """Deltas and saved tensors together: LoRA on a saved tensor comes after it."""
-    joined = dict(deltas)
-    for name, ref in whole.items():
-        saved = Replacement(value=ref)
-        joined[name] = Chain(first=saved, then=joined[name]) if name in joined else saved
-    return joined
+    chained = {name: Chain(first=saved, then=deltas[name]) if name in deltas else saved for name, saved in whole.items()}
+    return {**deltas, **chained}
 
 
 def _shown(target: Any) -> str:
     return target if isinstance(target, str) else nearest(target or (), 6)
 
 
-def _expectation(config: LoraConfig, names: Iterable[str]) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
+def _expectation(config: LoraConfig, names: Iterable[str], *, some: bool) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
     """What the config promises of a base: each tensor of a module it saves, and where it targets several layers alike, all of them.
 
     A base may hold more than the model that was trained (a head of another task, a vision tower): a target or bias is
     promised where another layer of the file has its like, or the config names the module in full; so is the bias of a module
-    with LoRA, where biases are saved.
+    with LoRA, where biases are saved. A file that lists its whole tensors itself (`some`) promises no others.
     """
+    biases = "none" if some else config.bias
     kin = {_unnumbered(name) for name in names}
 
     def alike(name: str) -> bool:
@@ -219,11 +219,11 @@ def _expectation(config: LoraConfig, names: Iterable[str]) -> Callable[[Mapping[
             module, _, leaf = name.rpartition(".")
             matrix = leaf == "weight" and len(spec.shape) > 1 and spec.floating
             if (
-                config.saves(module)
+                (config.saves(module) and not some)
                 or (matrix and config.names(module))
                 or (matrix and config.target is not None and config.targets(module) and alike(name))
-                or (leaf == "bias" and config.bias == "all" and alike(name))
-                or (leaf == "bias" and config.bias != "none" and config.targets(module) and alike(f"{module}.weight"))
+                or (leaf == "bias" and biases == "all" and alike(name))
+                or (leaf == "bias" and biases != "none" and config.targets(module) and alike(f"{module}.weight"))
             ):
                 yield name
 

@@ -42,12 +42,9 @@ def encode(adapter: Adapter) -> Container:
     config = _config(adapter, lows, magnitudes, biases)
     tensors = _tensors(lows, magnitudes, biases)
     tensors |= _saved(whole, lows, config)
-    listed = sorted(
-        name for name in whole if "." not in name.removesuffix(".weight").removesuffix(".bias") or not name.endswith((".weight", ".bias"))
-    )
     metadata = dict(adapter.metadata.get("safetensors", {})) | {"format": "pt"}
     metadata.pop(SAVED, None)
-    return Container(tensors, metadata | ({SAVED: json.dumps(listed)} if listed else {}), config)
+    return Container(tensors, metadata | ({SAVED: json.dumps(sorted(whole))} if whole else {}), config)
 
 
 def _take(
@@ -78,7 +75,8 @@ def _mixed(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: M
     faults: list[LoratoolsError] = []
     if magnitudes and len(magnitudes) < len(lows):
         plain = next(module for module in lows if module not in magnitudes)
-        faults.append(NotExpressible("peft's use_dora holds for the whole adapter, and this module is plain LoRA", tensor=f"{plain}.weight"))
+        fact = "peft's use_dora holds for the whole adapter, and this module is plain LoRA"
+        faults.append(NotExpressible(fact, tensor=f"{plain}.weight"))
     bare = [module for module, low in lows.items() if module not in biases and low.layer != "embedding"]
     if biases and bare:
         faults.append(NotExpressible("peft's lora_bias holds for the whole adapter, and this module has none", tensor=f"{bare[0]}.bias"))

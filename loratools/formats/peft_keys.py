@@ -11,14 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from loratools.deltas.full import Replacement
 from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
-from loratools.families import of_vocabulary
+from loratools.families import of_head, of_vocabulary
 from loratools.formats.base import Container
 from loratools.formats.peft_config import LoraConfig
 from loratools.tensorfile import Ref, same_bytes
 
 ROOT = "base_model.model."
-SAVED = "loratools.saved"  # metadata: JSON list of whole tensors whose module modules_to_save cannot name
+SAVED = "loratools.saved"  # metadata: JSON list of all whole tensors, which `bias` and `modules_to_save` can only circumscribe
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?P<marker>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
@@ -36,11 +37,15 @@ class Module:
 
 @dataclass
 class Sorted:
-    """A file's tensors: modules with LoRA, whole tensors by base name, and what was found twice or dead."""
+    """A file's tensors: modules with LoRA, whole tensors by base name, and what was found twice or dead.
+
+    `some` is whether the file lists its whole tensors itself, so that `bias` and `modules_to_save` do not mean all they name.
+    """
 
     modules: dict[str, Module] = field(default_factory=lambda: defaultdict(Module))
-    whole: dict[str, Ref] = field(default_factory=dict)
+    whole: dict[str, Replacement] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    some: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class _Whole:
 
 def sort_keys(container: Container, config: LoraConfig) -> Sorted:
     """The file's tensors by what they are; strays and doubles are collected and raised."""
-    found = Sorted()
+    found = Sorted(some=SAVED in container.metadata)
     spellings: dict[str, list[_Whole]] = defaultdict(list)
     names: set[str] = set()
     faults: list[LoratoolsError] = []
@@ -75,7 +80,10 @@ def sort_keys(container: Container, config: LoraConfig) -> Sorted:
             faults += [fault] if fault else []
     if len(names) > 1:
         faults.append(FormatError("holds several adapters", found=", ".join(sorted(names)), remedy="save each in a folder of its own"))
-    raise_all([*faults, *_keep_whole(spellings, config, _listed(container.metadata), found)])
+    listed = _listed(container.metadata)
+    faults += _keep_whole(spellings, config, listed, found)
+    faults += [FormatError("listed among the saved tensors, and not in the file", tensor=name) for name in listed if name not in spellings]
+    raise_all(faults)
     return found
 
 
@@ -139,7 +147,9 @@ def _keep_whole(spellings: Mapping[str, list[_Whole]], config: LoraConfig, liste
         elif different := [item for item in others if not same_bytes(item.ref, first.ref)]:
             faults.append(FormatError("the same tensor twice under two spellings, and not alike", tensor=different[0].key, found=first.key))
         else:
-            found.whole[name] = first.ref
+            module = name.rpartition(".")[0]
+            new = config.saves(module) or name in listed or of_head(f"{module}.weight")
+            found.whole[name] = Replacement(value=first.ref, new=new)
             dead += [item.key for item in all_of_them if item is not first]
     if dead:
         shown = ", ".join(dead[:3]) + (f", … ({len(dead)} in all)" if len(dead) > 3 else "")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loratools.adapter import Adapter
@@ -15,8 +16,9 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError
-from loratools.formats import load
+from loratools.formats import load, save
 from loratools.formats.base import ReadOptions
+from loratools.tensorfile import Spec
 from loratools.tensors import read_tensor
 from tests.files import peft_config, write_adapter
 from tests.strategies import randn
@@ -94,17 +96,32 @@ def test_a_pickle_holds_the_same(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "a", {ROOT + key: tensor for key, tensor in PAIR.items()}, peft_config(target_modules=["q"]))
     (folder / "adapter_model.safetensors").unlink()
     whole = torch.arange(100.0).reshape(10, 10)
-    torch.save({ROOT + "q.lora_A.weight": whole[2:4, :6].requires_grad_(), ROOT + "q.lora_B.weight": B.T.contiguous().T}, folder / "adapter_model.bin")
+    torch.save(
+        {ROOT + "q.lora_A.weight": whole[2:4, :6].requires_grad_(), ROOT + "q.lora_B.weight": B.T.contiguous().T},
+        folder / "adapter_model.bin",
+    )
     found = low(load(folder))
     assert same(found.A, whole[2:4, :6].detach()) and same(found.B, B)
 
 
 def test_saved_modules_biases_and_lora_on_what_is_saved(tmp_path: Path) -> None:
     value = randn(4, 6, seed=3)
-    tensors = PAIR | {"head.weight": value, "head.out.bias": torch.ones(3), "q.base_layer.weight": value, "q.base_layer.bias": torch.ones(4), "n.bias": torch.ones(2)}
+    tensors = PAIR | {
+        "head.weight": value,
+        "head.out.bias": torch.ones(3),
+        "q.base_layer.weight": value,
+        "q.base_layer.bias": torch.ones(4),
+        "n.bias": torch.ones(2),
+    }
     adapter = read(tmp_path, tensors, modules_to_save=["head"], bias="all")
     kinds = {name: type(delta) for name, delta in adapter.items()}
-    assert kinds == {"q.weight": Chain, "head.weight": Replacement, "head.out.bias": Replacement, "q.bias": Replacement, "n.bias": Replacement}
+    assert kinds == {
+        "q.weight": Chain,
+        "head.weight": Replacement,
+        "head.out.bias": Replacement,
+        "q.bias": Replacement,
+        "n.bias": Replacement,
+    }
 
 
 def test_a_bias_difference_is_scaled_and_comes_after_a_saved_bias(tmp_path: Path) -> None:
@@ -114,7 +131,11 @@ def test_a_bias_difference_is_scaled_and_comes_after_a_saved_bias(tmp_path: Path
 
 
 # what peft writes beside a saved module where it also saves all biases, or the embeddings
-COPIES = {"head.weight": randn(4, 6, seed=3), "head.modules_to_save.weight": randn(4, 6, seed=3), "head.original_module.weight": randn(4, 6, seed=5)}
+COPIES = {
+    "head.weight": randn(4, 6, seed=3),
+    "head.modules_to_save.weight": randn(4, 6, seed=3),
+    "head.original_module.weight": randn(4, 6, seed=5),
+}
 
 
 def test_second_copies_are_told_and_must_be_alike(tmp_path: Path) -> None:
@@ -134,7 +155,13 @@ def test_spellings_of_a_saved_module(tmp_path: Path, key: str) -> None:
     assert "head.dense.weight" in read(tmp_path / "child", PAIR | {child: A}, modules_to_save=["head"])
 
 
-SAVED_UNASKED = ["model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight", "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias"]
+SAVED_UNASKED = [
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "transformer.wte.weight",
+    "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias",
+]
 
 
 @pytest.mark.parametrize("name", SAVED_UNASKED)
@@ -209,3 +236,27 @@ def test_all_faults_of_a_file_are_shown_together(tmp_path: Path) -> None:
 def test_some_keys_with_the_prefix_and_some_without(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"q\.lora_B\.weight: lacks the prefix"):
         read(tmp_path, {ROOT + "q.lora_A.weight": A, "q.lora_B.weight": B}, root="")
+
+
+def test_a_file_that_lists_its_whole_tensors_promises_those_and_no_others(tmp_path: Path) -> None:
+    """`norm` of modules_to_save would mean every module whose name ends so; the list in the metadata is exact."""
+    base = {"q.weight": Spec("F32", (4, 6)), "norm.weight": Spec("F32", (6,)), "layers.0.inputnorm.weight": Spec("F32", (6,))}
+    tensors = {ROOT + key: tensor for key, tensor in (PAIR | {"norm.weight": A[0]}).items()}
+    folder = write_adapter(tmp_path / "a", tensors, peft_config(target_modules=["q"], modules_to_save=["norm"]))
+    with pytest.raises(MatchError, match=r"layers\.0\.inputnorm\.weight: the adapter's config covers this weight"):
+        load(folder).resolve(base)
+    save(load(folder), tmp_path / "again")
+    assert list(load(tmp_path / "again").resolve(base)) == ["q.weight", "norm.weight"]
+    written = tmp_path / "again/adapter_model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(written).items() if "norm" not in key}
+    save_file(kept, written, metadata={"loratools.saved": '["norm.weight"]'})
+    with pytest.raises(FormatError, match=r"norm\.weight: listed among the saved tensors, and not in the file"):
+        load(tmp_path / "again")
+
+
+@pytest.mark.parametrize("listed", ["not json", "3", '["a", 1]'])
+def test_a_list_that_is_none(tmp_path: Path, listed: str) -> None:
+    folder = write_adapter(tmp_path / "a", {ROOT + key: tensor for key, tensor in PAIR.items()}, peft_config(target_modules=["q"]))
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors", metadata={"loratools.saved": listed})
+    with pytest.raises(FormatError, match=r"loratools\.saved is not a list of names"):
+        load(folder)

@@ -129,7 +129,13 @@ def test_targets_as_the_installed_peft_decides(module: str, target: Any, exclude
     theirs.layers_to_transform, theirs.layers_pattern = layers, pattern
     ours = parse(
         CONFIG
-        | {"target_modules": target, "exclude_modules": exclude, "modules_to_save": saved, "layers_to_transform": layers, "layers_pattern": pattern}
+        | {
+            "target_modules": target,
+            "exclude_modules": exclude,
+            "modules_to_save": saved,
+            "layers_to_transform": layers,
+            "layers_pattern": pattern,
+        }
     )
     assert ours.targets(module) == bool(check_target_module_exists(theirs, module)), (ours, theirs)
 
@@ -146,10 +152,16 @@ def test_saves_by_the_rule_of_the_installed_peft() -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.pre_classifier, self.head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2))
+            self.q, self.pre_classifier, self.head = (
+                torch.nn.Linear(2, 2),
+                torch.nn.Linear(2, 2),
+                torch.nn.Sequential(torch.nn.Linear(2, 2)),
+            )
 
     model = get_peft_model(Net(), PeftLoraConfig(target_modules=["q"], modules_to_save=["classifier", "head"]))
-    theirs = {name.partition("base_model.model.")[2] for name, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"}
+    theirs = {
+        name.partition("base_model.model.")[2] for name, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"
+    }
     config = parse(CONFIG | {"modules_to_save": ["classifier", "head"]})
     assert theirs == {"pre_classifier", "head"}
     assert {name for name in ("q", "pre_classifier", "head", "head.0", "header") if config.saves(name)} == {*theirs, "head.0"}

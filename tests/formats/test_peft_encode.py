@@ -28,7 +28,17 @@ from tests.files import read_adapter
 from tests.interop.zoo import TARGETS, difference, new_base, outputs, wrap
 from tests.strategies import floats, randn, seeds
 
-MODULES = ["q", "model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.11.q_proj", "a+b.c[0]", "k_proj", "layers_0_q", "Q", "x.default.q"]
+MODULES = [
+    "q",
+    "model.layers.0.q_proj",
+    "model.layers.1.q_proj",
+    "model.layers.11.q_proj",
+    "a+b.c[0]",
+    "k_proj",
+    "layers_0_q",
+    "Q",
+    "x.default.q",
+]
 
 
 @st.composite
@@ -37,7 +47,12 @@ def adapters(draw: st.DrawFn) -> Adapter:
     dora, rslora, biased = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     deltas: dict[str, Delta] = {}
     for module in draw(st.lists(st.sampled_from(MODULES), unique=True, min_size=1)):
-        layer, rank, seed, dtype = draw(st.sampled_from(["unknown", "embedding", "conv"])), draw(st.integers(1, 5)), draw(seeds), draw(floats)
+        layer, rank, seed, dtype = (
+            draw(st.sampled_from(["unknown", "embedding", "conv"])),
+            draw(st.integers(1, 5)),
+            draw(seeds),
+            draw(floats),
+        )
         kernel = draw(st.sampled_from([(3,), (1, 1), (2, 3), (1, 1, 1)])) if layer == "conv" else ()
         low = LowRank(
             A=to_ref(randn(rank, 6, *kernel, seed=seed, dtype=dtype)), B=to_ref(randn(7, rank, seed=seed + 1, dtype=dtype)),
@@ -55,7 +70,11 @@ def adapters(draw: st.DrawFn) -> Adapter:
         if draw(st.integers(0, 4)) == 0:
             saved = Replacement(value=to_ref(randn(*shape, seed=seed + 5, dtype=dtype)))
             deltas[f"{module}.weight"] = Chain(first=saved, then=deltas[f"{module}.weight"])
-    for name in draw(st.lists(st.sampled_from(["head.weight", "head.bias", "norm.weight", "norm.bias", "scale", "bn.running_mean", "o.bias"]), unique=True)):
+    for name in draw(
+        st.lists(
+            st.sampled_from(["head.weight", "head.bias", "norm.weight", "norm.bias", "scale", "bn.running_mean", "o.bias"]), unique=True
+        )
+    ):
         deltas[name] = Replacement(value=to_ref(randn(3, seed=draw(seeds), dtype=draw(floats))))
     return Adapter(deltas)
 
@@ -92,7 +111,9 @@ def test_decoding_what_was_encoded_is_the_identity(adapter: Adapter) -> None:
     assert set(again) == set(adapter)
     for name, delta in adapter.items():
         assert equal(delta, again[name]), name
-    assert {key: bytes(ref.read()) for key, ref in encode(again).tensors.items()} == {key: bytes(ref.read()) for key, ref in container.tensors.items()}
+    assert {key: bytes(ref.read()) for key, ref in encode(again).tensors.items()} == {
+        key: bytes(ref.read()) for key, ref in container.tensors.items()
+    }
     assert encode(again).config == container.config
 
 

@@ -47,7 +47,10 @@ def test_every_layer(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
 def test_patterns(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """Ranks and alphas by regular expression, the first that matches: a `.` in one is any character."""
     zoo = new_base(tmp_path / "base", dtype)
-    patterns = {"rank_pattern": {"conv.": 3, "conv1": 7, "^linear": 1, "gpt": 5}, "alpha_pattern": {"point2|square": 2.5, "(.*)3": 11, "conv3": 1}}
+    patterns = {
+        "rank_pattern": {"conv.": 3, "conv1": 7, "^linear": 1, "gpt": 5},
+        "alpha_pattern": {"point2|square": 2.5, "(.*)3": 11, "conv3": 1},
+    }
     model = wrap(zoo, tmp_path / "adapter", r=4, lora_alpha=6, target_modules=TARGETS, **patterns, **KINDS[kind])
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", transposed=TRANSPOSED)
     assert model.base_model.model.conv1.r == {"default": 3} and model.base_model.model.conv3.lora_alpha == {"default": 11}

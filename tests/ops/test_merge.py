@@ -28,17 +28,27 @@ def lora(base: dict[str, Tensor], targets: list[str], *, rank: int = 2, seed: in
         if not any(module.endswith(target) for target in targets):
             continue
         if "embed_tokens" in module:
-            pair = {"lora_embedding_A": randn(rank, W.shape[0], seed=seed + index), "lora_embedding_B": randn(W.shape[1], rank, seed=seed + index + 1)}
+            pair = {
+                "lora_embedding_A": randn(rank, W.shape[0], seed=seed + index),
+                "lora_embedding_B": randn(W.shape[1], rank, seed=seed + index + 1),
+            }
         else:
-            pair = {"lora_A.weight": randn(rank, W.shape[1], seed=seed + index), "lora_B.weight": randn(W.shape[0], rank, seed=seed + index + 1)}
+            pair = {
+                "lora_A.weight": randn(rank, W.shape[1], seed=seed + index),
+                "lora_B.weight": randn(W.shape[0], rank, seed=seed + index + 1),
+            }
         if dora:
             pair["lora_magnitude_vector"] = 1 + randn(W.shape[1 if "embed_tokens" in module else 0], seed=seed).square()
         tensors |= {f"{ROOT}{module}.{key}": tensor for key, tensor in pair.items()}
     return tensors
 
 
-def adapter(folder: Path, base: dict[str, Tensor], targets: list[str], extra: dict[str, Tensor] | None = None, *, seed: int = 0, **config: Any) -> Path:
-    tensors = lora(base, targets, seed=seed, dora=bool(config.get("use_dora"))) | {ROOT + key: tensor for key, tensor in (extra or {}).items()}
+def adapter(
+    folder: Path, base: dict[str, Tensor], targets: list[str], extra: dict[str, Tensor] | None = None, *, seed: int = 0, **config: Any
+) -> Path:
+    tensors = lora(base, targets, seed=seed, dora=bool(config.get("use_dora"))) | {
+        ROOT + key: tensor for key, tensor in (extra or {}).items()
+    }
     return write_adapter(folder, tensors, peft_config(target_modules=targets or ["none"]) | config)
 
 
@@ -81,13 +91,19 @@ def test_strength_zero_gives_the_bases_bytes(tmp_path: Path, dtype: torch.dtype)
 
 
 def test_what_no_delta_touches_is_copied_whatever_it_is(base: Path, tmp_path: Path) -> None:
-    tensors = llama_tensors() | {"counter": torch.tensor(2**60 + 1), "mask": torch.tensor([True, False]), "cache": torch.full((2, 2), float("nan")).to(torch.float8_e4m3fn)}
+    tensors = llama_tensors() | {
+        "counter": torch.tensor(2**60 + 1),
+        "mask": torch.tensor([True, False]),
+        "cache": torch.full((2, 2), float("nan")).to(torch.float8_e4m3fn),
+    }
     tensors["empty"] = torch.empty(0, 4)
     write_checkpoint(base, tensors, llama_config())
     adapter(tmp_path / "a", tensors, ["q_proj"])
     merge(base, tmp_path / "a", tmp_path / "out")
     merged = read_checkpoint(tmp_path / "out")
-    assert all(raw(merged[name]) == raw(tensor) and merged[name].dtype == tensor.dtype for name, tensor in tensors.items() if "q_proj" not in name)
+    assert all(
+        raw(merged[name]) == raw(tensor) and merged[name].dtype == tensor.dtype for name, tensor in tensors.items() if "q_proj" not in name
+    )
 
 
 def test_a_minus_undoes_a_plus_but_for_rounding(base: Path, tmp_path: Path) -> None:
@@ -107,7 +123,9 @@ def test_another_dtype(base: Path, tmp_path: Path) -> None:
     merge(base, tmp_path / "a", tmp_path / "wide", dtype="float64")
     merge(base, tmp_path / "a", tmp_path / "narrow", dtype="bf16")
     wide, narrow = read_checkpoint(tmp_path / "wide"), read_checkpoint(tmp_path / "narrow")
-    assert {tensor.dtype for tensor in wide.values()} == {torch.float64} and {tensor.dtype for tensor in narrow.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in wide.values()} == {torch.float64} and {tensor.dtype for tensor in narrow.values()} == {
+        torch.bfloat16
+    }
     for name, tensor in wide.items():
         assert torch.allclose(narrow[name].double(), tensor, rtol=2.0**-8, atol=0)  # rounded once from float64
 

@@ -43,9 +43,7 @@ def wide(tensor: Tensor) -> np.ndarray:
     return tensor.to(torch.float64).numpy()
 
 
-def factors(
-    shape: tuple[int, ...], kind: str, rank: int, generator: torch.Generator, size: float, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def factors(shape: tuple[int, ...], kind: str, rank: int, generator: torch.Generator, size: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """peft's tensors of one module, their product of about `size` in each element."""
 
     def random(*shape: int) -> Tensor:
