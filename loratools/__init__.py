@@ -14,6 +14,7 @@ _PUBLIC = {
     "Adapter": "loratools.adapter",
     "Checkpoint": "loratools.checkpoint",
     "LoratoolsError": "loratools.errors",
+    "combine": "loratools.ops.combine",
     "demo": "loratools.workflows.demo",
     "extract": "loratools.ops.extract",
     "inspect": "loratools.ops.inspect",

@@ -26,6 +26,7 @@ COMMANDS = {
     "unmerge": "Undo a merge, bit for bit.",
     "rescale": "Change an adapter's alpha, strength or rsLoRA flag.",
     "resize": "Give an adapter other ranks.",
+    "combine": "Make one adapter of several.",
     "verify": "Check an output against its receipt, and against the merge itself.",
     "demo": "Train, extract and merge a small network, and print what it cost.",
 }

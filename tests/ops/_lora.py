@@ -42,8 +42,8 @@ def low(shape: tuple[int, ...], rank: int, seed: int, *, layer: str = "unknown",
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
     A = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
     if spectrum == "degenerate":  # equal singular values, and half of the components are copies of others
-        B = torch.linalg.qr(torch.randn(shape[0], shape[0], generator=generator, dtype=torch.float64))[0][:, :rank]
-        B = torch.cat([B, B, B], dim=1)[:, :rank] if rank > shape[0] else B
+        B = torch.linalg.qr(torch.randn(shape[0], shape[0], generator=generator, dtype=torch.float64))[0]
+        B = B.repeat(1, rank // shape[0] + 1)[:, :rank]
         A[rank // 2 + rank % 2 :] = A[: rank // 2]
     elif spectrum == "zero":
         B.zero_()
