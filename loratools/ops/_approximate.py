@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratools import threads
 from loratools.checkpoint import Change, Checkpoint, Seen
 from loratools.deltas.base import Additive, Delta
-from loratools.errors import LoratoolsError, NotInvertible, OptionError, raise_all
+from loratools.errors import NotInvertible, OptionError
 from loratools.formats import load
 from loratools.output import whole
 from loratools.plan import Plan, changes_of, make_plan, split_strength
@@ -55,16 +55,13 @@ def approximate(merged: Checkpoint, target: Path, adapters: Sequence[str | Path]
 
 
 def _check_sums(merged: Checkpoint, plan: Plan) -> None:
-    faults: list[LoratoolsError] = [
-        NotInvertible(
-            f"a {delta.kind} cannot be taken off by subtracting", file=merged.path, tensor=name,
-            remedy="only a record can undo it: merge with --reversible",
-        )
-        for name, applications in plan.changes.items()
-        for delta, _ in applications
-        if not _is_sum(delta)
-    ]  # fmt: skip
-    raise_all(faults)
+    others = [(name, delta.kind) for name, applications in plan.changes.items() for delta, _ in applications if not _is_sum(delta)]
+    if others:
+        name, kind = others[0]
+        raise NotInvertible(
+            f"a {kind} cannot be taken off by subtracting", file=merged.path, tensor=name,
+            found=f"changes of {len(others)} tensors that are no sums", remedy="only a record can undo it: merge with --reversible",
+        )  # fmt: skip
 
 
 def _is_sum(delta: Delta) -> bool:

@@ -92,6 +92,7 @@ class Recording:
         source = self.checkpoint[name]
         base, factors = source.spec, Factors(wide(source.spec))
         row["merged"] = self.done.written[name]
+        row["kind"] = "+".join(delta.kind for delta, _ in self.plan.changes.get(name, ())) or "copy"
         applied = Applied(source, change.spec, tuple(self.plan.changes.get(name, ())), "cpu", self.block)
         inverse = Inverse(applied, base, merged, factors, source)
         size = spool.put(f"differences/{name}", _differences(inverse, source))
@@ -117,6 +118,7 @@ class Recording:
             "added": {name: self.done.written[name] for name in self.added},
             "beside": [file_entry(folder / name, name) for name in self._copied()],
             "config": checkpoint.config if checkpoint.single else None,
+            "expected": self.plan.expected,
             "files": [
                 {"name": name, "bytes": file.size, "header_sha256": opened.header_sha256}
                 for (name, file), opened in zip(checkpoint.files.items(), merged.files.values(), strict=True)

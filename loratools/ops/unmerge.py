@@ -206,7 +206,9 @@ class Undoing:
 
     def write(self, place: Path, receipt: Receipt, workers: int) -> None:
         """The base's weight files at `place`, every byte held against the record."""
-        single, plan = self.merged.single, self.plan if self.loaded else Plan()
+        single = self.merged.single
+        if self.loaded:
+            self.plan  # noqa: B018  made before threads ask for it
         if not single:
             place.mkdir()
         writers = {}
@@ -226,8 +228,8 @@ class Undoing:
             receipt.outputs.append(weights_entry(writer.path.name, writer.size, writer.header_sha256, writer.digests))
             receipt.digests |= writer.digests
         changed = sorted(name for name in self.specs if self._changed(name))
-        receipt.tensors = [_row(name, plan) for name in changed]
-        receipt.expected = receipt.applied = plan.expected
+        receipt.tensors = [{"name": name, "kind": self.table["tensors"][name]["kind"]} for name in changed]
+        receipt.expected = receipt.applied = self.table["expected"]
         receipt.inputs = [checkpoint_input(self.merged, "merged", self.read)]
         receipt.inputs += [row for adapter, _ in self.loaded for row in adapter_inputs(adapter)]
         receipt.notes = [f"removed: {name}, which the merge added" for name in sorted(self.table["added"])]
@@ -312,12 +314,6 @@ class Undoing:
             receipt.write(ours["receipt"])
         else:
             receipt.notes.append("the receipt beside it is the one that it had before")
-
-
-def _row(name: str, plan: Plan) -> dict[str, Any]:
-    kinds = "+".join(delta.kind for delta, _ in plan.changes.get(name, ())) or "copy"
-    return {"name": name, "kind": kinds}
-
 
 
 def _place(item: str | Path) -> str | Path:
