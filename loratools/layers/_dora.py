@@ -102,8 +102,9 @@ class DoRALinear(DoRALayer, LoRALinear):
             return LoRALinear.forward(self, x)
         if self.axis == "in":
             return LoRALinear.forward(self, scaled(x, self.gain()))
+        gain = self.gain()  # first: it asks the device a question, which would else wait for the product below
         base = nn.functional.linear(x, self.matrix())
-        return scaled(self.add_change(base, x), self.gain(), self.bias)
+        return scaled(self.add_change(base, x), gain, self.bias)
 
 
 class DoRAConv2d(DoRALayer, LoRAConv2d):
