@@ -15,6 +15,7 @@ _PUBLIC = {
     "Checkpoint": "loratools.checkpoint",
     "LoratoolsError": "loratools.errors",
     "combine": "loratools.ops.combine",
+    "compare": "loratools.ops.compare",
     "demo": "loratools.workflows.demo",
     "extract": "loratools.ops.extract",
     "inspect": "loratools.ops.inspect",

@@ -27,6 +27,7 @@ COMMANDS = {
     "rescale": "Change an adapter's alpha, strength or rsLoRA flag.",
     "resize": "Give an adapter other ranks.",
     "combine": "Make one adapter of several.",
+    "compare": "Compare two adapters, module by module.",
     "verify": "Check an output against its receipt, and against the merge itself.",
     "demo": "Train, extract and merge a small network, and print what it cost.",
 }

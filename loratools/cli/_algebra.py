@@ -63,6 +63,36 @@ def _factored(word: str, receipt: Row, out: str, columns: int | None) -> list[st
     return facts(pairs + ending(receipt, out), columns) + below
 
 
+def compared(found: Row, columns: int | None) -> list[str]:
+    """The whole, then a line for each module, then what stands on one side alone."""
+    total, modules = found["total"], found["modules"]
+    pairs = [
+        ("a", found["a"]), ("b", found["b"]),
+        ("‖ΔW‖", f"{number(total['norm_a'])} and {number(total['norm_b'])}"),
+        ("cosine", _shown(total["cosine"])),
+        ("distance", f"{number(total['distance'])}, {_of(total['relative_distance'])} of a's ‖ΔW‖"),
+        ("overlap", f"columns {_of(total['column_overlap'])}, rows {_of(total['row_overlap'])}; of {many(total['modules'], 'module')}"),
+    ]  # fmt: skip
+    pairs += [
+        (f"only in {side}", ", ".join(pattern for pattern, _ in grouped(found[f"only_{side}"]))) for side in "ab" if found[f"only_{side}"]
+    ]
+    equal = [row["name"] for row in found["others"] if row["equal"]]
+    pairs += [("equal", ", ".join(pattern for pattern, _ in grouped(equal)))] if equal else []
+    pairs += [("differs", f"{row['name']}: by {_of(row['relative_distance'])}") for row in found["others"] if not row["equal"]]
+    pairs += [("no measure", f"{row['name']}: {row['reason']}") for row in found["incomparable"]]
+    if not modules:
+        return facts(pairs, columns)
+    shown = {"cosine": "cosine", "relative_distance": "distance / ‖ΔW‖", "column_overlap": "columns", "row_overlap": "rows"}
+    cells = {"module": [row["name"].removesuffix(".weight") for row in modules]}
+    cells |= {"ranks": [f"{row['rank_a']}, {row['rank_b']}" for row in modules]}
+    cells |= {title: [_of(row[key]) for row in modules] for key, title in shown.items()}
+    return [*facts(pairs, columns), "", *table(cells, columns)]
+
+
+def _of(value: float | None) -> str:
+    return "–" if value is None else number(value, 4)
+
+
 _TOLD = {
     "rank": "rank", "alpha_before": "alpha before", "alpha": "alpha", "scaling_before": "scaling before", "scaling": "scaling",
     "factor": "B times",

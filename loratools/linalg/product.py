@@ -89,10 +89,10 @@ def against(known: Triple, B: Tensor, A: Tensor, *, scale: float = 1.0) -> Again
     E, F = B - known.U @ P, A - Q @ known.Vh
     core = scale * (P @ Q)
     inner = float(core.diagonal() @ known.S)
-    inside = core - torch.diag(known.S)
-    left, right = E.T @ E, F @ F.T  # Gram matrices: what they add are squares, not differences
-    outside = (left * (Q @ Q.T)).sum() + ((P.T @ P) * right).sum() + (left * right).sum()
-    return Against(inner, math.sqrt(float(inside.square().sum()) + scale**2 * max(0.0, float(outside))))
+    # Products first and norms last: a norm by Gram matrices would keep what cancels in E·Q, P·F or E·F only to half of the digits.
+    apart = torch.linalg.qr(E, mode="r")[1] @ torch.linalg.qr(F.T, mode="r")[1].T
+    parts = core - torch.diag(known.S), scale * (E @ Q), scale * (P @ F), scale * apart
+    return Against(inner, math.sqrt(sum(float(part.square().sum()) for part in parts)))
 
 
 def effective_rank(S: Tensor) -> float:

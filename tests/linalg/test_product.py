@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratools.errors import NonFiniteError, OptionError
-from loratools.linalg.product import effective_rank, product_norm, product_svd, sum_svd
+from loratools.linalg.product import against, effective_rank, product_norm, product_svd, sum_svd
 from tests.linalg._spectra import orthonormal
 
 
@@ -59,6 +59,20 @@ def test_sum_is_the_svd_of_the_sum() -> None:
     assert torch.allclose(U * S @ Vh, dense, atol=1e-12)
     with pytest.raises(OptionError):
         sum_svd([])
+
+
+@settings(max_examples=60)
+@given(*[st.integers(1, 14)] * 4, st.integers(0, 2**16), st.sampled_from([1.0, -0.3, 1e-8]))
+def test_against_is_the_dense_inner_product_and_distance(m: int, n: int, r: int, s: int, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    B, A, D, C = (torch.randn(shape, generator=generator) for shape in ((m, r), (r, n), (m, s), (s, n)))
+    X, Y = B.double() @ A.double(), scale * D.double() @ C.double()
+    noise = 1e-13 * (float(B.norm() * A.norm()) + abs(scale) * float(D.norm() * C.norm()))  # a few hundred units of float64
+    found = against(product_svd(B, A), D, C, scale=scale)
+    assert found.distance == pytest.approx(float((X - Y).norm()), abs=noise)
+    assert found.inner == pytest.approx(float((X * Y).sum()), abs=noise * float(X.norm() + Y.norm()))
+    # the same matrix by other factors, of any rank beside m and n: no digits are lost where everything cancels
+    assert against(product_svd(B, A), 4 * B, A, scale=0.25).distance <= noise
 
 
 def test_effective_rank() -> None:
