@@ -94,7 +94,9 @@ def main() -> None:
     rows = rows[1:]  # the first pair warms the page cache
     copied, inside, whole, peak, ratio = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"cp -r and sync            {copied:6.2f} s")
-    print(f"merge, imports aside      {inside:6.2f} s   {ratio:.2f} x the copy (median of {options.runs}; each: {[round(row[4], 2) for row in rows]})")
+    print(
+        f"merge, imports aside      {inside:6.2f} s   {ratio:.2f} x the copy (median of {options.runs}; each: {[round(row[4], 2) for row in rows]})"
+    )
     print(f"merge, whole process      {whole:6.2f} s   peak {peak:.0f} MB")
     if not options.no_peft:
         seconds, (theirs,) = child(PEFT, base, adapter, fresh(out))
