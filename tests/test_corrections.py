@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -85,3 +88,10 @@ def test_a_whole_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in (stored[:-1], stored[:3], stored[:4] + bytes(len(stored) - 4)):
         with pytest.raises(FormatError, match="a chunk that"):
             list(inflated(InMemory(Spec("U8", (len(bad),)), bad)))
+
+
+def test_the_bytes_are_those_of_the_specification() -> None:
+    """Its example, read by nothing but zlib: p, v, the positions, the differences; one gap of 2, one difference of +2."""
+    segment = corrections(iter([(bytes.fromhex("803f 803f 803f"), bytes.fromhex("803f 803f 823f"))]), "BF16")
+    p, v = struct.unpack("<II", segment[:8])
+    assert (zlib.decompress(segment[8 : 8 + p]), zlib.decompress(segment[8 + p :])) == (b"\x02", b"\x04") and len(segment) == 8 + p + v

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from loratools.record import record_path
 from tests.files import llama_config, peft_config, raw, read_checkpoint, write_adapter, write_checkpoint
 
 ROOT = "base_model.model."
+SCHEMA = jsonschema.Draft202012Validator(json.loads((Path(__file__).parents[2] / "spec" / "receipt.schema.json").read_text()))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -83,6 +85,8 @@ def roundtrip(tmp_path: Path, base: Path, adapters: Any, **options: Any) -> dict
     assert verify(tmp_path / "merged")["faults"] == []
     undone = unmerge(tmp_path / "merged", tmp_path / "again", threads=1)
     assert undone["applied"] == undone["expected"] == receipt["expected"]
+    for told in (receipt, undone):
+        SCHEMA.validate(told)
     assert_same_files(base, tmp_path / "again")
     assert verify(tmp_path / "again")["faults"] == []
     return receipt
@@ -465,6 +469,7 @@ def test_subtracting_is_as_near_as_it_says(tmp_path: Path, name: str, strength: 
     given = f"{adapter(tmp_path / 'adapter', tensors, 0.3)}:{strength}"
     merge(base, given, tmp_path / "merged")
     receipt = unmerge(tmp_path / "merged", tmp_path / "near", adapters=given, approximate=True)
+    SCHEMA.validate(receipt)
     near = read_checkpoint(tmp_path / "near")
     bounds = {row["name"]: row["off_by"] for row in receipt["tensors"]}
     assert len(bounds) == 3 and receipt["applied"] == 3
