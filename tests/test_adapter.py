@@ -85,7 +85,7 @@ def test_the_prefix_that_fits_all_wins_over_one_that_fits_some() -> None:
 
 def test_two_prefixes_that_fit_as_many_but_not_all_are_refused() -> None:
     for allowed in (False, True):
-        with pytest.raises(AmbiguousError, match="'x.' or 'y.'"):
+        with pytest.raises(AmbiguousError, match=r"'x\.' or 'y\.'"):
             adapter("a.q.weight", "c.q.weight").resolve(base("x.a.q.weight", "y.a.q.weight"), allow_unmatched=allowed)
 
 

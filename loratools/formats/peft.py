@@ -205,7 +205,7 @@ def _expectation(config: LoraConfig, names: Iterable[str], *, some: bool) -> Cal
 
     A base may hold more than the model that was trained (a head of another task, a vision tower): a target or bias is
     promised where another layer of the file has its like, or the config names the module in full; so is the bias of a module
-    with LoRA, where biases are saved. A file that lists its whole tensors itself (`some`) promises no others.
+    with LoRA, where biases are saved, unless the file itself lists which (`some`).
     """
     biases = "none" if some else config.bias
     kin = {_unnumbered(name) for name in names}
@@ -219,7 +219,7 @@ def _expectation(config: LoraConfig, names: Iterable[str], *, some: bool) -> Cal
             module, _, leaf = name.rpartition(".")
             matrix = leaf == "weight" and len(spec.shape) > 1 and spec.floating
             if (
-                (config.saves(module) and not some)
+                config.saves(module)
                 or (matrix and config.names(module))
                 or (matrix and config.target is not None and config.targets(module) and alike(name))
                 or (leaf == "bias" and biases == "all" and alike(name))

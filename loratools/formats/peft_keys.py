@@ -19,7 +19,7 @@ from loratools.formats.peft_config import LoraConfig
 from loratools.tensorfile import Ref, same_bytes
 
 ROOT = "base_model.model."
-SAVED = "loratools.saved"  # metadata: JSON list of all whole tensors, which `bias` and `modules_to_save` can only circumscribe
+SAVED = "loratools.saved"  # metadata: JSON list of all whole tensors, some of which `bias` and `modules_to_save` cannot name
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?P<marker>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
@@ -39,7 +39,7 @@ class Module:
 class Sorted:
     """A file's tensors: modules with LoRA, whole tensors by base name, and what was found twice or dead.
 
-    `some` is whether the file lists its whole tensors itself, so that `bias` and `modules_to_save` do not mean all they name.
+    `some` is whether the file lists its whole tensors itself, so that its config's `bias` does not mean all of them.
     """
 
     modules: dict[str, Module] = field(default_factory=lambda: defaultdict(Module))

@@ -189,7 +189,10 @@ FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[LoratoolsError],
     "another rank": (PAIR, {"r": 3}, ShapeError, r"q\.lora_A\.weight: the rank is not the config's: found 2, expected 3"),
     "transposed pair": ({"q.lora_A.weight": A.T, "q.lora_B.weight": B.T}, {}, ShapeError, "do not meet"),
     "a vector": ({"q.lora_A.weight": A[0], "q.lora_B.weight": B}, {}, ShapeError, "not a LoRA pair"),
-    "a kernel on B": ({"q.lora_A.weight": randn(2, 3, 3, 3, seed=0), "q.lora_B.weight": randn(4, 2, 3, 3, seed=0)}, {}, ShapeError, "not a LoRA pair"),
+    "a kernel on B": (
+        {"q.lora_A.weight": randn(2, 3, 3, 3, seed=0), "q.lora_B.weight": randn(4, 2, 3, 3, seed=0)}, {}, ShapeError,
+        "not a LoRA pair",
+    ),
     "groups": (
         {"q.lora_A.weight": randn(2, 4, 3, seed=0), "q.lora_B.weight": randn(4, 1, 1, seed=0)}, {}, UnsupportedError, "grouped convolution"
     ),
@@ -201,7 +204,7 @@ FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[LoratoolsError],
     "half without prefix": ({"q.lora_A.weight": A}, {}, FormatError, "has no lora_B"),
     "no magnitude": (PAIR, {"use_dora": True}, FormatError, "has no lora_magnitude_vector"),
     "a magnitude too many": (PAIR | {"q.lora_magnitude_vector": torch.ones(4)}, {}, FormatError, "without use_dora"),
-    "a magnitude of another size": (PAIR | {"q.lora_magnitude_vector": torch.ones(6)}, {"use_dora": True}, ShapeError, "magnitude does not fit"),
+    "a magnitude of another size": (PAIR | {"q.lora_magnitude_vector": torch.ones(6)}, {"use_dora": True}, ShapeError, "does not fit"),
     "a magnitude of another shape": (PAIR | {"q.lora_magnitude_vector": torch.ones(4, 1)}, {"use_dora": True}, ShapeError, "does not fit"),
     "a bias without lora_bias": (PAIR | {"q.lora_B.bias": torch.ones(4)}, {}, FormatError, "lora_B.bias without lora_bias"),
     "lora_bias without a bias": (PAIR, {"lora_bias": True}, FormatError, "has no lora_B.bias"),
@@ -238,19 +241,22 @@ def test_some_keys_with_the_prefix_and_some_without(tmp_path: Path) -> None:
         read(tmp_path, {ROOT + "q.lora_A.weight": A, "q.lora_B.weight": B}, root="")
 
 
-def test_a_file_that_lists_its_whole_tensors_promises_those_and_no_others(tmp_path: Path) -> None:
-    """`norm` of modules_to_save would mean every module whose name ends so; the list in the metadata is exact."""
-    base = {"q.weight": Spec("F32", (4, 6)), "norm.weight": Spec("F32", (6,)), "layers.0.inputnorm.weight": Spec("F32", (6,))}
-    tensors = {ROOT + key: tensor for key, tensor in (PAIR | {"norm.weight": A[0]}).items()}
-    folder = write_adapter(tmp_path / "a", tensors, peft_config(target_modules=["q"], modules_to_save=["norm"]))
-    with pytest.raises(MatchError, match=r"layers\.0\.inputnorm\.weight: the adapter's config covers this weight"):
+def test_a_file_that_lists_its_whole_tensors_means_those_biases_and_no_others(tmp_path: Path) -> None:
+    """bias="all" means every bias of the model; the list in the metadata is exact."""
+    base = {f"h.{i}.{leaf}": Spec("F32", (4, 6) if leaf == "q.weight" else (4,)) for i in range(2) for leaf in ("q.weight", "q.bias")}
+    pair = {f"h.{i}.{key}": tensor for i in range(2) for key, tensor in PAIR.items()} | {"h.0.q.base_layer.bias": torch.ones(4)}
+    folder = write_adapter(
+        tmp_path / "a", {ROOT + key: value for key, value in pair.items()}, peft_config(target_modules=["q"], bias="all")
+    )
+    with pytest.raises(MatchError, match=r"h\.1\.q\.bias: the adapter's config covers this weight"):
         load(folder).resolve(base)
     save(load(folder), tmp_path / "again")
-    assert list(load(tmp_path / "again").resolve(base)) == ["q.weight", "norm.weight"]
+    assert set(load(tmp_path / "again").resolve(base)) == {"h.0.q.weight", "h.1.q.weight", "h.0.q.bias"}
     written = tmp_path / "again/adapter_model.safetensors"
-    kept = {key: tensor for key, tensor in load_file(written).items() if "norm" not in key}
-    save_file(kept, written, metadata={"loratools.saved": '["norm.weight"]'})
-    with pytest.raises(FormatError, match=r"norm\.weight: listed among the saved tensors, and not in the file"):
+    save_file(
+        {key: tensor for key, tensor in load_file(written).items() if "bias" not in key}, written, {"loratools.saved": '["h.0.q.bias"]'}
+    )
+    with pytest.raises(FormatError, match=r"h\.0\.q\.bias: listed among the saved tensors, and not in the file"):
         load(tmp_path / "again")
 
 

@@ -71,7 +71,8 @@ def test_initialisations_that_change_it(init: Any) -> None:
 
 
 BAD = {
-    "r": ["8", 0, -1, 2.0, True], "lora_alpha": ["16", float("nan"), float("inf"), True, [1]], "use_rslora": ["true", 1, {"a": 1}], "use_dora": [1],
+    "r": ["8", 0, -1, 2.0, True], "lora_alpha": ["16", float("nan"), float("inf"), True, [1]],
+    "use_rslora": ["true", 1, {"a": 1}], "use_dora": [1],
     "lora_bias": ["yes"], "bias": ["some", 3], "rank_pattern": [[1], {"q": 0}, {"q": "4"}, {"(": 4}, {"(?i)q": 4}],
     "alpha_pattern": [{"q": None}, {"q": float("nan")}, {"[": 1}], "modules_to_save": [3, [3]], "target_modules": [3, [3], "(", {"q": 1}],
     "exclude_modules": ["[", 4], "layers_to_transform": ["1", [1.5], True], "layers_pattern": [["("], 3],
@@ -119,8 +120,10 @@ regexes = st.sampled_from([r".*_proj", r".*\.1\..*", "q", r".*layers\.\d+\..*(q|
 
 
 @given(
-    names, st.one_of(st.lists(entries, min_size=1), regexes), st.one_of(st.none(), st.lists(entries), regexes), st.lists(entries, max_size=2),
-    st.one_of(st.none(), st.integers(0, 3), st.lists(st.integers(0, 12))), st.one_of(st.none(), st.sampled_from(["layers", "blocks"]), st.just([])),
+    names, st.one_of(st.lists(entries, min_size=1), regexes), st.one_of(st.none(), st.lists(entries), regexes),
+    st.lists(entries, max_size=2),
+    st.one_of(st.none(), st.integers(0, 3), st.lists(st.integers(0, 12))),
+    st.one_of(st.none(), st.sampled_from(["layers", "blocks"]), st.just([])),
 )  # fmt: skip
 def test_targets_as_the_installed_peft_decides(module: str, target: Any, exclude: Any, saved: list[str], layers: Any, pattern: Any) -> None:
     if isinstance(target, str):

@@ -88,7 +88,9 @@ TENSORS: dict[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
         name.replace("layers.1", "layers.7").replace(ROOT, f"{ROOT}y.", int("layers.1" not in name)) if name == key else name: tensor
         for name, tensor in tensors.items()
     },
-    "without the prefix": lambda tensors, key: {name.removeprefix(ROOT) if name == key else name: tensor for name, tensor in tensors.items()},
+    "without the prefix": lambda tensors, key: {
+        name.removeprefix(ROOT) if name == key else name: tensor for name, tensor in tensors.items()
+    },
     "under two adapters": lambda tensors, key: tensors | {_named(key): tensors[key]},
     "with a stray beside it": lambda tensors, key: tensors | {f"{key}.more": tensors[key]},
     "one row more": lambda tensors, key: tensors | {key: torch.cat([tensors[key], tensors[key][:1]])},

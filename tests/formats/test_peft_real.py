@@ -36,7 +36,7 @@ def test_written_again_it_has_the_same_tensors_and_meaning(tmp_path: Path, name:
     assert {key: written[key] for key in kept} == {key: config[key] for key in kept}
     # the tensors' bytes lie in the file as peft laid them, behind another header
     data = [(folder / "adapter_model.safetensors").read_bytes() for folder in (DATA / name, tmp_path / "again")]
-    assert [part[8 + int.from_bytes(part[:8], "little") :] for part in data][0] == data[1][8 + int.from_bytes(data[1][:8], "little") :]
+    assert len({part[8 + int.from_bytes(part[:8], "little") :] for part in data}) == 1
 
 
 @pytest.mark.parametrize("name", REAL)

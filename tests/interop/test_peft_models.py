@@ -92,7 +92,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 LM, SEQ, BARE, GPT, T5, MLM = (
-    tf.LlamaForCausalLM, tf.LlamaForSequenceClassification, tf.LlamaModel, tf.GPT2LMHeadModel, tf.T5ForConditionalGeneration, tf.BertForMaskedLM
+    tf.LlamaForCausalLM, tf.LlamaForSequenceClassification, tf.LlamaModel, tf.GPT2LMHeadModel, tf.T5ForConditionalGeneration,
+    tf.BertForMaskedLM,
 )  # fmt: skip
 BERT_SEQ = tf.BertForSequenceClassification
 UNTIE = {"merge": {"untie": True}, "changed": {"tie_word_embeddings": False}}

@@ -48,7 +48,8 @@ def inputs(seed: int) -> dict[str, Tensor]:
     """Fresh inputs for every layer, in float64."""
     shapes = {
         "linear": (3, 24), "square": (3, 20), "gpt": (3, 20), "gpt_square": (3, 20), "conv1": (2, 6, 9), "conv2": (2, 6, 7, 8),
-        "point2": (2, 6, 5, 4), "conv3": (1, 4, 4, 5, 3), "point3": (1, 4, 3, 2, 3), "long3": (1, 4, 2, 2, 5), "norm": (3, 8), "head": (3, 8),
+        "point2": (2, 6, 5, 4), "conv3": (1, 4, 4, 5, 3), "point3": (1, 4, 3, 2, 3), "long3": (1, 4, 2, 2, 5),
+        "norm": (3, 8), "head": (3, 8),
     }  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     found = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
