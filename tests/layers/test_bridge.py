@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import loratools
@@ -17,7 +19,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError
-from loratools.layers import LoRALayer, adapter_from, attach, freeze, inject, layer_of, plain_layer
+from loratools.layers import LoRALayer, adapter_from, attach, freeze, inject, layer_for, layer_of, plain_layer
 from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
 from tests.files import raw
@@ -194,3 +196,47 @@ def test_a_merged_model_tells_the_same() -> None:
         if isinstance(module, LoRALayer):
             module.merge()
     assert {name: values(delta) for name, delta in adapter_from(model).items()} == expected
+
+
+@given(
+    seed=st.integers(0, 10**6), out=st.integers(1, 24), into=st.integers(1, 24), rank=st.integers(1, 16), alpha=st.floats(-8, 8),
+    rslora=st.booleans(), dora=st.sampled_from([None, "out", "in"]), turned=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+def test_the_change_of_the_output_is_the_change_of_the_weight(
+    seed: int, out: int, into: int, rank: int, alpha: float, rslora: bool, dora: str | None, turned: bool, dtype: torch.dtype
+) -> None:
+    """For random layers in their own dtype: y′ − y by the layer against x·(W′ − W) by the delta, in float64."""
+    torch.manual_seed(seed)
+    base = nn.Linear(into, out, bias=False, dtype=dtype)
+    x = torch.randn(5, into, dtype=dtype)
+    before, W = base(x).double(), base.weight.detach().double()
+    made = layer_for(base, dora=dora is not None, axis=dora or "out", fan_in_fan_out=turned, rank=rank, alpha=alpha, rslora=rslora)
+    changed(made)
+    stored = made.weight.detach().double()
+    assume(dora is None or well_conditioned(made))
+    merged = by_delta(made.delta(), stored)
+    expected = x.double() @ (merged.T if turned else merged).T - x.double() @ W.T
+    # a sum of n products is off by n·u of the product of the norms, each of the few results between by u of its own size
+    u = torch.finfo(dtype).eps / 2
+    parts = x.double().norm() * (W.norm() + abs(made.scaling) * made.lora_A.double().norm() * made.lora_B.double().norm())
+    bound = (into + rank + 8) * u * parts * (1.0 if dora is None else largest_gain(made))
+    assert torch.dist(made(x).double() - before, expected) <= bound
+
+
+def norms_of(made: LoRALayer) -> tuple[Tensor, Tensor]:
+    """‖V‖ for each magnitude of a DoRA layer, and the size of what it is the sum of."""
+    B, A = (factor.detach().double() for factor in (made.lora_B, made.lora_A))
+    W, change = made.matrix().detach().double(), made.scaling * (B @ A)
+    dim = 1 if made.axis == "out" else 0
+    return (W + change).norm(dim=dim), W.norm(dim=dim) + change.norm(dim=dim)
+
+
+def well_conditioned(made: LoRALayer) -> bool:
+    """Where V nearly cancels its norm, and so every output, is as uncertain as the dtype leaves it."""
+    norms, parts = norms_of(made)
+    return bool((norms >= 0.1 * parts).all())
+
+
+def largest_gain(made: LoRALayer) -> float:
+    return max(1.0, float((made.magnitude.detach().double() / norms_of(made)[0]).abs().max()))
