@@ -58,6 +58,7 @@ class Inverse:
         merged = self.merged.reshape(self.merged.spec.numel // max(1, columns), columns)
         rounded, dtype = Rounding(), torch_dtype(self.base.dtype)
         step = max(1, self.applied.block // max(1, columns))
+        held: list[Tensor] = []  # buffers that are used again: fresh pages cost more than the arithmetic
 
         def predicted(segment: slice, seen: Callable[[Buffer], object]) -> Iterator[tuple[slice, Buffer]]:
             import torch
@@ -74,7 +75,9 @@ class Inverse:
                     if merged.spec.dtype == self.base.dtype and undo is None:
                         target.copy_(stored)
                     else:
-                        wide = stored.to(torch.float64)
+                        if not held or held[0].shape != stored.shape:
+                            held[:] = [torch.empty(stored.shape, dtype=torch.float64)]
+                        wide = held[0].copy_(stored)
                         rounded(undo(known, wide) if undo else _within(wide, dtype), target)
                 yield part, tensor_bytes(out)
 
@@ -90,14 +93,18 @@ class Inverse:
         dtype, written = torch_dtype(self.base.dtype), torch.finfo(torch_dtype(self.applied.target.dtype))
         unsure = written.eps * (2 if written.bits == 64 else 1)  # at least half a unit in the last place of W′; of F64 two
 
+        held: list[Tensor] = []
+
         def undo(part: slice, W: Tensor) -> Tensor:
+            if not held or held[0].shape != W.shape:
+                held[:] = [torch.empty_like(W), torch.empty_like(W)]
             a, d = affine(part)
             if a is not None:
-                W = W.div_(a)
-            least = W.abs().mul_(unsure)
-            W = W.sub_(d)
+                W.div_(a)
+            least = torch.abs(W, out=held[0]).mul_(unsure)
+            W.sub_(d)
             # what is lost in the rounding of W′ was most likely a zero, of which pruned weights have many
-            W.masked_fill_(W.abs() <= least, 0.0)
+            W.masked_fill_(torch.abs(W, out=held[1]) <= least, 0.0)
             return _within(W, dtype)
 
         return undo

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from blake3 import blake3
@@ -74,6 +74,7 @@ def unmerge(
         remedy = "merge with --reversible, or give --approximate and each --adapter to subtract them"
         raise FormatError("no record to undo a merge by", file=path, remedy=remedy)
     undoing = Undoing(checkpoint, Record(path), listed)
+    check_output(out, overwrite=overwrite, inputs=[file for adapter, _ in undoing.loaded for file in adapter.files])
     with whole(target) as place, pool.single_threaded_blas():
         undoing.write(place, receipt, count)
         receipt.history = history_of(checkpoint)
@@ -142,7 +143,10 @@ class Undoing:
         return any(name.startswith("differences/") for name in self.table["blobs"]) or bool(self.adapters)
 
     def _check_files(self) -> None:
-        """The output has the files, tensors and headers that the merge wrote."""
+        """The output has the files, tensors and headers that the merge wrote, and no file's name leads out of its folder."""
+        for name in (*self.parsed, *(entry["path"] for entry in self.table["beside"]), *self.table["restored"]):
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise FormatError("a file's name that leads out of its folder", file=self.record.path, found=repr(name))
         said = [entry["header_sha256"] for entry in self.table["files"]]
         for file, digest in zip(self.merged.files.values(), said, strict=False):
             if file.header_sha256 != digest:

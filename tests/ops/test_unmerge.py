@@ -25,7 +25,7 @@ from loratools.formats import load
 from loratools.ops.merge import merge
 from loratools.ops.unmerge import Undoing, unmerge
 from loratools.ops.verify import verify
-from loratools.record import record_path
+from loratools.record import Record, Spool, record_path
 from tests.files import llama_config, peft_config, raw, read_checkpoint, write_adapter, write_checkpoint
 
 ROOT = "base_model.model."
@@ -385,7 +385,27 @@ def test_a_record_of_another_merge(small: Path) -> None:
         unmerge(small / "merged", small / "again")
 
 
+def test_a_record_that_would_write_elsewhere(small: Path) -> None:
+    """Its digests can be right for all that: who makes a record makes them, too."""
+    made = Record(small / "merged" / "unmerge.safetensors")
+    beside = [{"beside": [{"path": path}]} for path in ("../../tokenizer.json", "/tmp/x")]
+    for bad in (*beside, {"restored": ["file/../../config.json"]}):
+        spool = Spool(small)
+        for name in made.table["blobs"]:
+            spool.put(name, [made.blob(name).read()])
+        (small / "merged" / "unmerge.safetensors").unlink()
+        spool.write(small / "merged" / "unmerge.safetensors", made.table | bad)
+        with pytest.raises(FormatError, match="a file's name that leads out of its folder"):
+            unmerge(small / "merged", small / "again")
+
+
 # -- the adapters
+
+
+def test_an_adapter_is_not_overwritten_by_what_it_is_taken_off(small: Path) -> None:
+    with pytest.raises(LoratoolsError, match="is, holds or lies inside the input"):
+        unmerge(small / "merged", small / "adapter", overwrite=True)
+    assert (small / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_adapter_is_found_or_given(small: Path) -> None:
