@@ -122,10 +122,16 @@ class Additive(Delta):
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         assert base is not None
         dense = self.bind_dense(base, 1.0, device)
+        narrow: list[Tensor] = []
 
         def rows(part: slice, W: Tensor | None) -> Tensor:
             assert W is not None
-            return W.add_(dense(part).to(W.dtype))
+            difference = dense(part)
+            if difference.dtype == W.dtype:
+                return W.add_(difference)
+            if not narrow or narrow[0].shape != W.shape:
+                narrow[:] = [W.new_empty(W.shape)]  # kept: a new one for each block costs more than the addition
+            return W.add_(narrow[0].copy_(difference))
 
         return rows
 
