@@ -17,7 +17,7 @@ parser.add_argument("path", nargs="?", type=Path, default=HERE, help="a loralib 
 parser.add_argument("--alpha-in", type=float, default=16, help="alpha, which the file does not hold; 16 for this one")
 parser.add_argument("--quick", action="store_true", help="it is quick as it is")
 options = parser.parse_args()
-room = Path(tempfile.mkdtemp())
+room = Path((kept := tempfile.TemporaryDirectory()).name)
 
 adapter = loratools.load(options.path, options=ReadOptions(alpha=options.alpha_in))
 print(f"{options.path.name}: {adapter.format}, {adapter.parameters} parameters in {len(adapter)} tensors")

@@ -34,7 +34,7 @@ optimiser.step()
 after = model(ids, labels=ids).loss
 print(f"loss {before.item():.4f}, after a step {after.item():.4f}")
 
-folder = Path(tempfile.mkdtemp()) / "adapter"
+folder = Path((kept := tempfile.TemporaryDirectory()).name) / "adapter"
 loratools.save(adapter_from(model), folder)
 config = json.loads((folder / "adapter_config.json").read_text())
 print({key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")})

@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="it is quick as it is")
 parser.parse_args()
 torch.manual_seed(123)
-room, ALPHA, RANK = Path(tempfile.mkdtemp()), 8, 4
+room, ALPHA, RANK = Path((kept := tempfile.TemporaryDirectory()).name), 8, 4
 base = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))})
 save_file(base.state_dict(), room / "base.safetensors")
 
