@@ -154,6 +154,8 @@ def rounded(wide: Tensor, code: str) -> Ref:
     out = torch.empty(wide.shape, dtype=torch_dtype(code))
     Rounding()(wide.contiguous(), out)
     if not bool(torch.isfinite(out).all()):
+        if not bool(torch.isfinite(wide).all()):
+            raise NonFiniteError("a factor holds inf or nan")
         raise NonFiniteError(f"a factor would not be finite in {str(out.dtype).removeprefix('torch.')}", remedy="give a wider --dtype")
     return to_ref(out)
 

@@ -68,7 +68,8 @@ class Combination:
         try:
             self.factored[name] = summed(terms, self.rank, self.code)
         except LoratoolsError as error:
-            raise error.at(tensor=name) from None
+            found = [place for _, _, place in self.terms[name]]
+            raise error.at(file=found[0] if len(found) == 1 else None, tensor=name) from None
 
     def _bias(self, name: str, terms: Terms) -> Delta:
         """The sum of differences that are whole tensors, under the scaling of their module's LoRA."""

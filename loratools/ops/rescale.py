@@ -54,7 +54,10 @@ def rescale(
     source = loaded(adapter, alpha_in)
     target = check_output(out, overwrite=overwrite, inputs=[] if isinstance(adapter, Adapter) else [adapter])
     receipt = Receipt("rescale", {"adapter": label(adapter), "out": str(out), **arguments})
-    deltas, receipt.tensors = change.apply(source)
+    try:
+        deltas, receipt.tensors = change.apply(source)
+    except LoratoolsError as error:
+        raise error.at(file=source.path) from None
     receipt.expected = receipt.applied = len(deltas)
     receipt.notes = list(source.notes)
     return write(receipt, replace(source, deltas=deltas), [source], target, format_of(format, source), sha256=sha256)

@@ -64,8 +64,11 @@ def resize(
     receipt = Receipt("resize", {"adapter": label(adapter), "out": str(out), **arguments})
     written = format_of(format, source)
     lows = _lows(source)
-    with workers.single_threaded_blas():
-        made = _made(source, lows, policy, written, threads or workers.default_threads())
+    try:
+        with workers.single_threaded_blas():
+            made = _made(source, lows, policy, written, threads or workers.default_threads())
+    except LoratoolsError as error:
+        raise error.at(file=source.path) from None
     deltas = _with_biases(source, {name: with_low(delta, made[name].delta) if name in made else delta for name, delta in source.items()})
     receipt.tensors = _rows(source, lows, made)
     receipt.expected = receipt.applied = len(deltas)

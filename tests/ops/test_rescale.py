@@ -198,3 +198,14 @@ def test_a_factor_that_overflows(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"h\.0\.up\.weight"):
         rescale(given, tmp_path / "out", alpha=1e-6)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_factor_that_is_not_finite_is_named_with_its_file(tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model.up.lora_A.weight": torch.ones(2, 7),
+        "base_model.model.up.lora_B.weight": torch.full((20, 2), float("nan")),
+    }
+    path, out = write_adapter(tmp_path / "given", tensors, peft_config(target_modules=["up"])), tmp_path / "out"
+    with pytest.raises(NonFiniteError, match=r"adapter_model\.safetensors: up\.weight: a factor holds inf or nan"):
+        rescale(path, out, alpha=3)
+    assert not out.exists()

@@ -16,12 +16,12 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import MatchError, OptionError
+from loratools.errors import MatchError, NonFiniteError, OptionError
 from loratools.formats import load
 from loratools.ops.extract import extract
 from loratools.ops.resize import resize
 from loratools.tensors import read_tensor, to_ref
-from tests.files import raw, read_adapter, write_checkpoint
+from tests.files import peft_config, raw, read_adapter, write_adapter, write_checkpoint
 from tests.ops._lora import SHAPES, adapters, checked, dense, low, rows_of, size
 
 NAME = "h.0.up.weight"
@@ -224,3 +224,14 @@ def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any]) -> 
 def test_nothing_to_resize(tmp_path: Path) -> None:
     with pytest.raises(MatchError, match="no low-rank module"):
         resize(Adapter(deltas={"head.weight": Replacement(value=to_ref(torch.ones(2, 2)))}), tmp_path / "out", rank=1)
+
+
+def test_a_factor_that_is_not_finite_is_named_with_its_file(tmp_path: Path) -> None:
+    tensors = {
+        "base_model.model.up.lora_A.weight": torch.ones(2, 7),
+        "base_model.model.up.lora_B.weight": torch.full((20, 2), float("nan")),
+    }
+    path, out = write_adapter(tmp_path / "given", tensors, peft_config(target_modules=["up"])), tmp_path / "out"
+    with pytest.raises(NonFiniteError, match=r"adapter_model\.safetensors: up\.weight: a factor holds inf or nan"):
+        resize(path, out, rank=1)
+    assert not out.exists()
