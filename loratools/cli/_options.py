@@ -29,6 +29,16 @@ alpha_in: Option[Any] = click.option("--alpha-in", type=float, metavar="A", help
 format: Option[Any] = click.option("--format", metavar="F", help="The format to write; by default the one that was read.")
 
 
+scale: Option[Any] = click.option("--scale", metavar="WORD", help="What multiplies B·A in a tutorial's file: alpha or alpha/r.")
+scratch_dora: Option[Any] = click.option(
+    "--scratch-dora", metavar="WORD", help="Which DoRA a tutorial's square layers are: merged or output."
+)
+enable_lora: Option[Any] = click.option("--enable-lora", metavar="1,0,1", help="The slots of loralib's MergedLinear that are adapted.")
+conv: Option[Any] = click.option(
+    "--conv", multiple=True, metavar="GLOB=K", help="loralib's convolutions and their kernel; may be repeated."
+)
+
+
 def together(*options: Option[Any]) -> Option[Any]:
     """Several options as one decorator, in the order they shall stand in the help."""
 
@@ -38,3 +48,7 @@ def together(*options: Option[Any]) -> Option[Any]:
         return function
 
     return decorate
+
+
+# what tells of an adapter's file what it leaves open
+reading = together(alpha_in, scale, scratch_dora, enable_lora, conv, transposed, embedding)

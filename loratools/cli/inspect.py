@@ -17,7 +17,7 @@ from loratools.cli._say import say, say_json
 @click.option("--spectra", is_flag=True, help="Singular values, effective rank and norm of each module; implies --values.")
 @click.option("--all", "each", is_flag=True, help="A row for each module, repeated layers not drawn together.")
 @options.as_json
-@options.together(options.alpha_in, options.transposed, options.embedding)
+@options.reading
 def command(path: str, each: bool, as_json: bool, **words: Any) -> None:
     """Show what an adapter or a checkpoint holds.
 

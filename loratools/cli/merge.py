@@ -18,7 +18,7 @@ from loratools.cli._say import notes, progress, say, say_json
 @click.option("--untie", is_flag=True, help="Write a tied head as a tensor of its own where only one of the two changes.")
 @click.option("--rename", multiple=True, metavar="OLD=NEW", help="Replace part of the adapters' names, whole components; may be repeated.")
 @click.option("--allow-unmatched", is_flag=True, help="Leave out deltas whose weight the base lacks, and say so.")
-@options.together(options.alpha_in, options.transposed, options.embedding)
+@options.reading
 @click.option("--full-report", is_flag=True, help="Measure what survived rounding on every weight, not on a sample.")
 @click.option("--reversible", is_flag=True, help="Keep beside OUT what unmerge needs to give BASE back, bit for bit.")
 @options.together(options.sha256, options.overwrite, options.threads, options.as_json, options.quiet)

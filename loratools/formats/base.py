@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import FormatError, LoratoolsError
+from loratools.errors import FormatError, LoratoolsError, OptionError
 from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, TensorWriter, canonical
 
@@ -46,6 +46,36 @@ class ReadOptions:
     scratch_dora: str | None = None
     enable_lora: tuple[bool, ...] | None = None
     kernels: tuple[tuple[str, int], ...] = ()
+
+
+def read_options(words: Mapping[str, Any]) -> ReadOptions:
+    """The options from the words that commands and receipts use; a word that is missing was not given.
+
+    >>> read_options({"alpha_in": 16, "enable_lora": "1,0,1"}).enable_lora
+    (True, False, True)
+    """
+    slots = words.get("enable_lora")
+    if slots is not None and not all(slot in ("0", "1") for slot in slots.split(",")):
+        raise OptionError("--enable-lora", found=slots, expected="a 1 or 0 for each slot, such as 1,0,1")
+    for word, known in (("scale", ("alpha", "alpha/r")), ("scratch_dora", ("merged", "output"))):
+        if words.get(word) not in (None, *known):
+            raise OptionError(f"--{word.replace('_', '-')}", found=words[word], expected=" or ".join(known))
+    return ReadOptions(
+        alpha=words.get("alpha_in"),
+        embeddings=tuple(words.get("embedding") or ()),
+        transposed=tuple(words.get("transposed") or ()),
+        scale=words.get("scale"),
+        scratch_dora=words.get("scratch_dora"),
+        enable_lora=None if slots is None else tuple(slot == "1" for slot in slots.split(",")),
+        kernels=tuple(_kernel(text) for text in words.get("conv") or ()),
+    )
+
+
+def _kernel(text: str) -> tuple[str, int]:
+    glob, _, size = text.rpartition("=")
+    if not glob or not size.isdigit() or int(size) < 1:
+        raise OptionError("--conv", found=text, expected="GLOB=K, K the size of the kernel")
+    return glob, int(size)
 
 
 def open_container(path: str | Path) -> Container:
@@ -112,6 +142,9 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
     """
     if container.config is None and folder.suffix == ".safetensors":
         return write_tensors(folder, container.tensors, container.metadata)
+    if folder.suffix == ".safetensors":
+        expected = "OUT without the ending .safetensors"
+        raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
     if container.config is None:
         return write_tensors(folder / WEIGHTS[0], container.tensors, container.metadata)

@@ -22,7 +22,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
 from loratools.families import Family
 from loratools.formats import FORMATS, load
-from loratools.formats.base import CONFIG, PICKLES, ReadOptions, open_container
+from loratools.formats.base import CONFIG, PICKLES, open_container, read_options
 from loratools.tensorfile import FLOATS, Ref, Spec
 from loratools.weightfiles import INDEX, SINGLE
 
@@ -38,6 +38,10 @@ def inspect(
     values: bool = False,
     spectra: bool = False,
     alpha_in: float | None = None,
+    scale: str | None = None,
+    scratch_dora: str | None = None,
+    enable_lora: str | None = None,
+    conv: Sequence[str] = (),
     transposed: Sequence[str] = (),
     embedding: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -58,7 +62,8 @@ def inspect(
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
         return _checkpoint(Checkpoint(path), values=values)
-    adapter = load(path, options=ReadOptions(alpha=alpha_in, transposed=tuple(transposed), embeddings=tuple(embedding)))
+    words = {"alpha_in": alpha_in, "scale": scale, "scratch_dora": scratch_dora, "enable_lora": enable_lora, "conv": conv}
+    adapter = load(path, options=read_options({**words, "transposed": transposed, "embedding": embedding}))
     checkpoint = Checkpoint(base) if base is not None else None
     return _adapter(adapter, path, checkpoint, Family({}, tuple(embedding), tuple(transposed)), values, spectra)
 

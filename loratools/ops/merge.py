@@ -16,7 +16,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint, Rewritten
 from loratools.errors import OptionError
 from loratools.formats import load
-from loratools.formats.base import ReadOptions
+from loratools.formats.base import read_options
 from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
 from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
@@ -25,6 +25,11 @@ from loratools.record import record_path
 from loratools.sidefiles import file_entry
 from loratools.stream import Statistics
 from loratools.tensors import dtype_code
+
+# the words that decide what an adapter means, kept with a record so that it can be read again
+REPLAYED = (
+    "untie", "rename", "allow_unmatched", "alpha_in", "scale", "scratch_dora", "enable_lora", "conv", "transposed", "embedding",
+)  # fmt: skip
 
 
 def merge(
@@ -38,6 +43,10 @@ def merge(
     rename: Sequence[str] = (),
     allow_unmatched: bool = False,
     alpha_in: float | None = None,
+    scale: str | None = None,
+    scratch_dora: str | None = None,
+    enable_lora: str | None = None,
+    conv: Sequence[str] = (),
     transposed: Sequence[str] = (),
     embedding: Sequence[str] = (),
     full_report: bool = False,
@@ -64,7 +73,7 @@ def merge(
     paths = [item for item, _ in given if not isinstance(item, Adapter)]
     target = check_output(out, overwrite=overwrite, inputs=[base, *paths])
     receipt = Receipt("merge", {"base": str(base), "adapters": [_label(item) for item in listed], "out": str(out), **arguments})
-    options = ReadOptions(alpha=alpha_in, transposed=tuple(transposed), embeddings=tuple(embedding))
+    options = read_options(arguments)
     checkpoint = Checkpoint(base)
     loaded = [(item if isinstance(item, Adapter) else load(item, options=options), strength) for item, strength in given]
     plan = make_plan(
@@ -81,7 +90,7 @@ def merge(
     with whole(target) as place:
         done = _rewrite(checkpoint, place, changes, added, plan, device, threads, progress)
         if reversible:
-            kept = {name: arguments[name] for name in ("untie", "rename", "allow_unmatched", "alpha_in", "transposed", "embedding")}
+            kept = {name: arguments[name] for name in REPLAYED}
             receipt.unmerge = _record(Recording(checkpoint, place, plan, changes, added, done, loaded, kept), threads)
         else:
             _note_lost_record(checkpoint, done)
@@ -115,6 +124,8 @@ def _rewrite(
         raise OptionError("--threads", found=count, expected="at least 1")
     if checkpoint.single and place.suffix != ".safetensors":
         raise OptionError("a base that is one file gives one file", found=place.name, expected="OUT with the ending .safetensors")
+    if not checkpoint.single and place.suffix == ".safetensors":
+        raise OptionError("a base that is a folder gives a folder", found=place.name, expected="OUT without the ending .safetensors")
     with threads.single_threaded_blas(device == "cpu"):
         return checkpoint.rewrite(place, changes, added=added, config=plan.config, workers=count, progress=progress)
 

@@ -20,7 +20,7 @@ from loratools.checkpoint import Checkpoint, weights_entry
 from loratools.corrections import corrected, inflated, segments
 from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError
 from loratools.formats import load
-from loratools.formats.base import ReadOptions
+from loratools.formats.base import read_options
 from loratools.inverse import Inverse
 from loratools.jsonfile import read_json
 from loratools.ops._approximate import approximate as subtract
@@ -166,9 +166,7 @@ class Undoing:
         return found
 
     def _load(self, place: str) -> Adapter:
-        options = self.table["options"]
-        read = ReadOptions(alpha=options["alpha_in"], transposed=tuple(options["transposed"]), embeddings=tuple(options["embedding"]))
-        return load(place, options=read)
+        return load(place, options=read_options(self.table["options"]))
 
     def _recorded(self, entry: Mapping[str, Any], given: list[_Found]) -> Adapter:
         said = [file["blake3"] for file in entry["files"]]

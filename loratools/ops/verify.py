@@ -21,7 +21,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint, combined_digest
 from loratools.errors import FormatError, OptionError
 from loratools.formats import load
-from loratools.formats.base import ReadOptions, open_container
+from loratools.formats.base import open_container, read_options
 from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
 from loratools.receipt import receipt_path
 from loratools.sidefiles import file_entry
@@ -202,7 +202,7 @@ def _forward(merged: Checkpoint, original: Checkpoint, plan: Plan, report: dict[
 
 
 def loaded_adapters(adapters: Sequence[str | Path], said: Mapping[str, Any]) -> list[tuple[Adapter, float]]:
-    options = ReadOptions(alpha=said.get("alpha_in"), transposed=tuple(said.get("transposed") or ()))
+    options = read_options(said)
     return [(load(str(path), options=options), strength) for path, strength in map(split_strength, adapters)]
 
 
