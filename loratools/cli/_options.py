@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -48,6 +48,14 @@ def together(*options: Option[Any]) -> Option[Any]:
         return function
 
     return decorate
+
+
+def exactly_one(words: Mapping[str, Any], *names: str) -> None:
+    """Wrong usage unless exactly one of these options is given: the synopsis asks for one, as it asks for arguments."""
+    given = [f"--{name.replace('_', '-')}" for name in names if words[name] is not None]
+    if len(given) != 1:
+        choice = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise click.UsageError(f"exactly one of {choice} is needed: found {' and '.join(given) or 'none'}", click.get_current_context())
 
 
 # what tells of an adapter's file what it leaves open

@@ -46,6 +46,7 @@ def command(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **words
     Attention only, to 5 % of each change:
       loratools extract base/ tuned/ -o adapter/ --max-error 0.05 --include '*self_attn*' --rest drop
     """
+    options.exactly_one(words, "rank", "energy", "max_error", "size")
     from loratools.ops.extract import extract
 
     with progress("Extracting", quiet=quiet) as told:

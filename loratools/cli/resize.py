@@ -31,6 +31,7 @@ def command(adapter: str, out: str, as_json: bool, quiet: bool, **words: Any) ->
     The best that fits a file of 40 MB:
       loratools resize adapter/ -o smaller/ --size 40MB
     """
+    options.exactly_one(words, "rank", "energy", "max_error", "size")
     from loratools.ops.resize import resize
 
     receipt = resize(adapter, out, **words)

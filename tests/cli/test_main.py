@@ -55,6 +55,10 @@ def test_version() -> None:
         ("inspect",),
         ("inspect", "x", "--no-such-option"),
         ("extract", "a", "b"),
+        ("extract", "a", "b", "-o", "c"),
+        ("extract", "a", "b", "-o", "c", "--rank", "2", "--energy", "0.9"),
+        ("resize", "a", "-o", "c"),
+        ("resize", "a", "-o", "c", "--max-error", "0.1", "--size", "1MB"),
     ],
 )
 def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
