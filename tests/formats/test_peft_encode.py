@@ -20,7 +20,7 @@ from loratools.deltas.compose import Chain, Part
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, NotExpressible
+from loratools.errors import LoratoolsError, NotExpressible, OptionError
 from loratools.formats import encode, load, save
 from loratools.formats.peft import decode
 from loratools.tensors import read_tensor, to_ref
@@ -126,6 +126,13 @@ def test_by_way_of_files(adapter: Adapter) -> None:
         save(adapter, Path(folder) / "out")
         again = load(Path(folder) / "out")
         assert all(equal(delta, again[name]) for name, delta in adapter.items()) and set(again) == set(adapter)
+
+
+def test_a_folder_takes_no_name_of_a_file(tmp_path: Path) -> None:
+    adapter = Adapter(deltas={"a.weight": LowRank(A=to_ref(torch.ones(1, 3)), B=to_ref(torch.ones(2, 1)), alpha=1.0, layer="linear")})
+    with pytest.raises(OptionError, match="a folder of weights and a config"):
+        save(adapter, tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 PEFT: dict[str, dict[str, Any]] = {

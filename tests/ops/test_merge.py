@@ -331,3 +331,11 @@ def test_a_failure_leaves_an_existing_output_as_it_was(base: Path, tmp_path: Pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept.txt"] and made(tmp_path) == ["out"]
     merge(base, tmp_path / "a", tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out/kept.txt").exists()
+
+
+def test_a_base_that_is_a_folder_gives_no_folder_named_as_a_file(base: Path, tmp_path: Path) -> None:
+    given = adapter(tmp_path / "adapter", read_checkpoint(base), TARGETS)
+    out = tmp_path / "room" / "merged.safetensors"
+    with pytest.raises(OptionError, match="a folder gives a folder"):
+        merge(base, given, out)
+    assert list(out.parent.iterdir()) == []
