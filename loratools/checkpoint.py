@@ -21,7 +21,8 @@ from loratools import sidefiles, threads
 from loratools.errors import LoratoolsError, MatchError, raise_all
 from loratools.jsonfile import read_json, write_json
 from loratools.quantized import scheme
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, TensorWriter
+from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
+from loratools.tensorwriter import TensorWriter
 from loratools.weightfiles import INDEX, model_file, weight_map
 
 RECEIPT = "loratools.json"

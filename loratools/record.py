@@ -18,7 +18,8 @@ from blake3 import blake3
 
 from loratools.errors import FormatError
 from loratools.sidefiles import RECORD
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, TensorWriter, build_header
+from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
+from loratools.tensorwriter import TensorWriter, build_header
 
 FORMAT, VERSION = "loratools.unmerge", "1"
 _BLOCK = 1 << 20

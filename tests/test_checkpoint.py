@@ -16,7 +16,8 @@ from blake3 import blake3
 
 from loratools.checkpoint import Change, Checkpoint, Seen, combined_digest
 from loratools.errors import FormatError, LoratoolsError
-from loratools.tensorfile import BITS, Buffer, Reshaped, Spec, TensorFile, TensorWriter, Transposed
+from loratools.tensorfile import BITS, Buffer, Reshaped, Spec, TensorFile, Transposed
+from loratools.tensorwriter import TensorWriter
 from tests.conftest import llama_config, llama_tensors
 from tests.files import peft_config, read_checkpoint, write_adapter, write_checkpoint
 

@@ -17,7 +17,7 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
-    ("families", "quantized", "tensors", "weightfiles"),
+    ("families", "quantized", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "rounding", "ulps"),
     ("adapter", "checkpoint", "corrections", "record"),
     ("receipt", "stream", "differences", "factors"),

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loratools.formats.peft_config import INITS, REFUSED, TRAINING, USED
 from loratools.sidefiles import PRIVATE, WEIGHTS
-from loratools.tensorfile import BITS, HEADER_LIMIT, Spec, build_header
+from loratools.tensorfile import BITS, HEADER_LIMIT, Spec
+from loratools.tensorwriter import build_header
 
 SPEC = Path(__file__).parents[1] / "spec"
 PAGES = sorted(SPEC.rglob("*.md"))

@@ -17,19 +17,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
 from loratools.errors import Faults, FormatError
-from loratools.tensorfile import (
-    BITS,
-    HEADER_LIMIT,
-    Buffer,
-    InMemory,
-    Ref,
-    Reshaped,
-    Spec,
-    TensorFile,
-    TensorWriter,
-    canonical,
-    parse_header,
-)
+from loratools.tensorfile import BITS, HEADER_LIMIT, Buffer, InMemory, Ref, Reshaped, Spec, TensorFile, parse_header
+from loratools.tensorwriter import TensorWriter, canonical
 
 # the safetensors library's names for what it can write; it reads the two F6 dtypes but has no name to write them by
 LIBRARY = {

@@ -26,7 +26,7 @@ def command(base: str, adapters: tuple[str, ...], out: str, as_json: bool, quiet
     """Merge adapters into a checkpoint.
 
     BASE is a checkpoint, a folder or one .safetensors file; OUT gets its names, order, shards and dtypes. Weights that no
-    adapter changes keep their bytes, the others are computed in float64 and rounded once. An adapter that does not fit
+    adapter changes keep their bytes, the others are computed wide and rounded at the end. An adapter that does not fit
     stops the merge before anything is written.
 
     \b

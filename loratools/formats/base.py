@@ -12,7 +12,8 @@ from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError
 from loratools.jsonfile import read_json
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, TensorWriter, canonical
+from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
+from loratools.tensorwriter import TensorWriter, canonical
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -13,7 +13,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError
 from loratools.formats.base import Container
 from loratools.linalg.ranks import DENSE, Module, budget
-from loratools.tensorfile import BITS, InMemory, Spec, build_header, canonical
+from loratools.tensorfile import BITS, InMemory, Spec
+from loratools.tensorwriter import build_header, canonical
 
 __all__ = ["DENSE", "Budget", "Candidate", "file_bytes", "parse_size"]
 
@@ -62,7 +63,8 @@ class Budget:
     def __init__(self, size: int, code: str, saved: Mapping[str, Delta], encode: Encode, *, whole: bool) -> None:
         self.size, self.code, self.encode, self.whole, self.saved = size, code, encode, whole, dict(saved)
         self.fixed = self._file(self.saved)
-        self._require(lambda: self.fixed)
+        if self.saved:  # else the least is what the cheapest matrix takes, which `allocate` knows
+            self._require(lambda: self.fixed)
 
     def _require(self, cost: Callable[[], int]) -> None:
         """Raise OptionError with the least size unless `cost` is within it; a larger size has more digits to count."""

@@ -31,7 +31,8 @@ from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history
 from loratools.record import Record, record_path
 from loratools.sidefiles import copy, file_entry
 from loratools.stream import BLOCK, Applied
-from loratools.tensorfile import Buffer, Ref, Spec, TensorWriter, parse_header
+from loratools.tensorfile import Buffer, Ref, Spec, parse_header
+from loratools.tensorwriter import TensorWriter
 
 
 def unmerge(

@@ -16,8 +16,9 @@ from loratools.errors import OptionError
 from loratools.formats import encode
 from loratools.formats.base import Container
 from loratools.ops._size import DENSE, Budget, Candidate, parse_size
-from loratools.tensorfile import Spec, build_header, canonical
+from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
+from loratools.tensorwriter import build_header, canonical
 
 
 @pytest.mark.parametrize(

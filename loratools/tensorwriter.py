@@ -1,0 +1,113 @@
+"""A safetensors file written as a stream: the header first, for it is known before any content, then the tensors in any order.
+
+Specification: https://github.com/huggingface/safetensors#format; `tensorfile` reads what is written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from loratools.errors import FormatError
+from loratools.tensorfile import BITS, Buffer, Spec, parse_header
+
+
+class TensorWriter:
+    """A safetensors file written as a stream: the header at once, then each tensor's blocks, in any order and from any thread.
+
+    `close` syncs to disk, and raises if a tensor is missing. The file keeps the order of `specs` and gets the mode the umask gives;
+    `header` is one that already says where they lie, to be written as it is.
+    """
+
+    def __init__(
+        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None, *, header: bytes | None = None
+    ) -> None:
+        self.path, self.specs = path, dict(specs)
+        if header is None:
+            header, self._offsets, end = build_header(self.specs, metadata or {})
+        else:
+            end = sum(spec.nbytes for spec in self.specs.values())
+            self._offsets = {name: begin for name, (_, begin) in parse_header(header, end)[0].items()}
+        self.header_sha256 = hashlib.sha256(header).hexdigest()
+        self.digests: dict[str, str] = {}
+        self._lock, self._told = threading.Lock(), False
+        self.size = 8 + len(header) + end
+        self._start = 8 + len(header)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.ftruncate(self._fd, self.size)
+        _write_at(self._fd, memoryview(struct.pack("<Q", len(header)) + header), 0)
+
+    def write(self, name: str, blocks: Iterable[Buffer]) -> str:
+        """Write one tensor from its blocks in order; returns the BLAKE3 of its bytes, in hex."""
+        digest, offset = blake3(), self._start + self._offsets[name]
+        end = offset + self.specs[name].nbytes
+        for block in blocks:
+            view = memoryview(block).cast("B")
+            if offset + len(view) > end:
+                raise FormatError("more bytes than its spec has", file=self.path, tensor=name, expected=self.specs[name])
+            digest.update(view)
+            _write_at(self._fd, view, offset)
+            offset += len(view)
+        if offset != end:
+            raise FormatError("fewer bytes than its spec has", file=self.path, tensor=name, found=f"{end - offset} too few")
+        self.digests[name] = digest.hexdigest()
+        return self.digests[name]
+
+    def when_complete(self, call: Callable[[], object]) -> None:
+        """Call once, by whichever thread asks first after the last tensor was written."""
+        with self._lock:
+            ready = not self._told and len(self.digests) == len(self.specs)
+            self._told |= ready
+        if ready:
+            call()
+
+    def close(self) -> None:
+        """Sync to disk and close, once; raises FormatError if a tensor was never written."""
+        with self._lock:
+            if self._fd < 0:
+                return
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+        missing = self.specs.keys() - self.digests.keys()
+        if missing:
+            raise FormatError("never written", file=self.path, tensor=min(missing))
+
+    def abandon(self) -> None:
+        """Close without syncing, after a failure."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def build_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The header's bytes, padded to a multiple of 8 as safetensors pads it, each tensor's offset, and where the data ends."""
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offsets, end = {}, 0
+    for name, spec in specs.items():
+        if name == "__metadata__":
+            raise FormatError("a tensor cannot have this name", tensor=name)
+        offsets[name] = end
+        end += spec.nbytes
+        table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offsets[name], end]}
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return header + b" " * (-len(header) % 8), offsets, end
+
+
+def canonical(specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The order the safetensors library writes: wider dtypes first, so that every tensor is aligned, then by name."""
+    return dict(sorted(specs.items(), key=lambda item: (-list(BITS).index(item[1].dtype), item[0])))
+
+
+def _write_at(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
