@@ -476,9 +476,10 @@ def test_all_budgets_are_kept_down_to_the_least_which_the_error_tells(uneven: tu
     assert errors[-1] < 1e-9 * errors[0]  # a budget that everything fits in leaves nothing out
 
 
-def test_a_budget_without_anything_saved_has_a_least_too(uneven: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["1B", "100B"])  # not even a header fits in the first
+def test_a_budget_without_anything_saved_has_a_least_too(uneven: tuple[Path, Path], tmp_path: Path, size: str) -> None:
     with pytest.raises(OptionError) as caught:
-        extract(*uneven, tmp_path / "out", size="100B", rest="drop")
+        extract(*uneven, tmp_path / "out", size=size, rest="drop")
     least = int(str(caught.value.expected).split()[-2])
     receipt = extract(*uneven, tmp_path / "out", size=least, rest="drop")
     assert len(receipt["tensors"]) == 1
