@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.checkpoint import Seen
 from loratools.deltas.base import Additive, Bound, Delta
 from loratools.deltas.full import Replacement
+from loratools.deltas.lowrank import LARGE
 from loratools.errors import NonFiniteError
 from loratools.rounding import Rounding
 from loratools.tensorfile import Buffer, Ref, Spec
@@ -77,14 +78,14 @@ class Applied:
         return delta.value if isinstance(delta, Replacement) and alone and delta.value.spec.dtype == self.target.dtype else None
 
     def wide(self) -> torch.dtype:
-        """What it is computed in: float64, but for differences added to bfloat16.
+        """What it is computed in: float64, but for differences added to large bfloat16 weights.
 
         There W and a ΔW rounded to float32 keep 16 bits more than are stored: at most 5 in 100 000 weights go to their other
         neighbour (tests/ops/test_merge_rounding.py), and half the memory passes through the cache.
         """
         import torch
 
-        plain = self.source is not None and self.source.spec.dtype == self.target.dtype == "BF16"
+        plain = self.source is not None and self.source.spec.dtype == self.target.dtype == "BF16" and self.target.numel >= LARGE
         return torch.float32 if plain and all(isinstance(delta, Additive) for delta, _ in self.applications) else torch.float64
 
     def matrix(self) -> tuple[int, int]:

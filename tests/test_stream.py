@@ -13,6 +13,7 @@ from torch import Tensor
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.lowrank import LARGE, LowRank
 from loratools.errors import NonFiniteError
 from loratools.rounding import Rounding
 from loratools.stream import Applied, Statistics, apply_blocks, cast_blocks
@@ -208,3 +209,23 @@ def test_what_is_measured(drawn: Drawn, dtype: torch.dtype) -> None:
         lost = float((found.double() - after).norm()) / change
         assert row["survived"] == pytest.approx(1 - lost, abs=1e-5)
         assert row["unchanged"] == pytest.approx(float((found == drawn.W).double().mean()))
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1e-2, 1.0])
+def test_large_bfloat16_weights_are_fast_and_right(ratio: float) -> None:
+    """From LARGE elements on: sums in float32, one slice; the same bytes in any blocks, ≥ 99.99 % within half a unit."""
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(1100, 1024, generator=generator).bfloat16()
+    A, B = torch.randn(16, 1024, generator=generator), torch.randn(1100, 16, generator=generator) * ratio / 4
+    low = LowRank(A=to_ref(A), B=to_ref(B), alpha=16, layer="linear")
+    assert W.numel() >= LARGE
+    written = []
+    for block in (1 << 18, 40_000, 1024):
+        applied = Applied(to_ref(W), to_ref(W).spec, ((low, 1.0),), block=block)
+        written.append(b"".join(bytes(data) for data in apply_blocks(applied, Statistics(kinds=()), lambda _: None)))
+    assert written[0] == written[1] == written[2]
+    found = as_tensor(bytearray(written[0]), to_ref(W).spec).double()
+    exact = W.double() + B.double() @ A.double()
+    half = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 9)  # half of 2**(e - 8), the unit of 8 bits
+    beyond = ((found - exact).abs() > half).double().mean().item()
+    assert beyond <= 1e-4

@@ -20,6 +20,7 @@ from loratools.tensors import read_tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGE = 1 << 20  # elements from which on the arithmetic of bfloat16 is chosen for speed
 LAYERS = ("linear", "embedding", "conv", "transposed", "unknown")
 
 
@@ -88,11 +89,12 @@ class LowRank(Additive):
         """How many slices the dtype that is written can show; `base.dtype` is that dtype.
 
         One is within √r·2⁻²⁶ of the factors' norms: at rank 16 it turns at most 7 in 100 000 bfloat16 weights to their other
-        neighbour, whatever the ratio of ΔW to W, and at rank 64, or in float16, more than one in 10 000.
+        neighbour, whatever the ratio of ΔW to W, and at rank 64, or in float16, more than one in 10 000. Weights of fewer than
+        LARGE elements, where time is no matter and one wrong would be a share one sees, always have two.
         """
         if base.dtype == "F64":
             return 3
-        return 1 if base.dtype == "BF16" and self.rank <= 16 else 2
+        return 1 if base.dtype == "BF16" and self.rank <= 16 and base.numel >= LARGE else 2
 
     def norm(self) -> float:
         from loratools.linalg.product import product_norm
