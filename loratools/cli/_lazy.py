@@ -24,6 +24,8 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(f"{self.package}.{cmd_name}").command
         assert isinstance(command, click.Command)
+        # a command keeps the help option of the first context it meets: let every context name the same one
+        command.context_settings.setdefault("help_option_names", self.context_settings.get("help_option_names", ["--help"]))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
