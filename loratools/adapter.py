@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from loratools.deltas.base import Delta
+from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
+from loratools.deltas.laid import Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
 from loratools.families import Family, of_vocabulary
-from loratools.tensorfile import Ref, Spec
+from loratools.tensorfile import Ref, Spec, identity, origin
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Adapter(Mapping[str, Delta]):
 
     `metadata` is what its file said beside the weights, by format; `passengers` are tensors that are no weight edit and are
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
-    are what a person should be told.
+    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none.
     """
 
     deltas: Mapping[str, Delta]
@@ -38,6 +40,7 @@ class Adapter(Mapping[str, Delta]):
     files: tuple[Path, ...] = ()
     expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
     notes: tuple[str, ...] = ()
+    absent: int = 0
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]
@@ -50,7 +53,9 @@ class Adapter(Mapping[str, Delta]):
 
     @property
     def parameters(self) -> int:
-        return sum(delta.parameters for delta in self.values())
+        """Elements of its tensors; one that several deltas share, such as a bank of vectors, counts once."""
+        refs = [ref for delta in self.values() for ref in delta.refs().values()]
+        return sum({identity(ref): origin(ref).spec.numel for ref in refs}.values())
 
     def map(self, fn: Callable[[str, Delta], Delta]) -> Adapter:
         """The adapter with each delta replaced by fn(name, delta)."""
@@ -74,6 +79,8 @@ class Adapter(Mapping[str, Delta]):
         renamed = self._renamed(list(renames))
         aligned, notes = _align(renamed.deltas, base)
         faults: list[LoratoolsError] = []
+        absent = [name for name, delta in aligned.items() if isinstance(delta, WherePresent) and name not in base]
+        aligned = {name: delta for name, delta in aligned.items() if name not in absent}
         unmatched = [name for name, delta in aligned.items() if delta.needs_base and name not in base]
         if len(unmatched) == len([delta for delta in aligned.values() if delta.needs_base]) and unmatched:
             faults.append(_nothing_matched(unmatched, base, self.path))
@@ -90,12 +97,13 @@ class Adapter(Mapping[str, Delta]):
         for name, delta in settled.items():
             try:
                 delta.spec(base.get(name))
+                settled[name] = delta.fitted(base[name]) if name in base else delta
             except LoratoolsError as error:
                 faults.append(error.at(file=self.path, tensor=name))
         if not faults and not allow_unmatched:
             faults += renamed._missing(base, settled)
         raise_all(faults)
-        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None)
+        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent))
 
     def _renamed(self, renames: list[tuple[str, str]]) -> Adapter:
         if not renames:
@@ -207,7 +215,7 @@ def settle(
     settled, faults = {}, list[LoratoolsError]()
     for name, delta in deltas.items():
         layer = by_shape.get(name)
-        if layer == "square":
+        if layer == "either":
             layer = "transposed" if family.transposed(name) else "linear"
             if mixed:
                 faults.append(
@@ -221,25 +229,38 @@ def settle(
 
 
 def _open(delta: Delta) -> bool:
-    direction = delta.direction if isinstance(delta, DoRA) else delta
-    return isinstance(direction, LowRank) and direction.layer == "unknown"
+    """Whether it waits for a base to tell how its weight lies, or whether there is one."""
+    if isinstance(delta, Chain):
+        return _open(delta.then)
+    inner = delta.direction if isinstance(delta, DoRA) else delta
+    return isinstance(inner, Unsettled | WherePresent) or (isinstance(inner, LowRank) and inner.layer == "unknown")
 
 
 def _orientation(delta: Delta, base: Spec) -> str:
-    direction = delta.direction if isinstance(delta, DoRA) else delta
-    assert isinstance(direction, LowRank)
-    shape = direction.shape()
-    if base.shape == shape == shape[::-1]:
-        return "square"
-    return "transposed" if base.shape == shape[::-1] else "linear"
+    """`linear`, `transposed`, or `either` where a weight takes it both ways."""
+    if isinstance(delta, Chain):
+        return _orientation(delta.then, base)
+    if isinstance(delta, WherePresent) or len(base.shape) != 2:
+        return "linear"
+    if isinstance(delta, Unsettled) and delta.transposed is not None:
+        return "transposed" if delta.transposed else "linear"
+    inner = delta.delta if isinstance(delta, Unsettled) else delta.direction if isinstance(delta, DoRA) else delta
+    other = replace(base, shape=base.shape[::-1])
+    if inner.fits(other):
+        return "either" if inner.fits(base) else "transposed"
+    return "linear"
 
 
 def oriented(delta: Delta, layer: str) -> Delta:
-    """A delta of unknown orientation as one of `layer`: a transposed weight takes the transposed factors."""
-    turned = delta.transposed() if layer == "transposed" and isinstance(delta, (LowRank, DoRA)) else delta
-    if isinstance(turned, DoRA) and isinstance(turned.direction, LowRank):
-        return replace(turned, direction=replace(turned.direction, layer=layer))
-    return replace(turned, layer=layer) if isinstance(turned, LowRank) else turned
+    """A delta of unknown orientation as one of `layer`: a transposed weight takes the turned delta."""
+    if isinstance(delta, Chain):
+        return replace(delta, then=oriented(delta.then, layer))
+    if isinstance(delta, Unsettled | WherePresent):
+        return turned(delta.delta) if layer == "transposed" else delta.delta
+    made = turned(delta) if layer == "transposed" and isinstance(delta, (LowRank, DoRA)) else delta
+    if isinstance(made, DoRA) and isinstance(made.direction, LowRank):
+        return replace(made, direction=replace(made.direction, layer=layer))
+    return replace(made, layer=layer) if isinstance(made, LowRank) else made
 
 
 def is_whole(delta: Delta) -> bool:

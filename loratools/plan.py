@@ -93,7 +93,7 @@ def make_plan(
     for adapter, strength in adapters:
         resolved = adapter.resolve(known, family, renames=renames, allow_unmatched=allow_unmatched)
         plan.notes += [note for note in resolved.notes if note not in plan.notes]
-        plan.expected += len(adapter)
+        plan.expected += len(adapter) - resolved.absent
         for name, delta in resolved.items():
             if strength == 0:
                 plan.without_effect += 1
@@ -253,6 +253,18 @@ def _vocabulary(checkpoint: Checkpoint) -> Any:
     return {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get("vocab_size")
 
 
+def _supplied(name: str, application: tuple[Delta, float], checkpoint: Checkpoint) -> tuple[Delta, float]:
+    """A delta with the base's other tensors that it reads. Raises MatchError where the base lacks one."""
+    delta, strength = application
+    if not delta.beside:
+        return application
+    others = {leaf: f"{name.rpartition('.')[0]}.{leaf}" for leaf in delta.beside}
+    lacking = [other for other in others.values() if other not in checkpoint]
+    if lacking:
+        raise MatchError(f"its change of {name} reads this tensor, which the base lacks", file=checkpoint.path, tensor=lacking[0])
+    return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()}), strength
+
+
 def changes_of(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -272,7 +284,7 @@ def changes_of(
         assert spec is not None
         target = Spec(dtype, spec.shape) if dtype and spec.floating else spec
         statistics[name] = Statistics(kinds=tuple(delta.kind for delta, _ in applications), full=full)
-        applied = Applied(source, target, tuple(applications), device, block)
+        applied = Applied(source, target, tuple(_supplied(name, item, checkpoint) for item in applications), device, block)
         place = changes if name in checkpoint else added
         place[name] = Change(target, partial(apply_blocks, applied, statistics[name]))
     if dtype:

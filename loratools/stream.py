@@ -209,7 +209,7 @@ def _combined(applied: Applied, reader: _Reader | None) -> tuple[Bound, bool]:
         return (lambda part, W: W), False
     (delta, strength), *more = applied.applications
     if not more and strength == 1:
-        return delta.bind(spec, read, applied.device), isinstance(delta, Additive)
+        return delta.bind(spec, read, applied.device), isinstance(delta, Additive) and delta.factored
     assert spec is not None
     terms = [_term(delta, strength, spec, reader, applied.device) for delta, strength in applied.applications]
 
@@ -220,7 +220,7 @@ def _combined(applied: Applied, reader: _Reader | None) -> tuple[Bound, bool]:
             first = first + term
         return W.add_(first.to(W.dtype))
 
-    return apply, not more and isinstance(delta, Additive)
+    return apply, not more and isinstance(delta, Additive) and delta.factored
 
 
 def _term(delta: Delta, strength: float, spec: Spec, reader: _Reader | None, device: str) -> Bound:

@@ -240,11 +240,23 @@ class InFile(Ref):
             raise FormatError("the file became shorter while it was read", file=self.path)
 
 
+def origin(ref: Ref) -> Ref:
+    """The tensor that a rearranged one is made of."""
+    while (inner := getattr(ref, "origin", None)) is not None:
+        ref = inner
+    return ref
+
+
+def identity(ref: Ref) -> tuple[int, int]:
+    """What is equal for two views of one stored tensor, and for no two tensors."""
+    found = origin(ref)
+    return (id(found.handle), found.offset) if isinstance(found, InFile) else (id(found), -1)
+
+
 def file_of(ref: Ref) -> Path | None:
     """The file a tensor lies in, if any."""
-    while isinstance(ref, Reshaped | Transposed):
-        ref = ref.origin
-    return ref.path if isinstance(ref, InFile) else None
+    found = origin(ref)
+    return found.path if isinstance(found, InFile) else None
 
 
 class TensorFile(Mapping[str, Ref]):

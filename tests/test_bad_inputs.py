@@ -142,8 +142,8 @@ FOLDERS: list[Case] = [
 TENSORS: list[Case] = [
     ("no module in the base", only_strangers, ("adapter", "attention.q_proj", "none of the adapter's 4 weights is in the base")),
     ("one stray pair", one_stray_pair, (FACTORS, Q.replace("1", "7"), "no such weight", "nearest")),
-    ("one stray tensor", tensor(ROOT + "0.mystery", torch.ones(3)), (FACTORS, ROOT + "0.mystery", "neither a LoRA tensor")),
-    ("a weight nobody saved", tensor(ROOT + "0.mlp.up_proj.weight", U8), (FACTORS, "mlp.up_proj.weight", "neither a LoRA tensor")),
+    ("one stray tensor", tensor(ROOT + "0.mystery", torch.ones(3)), (FACTORS, ROOT + "0.mystery", "neither a tensor of the method")),
+    ("a weight nobody saved", tensor(ROOT + "0.mlp.up_proj.weight", U8), (FACTORS, "mlp.up_proj.weight", "neither a tensor of the method")),
     ("half a pair", factor(lora_B__weight=...), (FACTORS, A, "has no lora_B")),
     ("the other half", factor(lora_A__weight=...), (FACTORS, B, "has no lora_A")),
     ("A and B swapped", swapped, (FACTORS, A, "found 8, expected 2", "swapped")),

@@ -6,10 +6,11 @@ otherwise. Blocks of rows reach a delta in float64; it answers in float64, and t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from loratools.errors import ShapeError, UnsupportedError
 from loratools.tensorfile import Ref, Spec
@@ -22,6 +23,7 @@ Bound: TypeAlias = "Callable[[slice, Tensor | None], Tensor]"  # may overwrite a
 Dense: TypeAlias = "Callable[[slice], Tensor]"  # valid until the next call
 Affine: TypeAlias = "Callable[[slice], tuple[Tensor | None, Tensor]]"  # rows -> (a, d); d is valid until the next call
 Keep: TypeAlias = "Callable[[Callable[[], Tensor]], Tensor]"  # a vector made now and written down, or one written down before
+_BLOCK = 1 << 18  # elements of a block of rows
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,6 +50,31 @@ class Delta(ABC):
         through `keep`: it is written down when a merge is recorded and given back when it is undone, when `read` gives nothing.
         """
         return None
+
+    def fits(self, base: Spec) -> bool:
+        """Whether a weight of this shape can take it."""
+        try:
+            self.spec(base)
+        except ShapeError:
+            return False
+        return True
+
+    def fitted(self, base: Spec) -> Self:
+        """The same delta with what only the weight's shape tells filled in."""
+        return self
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What else of its module it reads, by the last component of the tensor's name; `supplied` gives it."""
+        return ()
+
+    def supplied(self, others: Mapping[str, Ref]) -> Self:
+        """The same delta with the base's tensors that `beside` names at hand."""
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """What a person asks of it: `rank`, `alpha`, `scaling`, as far as its kind has them."""
+        return {}
 
     @property
     def align(self) -> int | None:
@@ -91,10 +118,13 @@ def require_floating(*specs: Spec) -> None:
 class Additive(Delta):
     """A delta that is a difference: W′ = W + ΔW, so that it can be scaled and summed.
 
-    `reproducible` kinds promise the same bits of ΔW on any machine.
+    `reproducible` kinds promise the same bits of ΔW on any machine; `flat` ones tell a convolution's as (out, in·kernel); of
+    `factored` ones the norm costs less than a look at ΔW.
     """
 
     reproducible: ClassVar[bool] = False
+    factored: ClassVar[bool] = False
+    flat: ClassVar[bool] = False
 
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
@@ -104,20 +134,30 @@ class Additive(Delta):
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         """The map rows → scale·ΔW[rows], (rows, columns) in float64."""
 
-    @abstractmethod
     def norm(self) -> float:
-        """‖ΔW‖ (Frobenius)."""
+        """‖ΔW‖ (Frobenius), from its small product where there is one, else from its rows."""
+        from loratools.linalg.product import product_norm
+
+        found = self.product()
+        if found is not None:
+            return product_norm(*found)
+        base = Spec("F64", self.shape())
+        dense, (rows, columns) = self.bind_dense(base), self.matrix(base)
+        step = max(1, _BLOCK // max(1, columns))
+        parts = (dense(slice(start, min(start + step, rows))) for start in range(0, rows, step))
+        return math.sqrt(math.fsum(float(part.square().sum()) for part in parts))
+
+    def product(self, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
+        """(B, A) in float64 with ΔW.flatten(1) = B @ A, all scaling within; None where no product smaller than ΔW is known."""
+        return None
 
     def spec(self, base: Spec | None) -> Spec:
         if base is None:
             raise ShapeError("changes a tensor that the base lacks", expected=f"a weight of shape {list(self.shape())}")
-        if not self.fits(base):
+        if self.shape() != (base.matrix if self.flat else base.shape):
             raise ShapeError("does not fit the base's weight", found=list(self.shape()), expected=list(base.shape))
         require_floating(base, *(ref.spec for ref in self.refs().values()))
         return base
-
-    def fits(self, base: Spec) -> bool:
-        return self.shape() == base.shape
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         assert base is not None
@@ -140,3 +180,25 @@ class Additive(Delta):
             return None
         dense = self.bind_dense(base, strength, device)
         return lambda part: (None, dense(part))
+
+
+class Product(Additive):
+    """A difference that is a product B·A of small factors: all it has to say is `shape` and `product`."""
+
+    reproducible = True
+    factored = True
+
+    @abstractmethod
+    def product(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """(B, A) in float64 with ΔW.flatten(1) = B @ A, all scaling within."""
+
+    def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
+        return exact_rows(*self.product(device), base, scale)
+
+
+def exact_rows(B: Tensor, A: Tensor, base: Spec, scale: float = 1.0) -> Dense:
+    """The map rows → scale·(B @ A)[rows], the same bits in any blocks, as exact as `base.dtype`, which is written, can show."""
+    from loratools.linalg.exact import ExactProduct
+
+    product = ExactProduct(B, A, scale=scale, slices=3 if base.dtype == "F64" else 2)
+    return lambda part: product.rows(part.start, part.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Affine, Bound, Delta, Keep, Read
 from loratools.errors import ShapeError
@@ -26,12 +26,18 @@ class Chain(Delta):
     def spec(self, base: Spec | None) -> Spec:
         return self.then.spec(self.first.spec(base))
 
+    def fitted(self, base: Spec) -> Self:
+        return replace(self, first=self.first.fitted(base), then=self.then.fitted(self.first.spec(base)))
+
     @property
     def needs_base(self) -> bool:
         return self.first.needs_base
 
     def matrix(self, base: Spec) -> tuple[int, int]:
         return self.then.matrix(base)
+
+    def facts(self) -> dict[str, Any]:
+        return self.then.facts()
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         between = self.first.spec(base)
@@ -78,6 +84,9 @@ class Part(Delta):
             raise ShapeError("changes a part of a tensor that the base lacks")
         self.delta.spec(self._inner(base))
         return base
+
+    def facts(self) -> dict[str, Any]:
+        return self.delta.facts()
 
     @property
     def align(self) -> int | None:

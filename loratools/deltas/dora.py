@@ -7,7 +7,7 @@ the from-scratch tutorial, older LyCORIS) need no flag. No epsilon is added: pef
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Additive, Affine, Bound, Delta, Keep, Read, require_floating
 from loratools.deltas.lowrank import LowRank
@@ -50,6 +50,9 @@ class DoRA(Delta):
 
     def matrix(self, base: Spec) -> tuple[int, int]:
         return self.direction.matrix(base)
+
+    def facts(self) -> dict[str, Any]:
+        return self.direction.facts()
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         import torch

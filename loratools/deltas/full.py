@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Additive, Bound, Delta, Dense, Read, require_floating
 from loratools.errors import ShapeError
@@ -30,6 +30,9 @@ class Full(Additive):
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         read, factor = _rows_of(self.diff, base.matrix[1], device), self.scale * scale
         return lambda part: read(part).mul_(factor)
+
+    def facts(self) -> dict[str, Any]:
+        return {"scaling": self.scale}
 
     def norm(self) -> float:
         import torch

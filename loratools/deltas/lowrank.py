@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Additive, Dense
 from loratools.errors import NonFiniteError, ShapeError
@@ -33,6 +33,7 @@ class LowRank(Additive):
 
     kind = "lora"
     reproducible = True
+    factored = True
 
     A: Ref
     B: Ref
@@ -64,6 +65,13 @@ class LowRank(Additive):
 
         B, A = (read_tensor(ref, torch.float64, device) for ref in (self.B, self.A))
         return B, A.flatten(1)
+
+    def product(self, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
+        B, A = self.factors(device)
+        return B * self.scaling, A
+
+    def facts(self) -> dict[str, Any]:
+        return {"rank": self.rank, "alpha": self.alpha, "scaling": self.scaling}
 
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         from loratools.linalg.exact import ExactProduct

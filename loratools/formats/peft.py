@@ -1,7 +1,8 @@
-"""peft's LoRA: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
+"""peft: `adapter_config.json` beside `adapter_model.safetensors` or `.bin`.
 
-Grammar, scale and formulas were read from peft 0.21.2 (`utils/save_and_load.py`, `tuners/lora/layer.py`, `dora.py`) and are
-told in spec/formats/peft.md. A key is `base_model.model.` + the module's path + a marker:
+LoRA is read here, every other method by its row of `peft_methods`. Grammar, scale and formulas were read from peft 0.21.2
+(`utils/save_and_load.py`, `tuners/lora/layer.py`, `dora.py`) and are told in spec/formats/peft.md. A LoRA's key is
+`base_model.model.` + the module's path + a marker:
 
     .lora_A.weight (rank, in, *kernel)   .lora_B.weight (out, rank, 1…)   .lora_B.bias (out)
     .lora_embedding_A (rank, vocabulary) .lora_embedding_B (dimension, rank)
@@ -14,20 +15,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.laid import WherePresent
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError, raise_all
+from loratools.errors import FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
 from loratools.families import matches
 from loratools.formats.base import Container, ReadOptions, nearest
 from loratools.formats.peft_config import LoraConfig, parse
-from loratools.formats.peft_keys import Module, Sorted, sort_keys
+from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
+from loratools.formats.peft_method import Found, read
+from loratools.formats.peft_methods import method_of
 from loratools.formats.peft_notes import unused
+from loratools.formats.peft_targets import Targets
 from loratools.tensorfile import Ref, Spec
 
 NAME = "peft"
@@ -41,13 +45,10 @@ def detect(container: Container) -> bool:
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     """The adapter a peft folder holds; every tensor of it becomes part of a delta or is named in an error."""
     options = options or ReadOptions()
-    kind = (container.config or {}).get("peft_type")
-    if str(kind).upper() != "LORA":
-        raise UnsupportedError("this peft method is not read yet", file=container.path, found=kind, expected="LORA")
+    kind = str((container.config or {}).get("peft_type")).upper()
     try:
-        config = parse(container.config or {}, alpha=options.alpha)
-        found = sort_keys(container, config)
-        deltas = _with_whole(_deltas(found, config, options), found.whole)
+        config, found, deltas, notes = _lora(container, options) if kind == "LORA" else read(container, options, method_of(kind))
+        deltas = _with_whole(deltas, found.whole)
         if not deltas:
             raise FormatError("no adapter tensors in it", found=nearest(container.tensors) or "no tensors")
     except LoratoolsError as error:
@@ -59,11 +60,37 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         format=NAME,
         files=container.files,
         expects=_expectation(config, deltas, some=found.some),
-        notes=(*found.notes, *unused(config, container.config or {}, found.modules, found.whole)),
+        notes=(*found.notes, *notes),
     )
 
 
-# -- deltas
+# -- LoRA
+
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?P<marker>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+)
+_LEAVES = {"lora_A": ("weight",), "lora_B": ("weight", "bias"), "lora_embedding_A": (None,), "lora_embedding_B": (None,)}
+
+
+def _lora(container: Container, options: ReadOptions) -> Found:
+    config = parse(container.config or {}, alpha=options.alpha)
+    found = sort_keys(container, config, _key)
+    deltas = _deltas(found, config, options)
+    return Found(config, found, deltas, unused(config, container.config or {}, found.modules, found.whole))
+
+
+def _key(path: str) -> Key | None:
+    """What a key of a LoRA says, its prefix taken off."""
+    match = _KEY.fullmatch(path)
+    if match is None:
+        return None
+    marker, leaf = match["marker"], match["leaf"]
+    if marker == "lora_magnitude_vector" and leaf == "bias":
+        raise FormatError("not a key peft writes", expected=marker)
+    if marker != "lora_magnitude_vector" and leaf not in _LEAVES[marker]:
+        expected = " or ".join(f"{marker}.{name}" if name else marker for name in _LEAVES[marker])
+        raise FormatError("not a key peft writes", expected=expected)
+    return Key(match["module"], "bias" if leaf == "bias" else marker, match["adapter"])
 
 
 def _deltas(found: Sorted, config: LoraConfig, options: ReadOptions) -> dict[str, Delta]:
@@ -71,7 +98,7 @@ def _deltas(found: Sorted, config: LoraConfig, options: ReadOptions) -> dict[str
     faults: list[LoratoolsError] = []
     for path, module in found.modules.items():
         try:
-            _check_targeted(path, module, config, nested=f"{path}.weight" in found.whole)
+            check_targeted(path, module, config, nested=f"{path}.weight" in found.whole)
             deltas[f"{path}.weight"] = _delta(path, module, config, options)
             if "bias" in module.refs:
                 deltas[f"{path}.bias"] = _bias(path, module, config, saved=found.some or f"{path}.bias" in found.whole)
@@ -79,15 +106,6 @@ def _deltas(found: Sorted, config: LoraConfig, options: ReadOptions) -> dict[str
             faults.append(error.at(tensor=next(iter(module.keys.values()))))
     raise_all(faults)
     return deltas
-
-
-def _check_targeted(path: str, module: Module, config: LoraConfig, *, nested: bool) -> None:
-    """peft builds modules from the config and drops tensors of others; older versions adapted inside saved modules (`nested`)."""
-    if not (config.targets(path) or config.ties(path) or (nested and config.saves(path))):
-        raise MatchError(
-            "the config does not target this module, so peft would drop it in silence", tensor=next(iter(module.keys.values())),
-            found=path, expected=_shown(config.target), remedy="add it to target_modules, or remove it",
-        )  # fmt: skip
 
 
 def _delta(path: str, module: Module, config: LoraConfig, options: ReadOptions) -> Delta:
@@ -191,16 +209,18 @@ def _bias(path: str, module: Module, config: LoraConfig, *, saved: bool) -> Delt
 
 
 def _with_whole(deltas: Mapping[str, Delta], whole: Mapping[str, Replacement]) -> dict[str, Delta]:
-    """Deltas and saved tensors together: LoRA on a saved tensor comes after it."""
-    chained = {name: Chain(first=saved, then=deltas[name]) if name in deltas else saved for name, saved in whole.items()}
+    """Deltas and saved tensors together: a change of a saved tensor comes after it."""
+    chained = {name: _after(saved, deltas.get(name)) for name, saved in whole.items()}
     return {**deltas, **chained}
 
 
-def _shown(target: Any) -> str:
-    return target if isinstance(target, str) else nearest(target or (), 6)
+def _after(saved: Replacement, then: Delta | None) -> Delta:
+    if isinstance(then, WherePresent):  # it is: it was saved
+        then = then.delta
+    return saved if then is None else Chain(first=saved, then=then)
 
 
-def _expectation(config: LoraConfig, names: Iterable[str], *, some: bool) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
+def _expectation(config: Targets, names: Iterable[str], *, some: bool) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
     """What the config promises of a base: each tensor of a module it saves, and where it targets several layers alike, all of them.
 
     A base may hold more than the model that was trained (a head of another task, a vision tower): a target or bias is

@@ -1,4 +1,4 @@
-"""The keys of peft's LoRA files: which tensor is which part of which module, and which is a whole tensor of the base.
+"""The keys of peft's files: which tensor is which part of which module, and which is a whole tensor of the base.
 
 Read from peft 0.21.2 (`utils/save_and_load.py`, `tuners/tuners_utils.py`); the grammar is told in spec/formats/peft.md.
 """
@@ -8,23 +8,31 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from loratools.deltas.full import Replacement
 from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
 from loratools.families import of_head, of_vocabulary
-from loratools.formats.base import Container
-from loratools.formats.peft_config import LoraConfig
+from loratools.formats.base import Container, nearest
+from loratools.formats.peft_targets import Targets
 from loratools.tensorfile import Ref, same_bytes
 
 ROOT = "base_model.model."
 SAVED = "loratools.saved"  # metadata: JSON list of all whole tensors, some of which `bias` and `modules_to_save` cannot name
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
-_KEY = re.compile(
-    r"(?P<module>.+?)\.(?P<marker>lora_embedding_[AB]|lora_[AB]|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
-)
-_LEAVES = {"lora_A": ("weight",), "lora_B": ("weight", "bias"), "lora_embedding_A": (None,), "lora_embedding_B": (None,)}
+
+
+class Key(NamedTuple):
+    """A module's tensor: which module (`""` for those of the whole adapter), which of its tensors, under which adapter's name."""
+
+    module: str
+    slot: str
+    adapter: str | None = None
+
+
+Grammar = Callable[[str], Key | None]  # a key without its prefix; None: no tensor of the method. FormatError: nothing peft writes
 
 
 @dataclass
@@ -37,7 +45,7 @@ class Module:
 
 @dataclass
 class Sorted:
-    """A file's tensors: modules with LoRA, whole tensors by base name, and what was found twice or dead.
+    """A file's tensors: modules that are adapted, whole tensors by base name, and what was found twice or dead.
 
     `some` is whether the file lists its whole tensors itself, so that its config's `bias` does not mean all of them.
     """
@@ -58,7 +66,7 @@ class _Whole:
     original: bool
 
 
-def sort_keys(container: Container, config: LoraConfig) -> Sorted:
+def sort_keys(container: Container, config: Targets, grammar: Grammar) -> Sorted:
     """The file's tensors by what they are; strays and doubles are collected and raised."""
     found = Sorted(some=SAVED in container.metadata)
     spellings: dict[str, list[_Whole]] = defaultdict(list)
@@ -68,16 +76,18 @@ def sort_keys(container: Container, config: LoraConfig) -> Sorted:
     rooted = any(root for _, root in paths.values())
     for key, ref in container.tensors.items():
         path, root = paths[key]
-        match = _KEY.fullmatch(path)
-        if rooted and not root:
-            faults.append(FormatError("lacks the prefix that the others have", tensor=key, expected=ROOT))
-        elif match is None:
-            name, whole = _whole(path, key, ref)
-            spellings[name].append(whole)
-        else:
-            names |= {match["adapter"]} - {None}
-            fault = _keep_factor(match, key, ref, found.modules)
-            faults += [fault] if fault else []
+        try:
+            part = grammar(path)
+            if rooted and not root and (part is None or part.module):
+                raise FormatError("lacks the prefix that the others have", expected=ROOT)
+            if part is None:
+                name, whole = _whole(path, key, ref)
+                spellings[name].append(whole)
+            else:
+                names |= {part.adapter} if part.adapter else set()
+                _keep_part(part, key, ref, found.modules)
+        except FormatError as error:
+            faults.append(error.at(tensor=key))
     if len(names) > 1:
         faults.append(FormatError("holds several adapters", found=", ".join(sorted(names)), remedy="save each in a folder of its own"))
     listed = _listed(container.metadata)
@@ -96,20 +106,21 @@ def _path(key: str) -> tuple[str, bool]:
     return bare.removeprefix("module.") if path != bare else bare, path != bare
 
 
-def _keep_factor(match: re.Match[str], key: str, ref: Ref, modules: dict[str, Module]) -> LoratoolsError | None:
-    marker, leaf = match["marker"], match["leaf"]
-    if marker != "lora_magnitude_vector" and leaf not in _LEAVES[marker]:
-        return FormatError(
-            "not a key peft writes", tensor=key, expected=" or ".join(f"{marker}.{name}" if name else marker for name in _LEAVES[marker])
-        )
-    slot = "bias" if leaf == "bias" else marker
-    if marker == "lora_magnitude_vector" and leaf == "bias":
-        return FormatError("not a key peft writes", tensor=key, expected=marker)
-    module = modules[match["module"].removesuffix(".base_layer")]
-    if slot in module.refs:
-        return FormatError("the same tensor twice under two spellings", tensor=key, found=module.keys[slot])
-    module.refs[slot], module.keys[slot] = ref, key
-    return None
+def _keep_part(part: Key, key: str, ref: Ref, modules: dict[str, Module]) -> None:
+    module = modules[part.module.removesuffix(".base_layer")]
+    if part.slot in module.refs:
+        raise FormatError("the same tensor twice under two spellings", found=module.keys[part.slot])
+    module.refs[part.slot], module.keys[part.slot] = ref, key
+
+
+def check_targeted(path: str, module: Module, config: Targets, *, nested: bool) -> None:
+    """peft builds modules from the config and drops tensors of others; older versions adapted inside saved modules (`nested`)."""
+    if not (config.targets(path) or config.ties(path) or (nested and config.saves(path))):
+        raise MatchError(
+            "the config does not target this module, so peft would drop it in silence", tensor=next(iter(module.keys.values())),
+            found=path, expected=config.target if isinstance(config.target, str) else nearest(config.target or (), 6),
+            remedy="add it to target_modules, or remove it",
+        )  # fmt: skip
 
 
 # -- whole tensors
@@ -125,7 +136,7 @@ def _whole(path: str, key: str, ref: Ref) -> tuple[str, _Whole]:
     return name.replace(".base_layer.", ".").replace(".original_module.", "."), _Whole(key, ref, base, original)
 
 
-def _keep_whole(spellings: Mapping[str, list[_Whole]], config: LoraConfig, listed: list[str], found: Sorted) -> list[LoratoolsError]:
+def _keep_whole(spellings: Mapping[str, list[_Whole]], config: Targets, listed: list[str], found: Sorted) -> list[LoratoolsError]:
     """File whole tensors under their base names, if the config accounts for them; else the errors that name them.
 
     Beside a saved module peft writes the base's own tensor too, as `original_module`, where it also saves all biases or the
@@ -141,7 +152,7 @@ def _keep_whole(spellings: Mapping[str, list[_Whole]], config: LoraConfig, liste
         elif not _covered(name, all_of_them, config, listed, found.modules):
             remedy = "list its module in modules_to_save if it was trained, else remove it"
             faults += [
-                MatchError("neither a LoRA tensor nor one that the config says was saved", tensor=item.key, remedy=remedy)
+                MatchError("neither a tensor of the method nor one that the config says was saved", tensor=item.key, remedy=remedy)
                 for item in all_of_them
             ]
         elif different := [item for item in others if not same_bytes(item.ref, first.ref)]:
@@ -157,13 +168,13 @@ def _keep_whole(spellings: Mapping[str, list[_Whole]], config: LoraConfig, liste
     return faults
 
 
-def _covered(name: str, spelt: Iterable[_Whole], config: LoraConfig, listed: list[str], modules: Mapping[str, Module]) -> bool:
+def _covered(name: str, spelt: Iterable[_Whole], config: Targets, listed: list[str], modules: Mapping[str, Module]) -> bool:
     module, _, leaf = name.rpartition(".")
     return (
         config.saves(module)
         or name in listed
         or (config.bias == "all" and "bias" in name)  # older versions of peft took every key with `bias` in it
-        or (config.bias == "lora_only" and leaf == "bias" and module in modules)
+        or (config.bias == "own" and leaf == "bias" and module in modules)
         or of_vocabulary(name)  # saved without being asked for, where embeddings are adapted or resized
         or (leaf == "weight" and module in modules and any(item.base for item in spelt))
     )

@@ -21,13 +21,22 @@ def row_squares(X: Tensor) -> Tensor:
     >>> row_squares(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     tensor([25.], dtype=torch.float64)
     """
-    squares = X * X
-    rows, columns = squares.shape
+    return row_sums(X * X)
+
+
+def row_sums(X: Tensor) -> Tensor:
+    """Σⱼ X[i, j] for each row of an (m, n) float64 matrix, (m,): of products, their dot product.
+
+    >>> import torch
+    >>> row_sums(torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64))
+    tensor([6.], dtype=torch.float64)
+    """
+    rows, columns = X.shape
     whole = columns - columns % WIDTH
-    folded = squares.new_zeros(rows, WIDTH)
+    folded = X.new_zeros(rows, WIDTH)
     for start in range(0, whole, WIDTH):
-        folded += squares[:, start : start + WIDTH]
-    folded[:, : columns - whole] += squares[:, whole:]
+        folded += X[:, start : start + WIDTH]
+    folded[:, : columns - whole] += X[:, whole:]
     return _halve(folded)
 
 

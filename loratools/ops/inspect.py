@@ -14,10 +14,11 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
-from loratools.deltas.base import Delta
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain, Part
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.laid import Unsettled, WherePresent
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
 from loratools.families import Family
@@ -133,15 +134,15 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
 
 
 def _row(name: str, delta: Delta, base: Spec | None) -> dict[str, Any]:
-    low = low_rank(delta)
+    facts = delta.facts()
     dtypes = dict.fromkeys(ref.spec.dtype for ref in delta.refs().values())
     return {
         "name": name,
         "kind": delta.kind,
         "shape": list(_shape(delta, base)),
-        "rank": low.rank if low else None,
-        "alpha": low.alpha if low else None,
-        "scaling": low.scaling if low else delta.scale if isinstance(delta, Full) else None,
+        "rank": facts.get("rank"),
+        "alpha": facts.get("alpha"),
+        "scaling": facts.get("scaling"),
         "parameters": delta.parameters,
         "dtype": "+".join(dtypes),
     }
@@ -159,12 +160,13 @@ def low_rank(delta: Delta) -> LowRank | None:
 
 def _shape(delta: Delta, base: Spec | None) -> tuple[int, ...]:
     """The shape of W′; without a base that of the factors' product, transposed where the model stores it so."""
-    if base is not None or not delta.needs_base:
-        return delta.spec(base).shape
+    inner = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
+    if base is not None or not inner.needs_base:
+        return inner.spec(base).shape
     low = low_rank(delta)
     if low is not None:
         return low.shape()
-    return delta.shape() if isinstance(delta, Full) else ()
+    return inner.shape() if isinstance(inner, Additive) else ()
 
 
 def _settings(adapter: Adapter) -> Mapping[str, Any]:

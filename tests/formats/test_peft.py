@@ -215,10 +215,10 @@ FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[LoratoolsError],
     "not targeted": (PAIR, {"target_modules": ["k"]}, MatchError, "does not target this module"),
     "excluded": (PAIR, {"exclude_modules": ["q"]}, MatchError, "does not target this module"),
     "inside a saved module": (PAIR, {"modules_to_save": ["q"]}, MatchError, "does not target this module"),
-    "an unlisted whole tensor": (PAIR | {"norm.weight": A}, {}, MatchError, r"norm\.weight: neither a LoRA tensor"),
+    "an unlisted whole tensor": (PAIR | {"norm.weight": A}, {}, MatchError, r"norm\.weight: neither a tensor of the method"),
     "an unlisted bias": (PAIR | {"q.bias": torch.ones(4)}, {}, MatchError, r"q\.bias: neither"),
     "a bias elsewhere under lora_only": (PAIR | {"k.bias": torch.ones(4)}, {"bias": "lora_only"}, MatchError, r"k\.bias: neither"),
-    "nothing": ({"norm.weight": A}, {}, MatchError, "neither a LoRA tensor"),
+    "nothing": ({"norm.weight": A}, {}, MatchError, "neither a tensor of the method"),
 }  # fmt: skip
 
 

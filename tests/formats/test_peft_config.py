@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, UnsupportedError
-from loratools.formats.peft_config import HEADS, INITS, REFUSED, TRAINING, USED, parse, pattern_key
+from loratools.formats.peft_config import INITS, REFUSED, TRAINING, USED, parse
+from loratools.formats.peft_targets import HEADS, pattern_key
 from tests.files import peft_config
 
 CONFIG = peft_config(target_modules=["q"])

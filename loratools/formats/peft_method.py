@@ -1,0 +1,220 @@
+"""One of peft's methods as a row of a table: its keys, its config's fields, and the deltas its tensors make.
+
+The row says all that this file needs to hold the promise: a tensor no slot names, a slot that the deltas do not use, a field that the
+row lacks, a setting that the config should give and does not, are each an error that names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from loratools.deltas.base import Delta
+from loratools.deltas.laid import Unsettled
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
+from loratools.families import matches
+from loratools.formats import peft_targets
+from loratools.formats.base import Container, ReadOptions
+from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
+from loratools.formats.peft_targets import Targets, pattern_key, selected, targets_of
+from loratools.formats.peft_values import Values, finite, given, short, unknown
+from loratools.tensorfile import Ref
+
+
+class Found(NamedTuple):
+    """What reading a file gave: its config, its tensors by what they are, their deltas, and what a person should be told."""
+
+    config: Targets
+    tensors: Sorted
+    deltas: dict[str, Delta]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row: `slots` are what follows a module's path in its keys, `shared` what follows `base_model.` in the adapter's own.
+
+    Both are regular expressions. `settings` are the config's fields that decide the arithmetic, `training` those that do not;
+    `refused` fields change it in ways that are not done here, unless null, false or empty. `make` gives a module's deltas by the
+    last component of their tensor's name; a lone delta is its weight's. A weight's delta is that of a linear layer's (out, in)
+    or a convolution's (out, in, *kernel); where the base stores the transpose it is turned.
+    """
+
+    peft_type: str
+    title: str
+    slots: tuple[str, ...]
+    make: Callable[[Part], Delta | Mapping[str, Delta]]
+    shared: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    own_biases: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def grammar(self) -> Callable[[str], Key | None]:
+        """The reading of a key without its prefix."""
+        own = re.compile(rf"(?P<module>.+?)\.(?P<slot>{'|'.join(self.slots)})") if self.slots else None
+        bank = re.compile(rf"base_model\.(?P<slot>{'|'.join(self.shared)})") if self.shared else None
+
+        def read(path: str) -> Key | None:
+            if bank and (match := bank.fullmatch(path)):
+                return Key("", match["slot"])
+            match = own.fullmatch(path) if own else None
+            return Key(match["module"], match["slot"]) if match else None
+
+        return read
+
+
+@dataclass
+class Part:
+    """One module's tensors and settings, as a row's `make` asks for them; what it takes is remembered."""
+
+    path: str
+    module: Module
+    bank: Module
+    config: Mapping[str, Any]
+    used: set[str] = field(default_factory=set)
+    banked: set[str] = field(default_factory=set)
+
+    def __getitem__(self, slot: str) -> Ref:
+        """A tensor that has to be there."""
+        found = self.get(slot)
+        if found is None:
+            near = next(iter(self.module.keys.values()), None)
+            raise FormatError(f"has no {slot} beside it", tensor=near, remedy="the file is incomplete")
+        return found
+
+    def get(self, slot: str) -> Ref | None:
+        """A tensor that may be there."""
+        self.used.add(slot)
+        return self.module.refs.get(slot)
+
+    def slots(self) -> list[str]:
+        """All slots of the module that the file fills, in the file's order."""
+        return list(self.module.refs)
+
+    def shared(self, slot: str, remedy: str = "the file is incomplete") -> Ref:
+        """A tensor of the whole adapter that has to be there."""
+        self.banked.add(slot)
+        if slot not in self.bank.refs:
+            raise FormatError(f"the file has no base_model.{slot}", remedy=remedy)
+        return self.bank.refs[slot]
+
+    def has_shared(self, slot: str) -> bool:
+        return slot in self.bank.refs
+
+    # -- settings; a pattern, where one fits the module, goes before the setting itself
+
+    def number(self, name: str, *, pattern: str | None = None) -> float:
+        value = self._setting(name, pattern)
+        if not finite(value):
+            raise _wrong(name, value, "a number")
+        return float(value)
+
+    def whole(self, name: str, *, pattern: str | None = None) -> int:
+        value = self._setting(name, pattern)
+        if type(value) is not int:
+            raise _wrong(name, value, "a whole number")
+        return value
+
+    def rank(self, name: str, found: int, *, pattern: str | None = "rank_pattern") -> int:
+        """The tensors' rank, which must be the config's where it states one."""
+        stated = self._stated(name, pattern)
+        if stated is not None and stated != found:
+            raise ShapeError("the rank is not the config's", found=found, expected=short(stated))
+        return found
+
+    def listed(self, name: str) -> bool:
+        """Whether a field that selects modules, by any ending of their paths or a regular expression, selects this one."""
+        faults: list[LoratoolsError] = []
+        chosen = Values(self.config, faults).target(name)
+        raise_all(faults)
+        return selected(chosen, self.path) if isinstance(chosen, str) else any(self.path.endswith(ending) for ending in chosen or ())
+
+    def flag(self, name: str, default: bool | None = None) -> bool:
+        value = self.config.get(name, default)
+        if not isinstance(value, bool):
+            raise _wrong(name, value, "true or false")
+        return value
+
+    def word(self, name: str, *known: str) -> str:
+        value = self._setting(name, None)
+        if value not in known:
+            raise _wrong(name, value, " or ".join(known))
+        return str(value)
+
+    def _stated(self, name: str, pattern: str | None) -> Any:
+        table = self.config.get(pattern) if pattern else None
+        if table is not None and not isinstance(table, dict):
+            raise _wrong(str(pattern), table, "regular expressions mapped to values")
+        return (table or {}).get(pattern_key(table or {}, self.path), self.config.get(name))
+
+    def _setting(self, name: str, pattern: str | None) -> Any:
+        value = self._stated(name, pattern)
+        if value is None:
+            remedy = "without it the tensors have no meaning: add what it was trained with"
+            raise FormatError(f"adapter_config.json lacks {name}", remedy=remedy)
+        return value
+
+
+def _wrong(name: str, value: Any, expected: str) -> FormatError:
+    return FormatError(f"adapter_config.json: {name}", found=short(value), expected=expected)
+
+
+def read(container: Container, options: ReadOptions, method: Method) -> Found:
+    """A file of one of peft's methods by its row; every fault is collected."""
+    stated = container.config or {}
+    config = _config(stated, method)
+    found = sort_keys(container, config, method.grammar())
+    bank = found.modules.pop("", Module())
+    deltas: dict[str, Delta] = {}
+    banked: set[str] = set()
+    faults: list[LoratoolsError] = []
+    for path, module in found.modules.items():
+        part = Part(path, module, bank, stated)
+        try:
+            check_targeted(path, module, config, nested=False)
+            for leaf, delta in _made(method, part).items():
+                deltas[f"{path}.{leaf}"] = _laid(f"{path}.{leaf}", delta, options)
+            faults += [_unused(module.keys[slot]) for slot in module.refs if slot not in part.used]
+        except LoratoolsError as error:
+            faults.append(error.at(tensor=next(iter(module.keys.values()))))
+        banked |= part.banked
+    if found.modules and not faults:
+        faults += [_unused(bank.keys[slot]) for slot in bank.refs if slot not in banked]
+    raise_all(faults)
+    return Found(config, found, deltas, method.notes)
+
+
+def _unused(key: str) -> FormatError:
+    return FormatError("not used by this method's formula", tensor=key)
+
+
+def _config(stated: Mapping[str, Any], method: Method) -> Targets:
+    """The fields all methods have, once every field is known to the row."""
+    faults: list[LoratoolsError] = []
+    known = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.refused}
+    faults += [unknown(name) for name, value in stated.items() if name not in known and given(value)]
+    faults += [
+        UnsupportedError(f"{name}: {why}", found=short(stated[name])) for name, why in method.refused.items() if given(stated.get(name))
+    ]
+    values = Values(stated, faults)
+    carried = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training}
+    result = Targets(**targets_of(values, own_biases=method.own_biases, carried=carried))
+    raise_all(faults)
+    return result
+
+
+def _made(method: Method, part: Part) -> Mapping[str, Delta]:
+    made = method.make(part)
+    return {"weight": made} if isinstance(made, Delta) else made
+
+
+def _laid(name: str, delta: Delta, options: ReadOptions) -> Delta:
+    """A weight's delta, turned where the user says its weight is stored transposed, open where nothing tells yet."""
+    if not name.endswith(".weight") or isinstance(delta, LowRank):
+        return delta
+    return Unsettled(delta=delta, transposed=True if matches(name, options.transposed) else None)

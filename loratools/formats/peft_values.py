@@ -1,0 +1,103 @@
+"""Typed reading of an adapter_config.json: each value is what its field allows, or a fault is gathered."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratools.errors import FormatError, LoratoolsError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Values:
+    """A config, its values read by name and type; faults are gathered, not raised."""
+
+    config: Mapping[str, Any]
+    faults: list[LoratoolsError]
+
+    def fault(self, name: str, expected: str) -> None:
+        self.faults.append(FormatError(f"adapter_config.json: {name}", found=short(self.config.get(name)), expected=expected))
+
+    def flag(self, name: str) -> bool:
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.fault(name, "true or false")
+        return value is True
+
+    def number(self, name: str) -> float | None:
+        value = self.config.get(name)
+        if value is None:
+            return None
+        if not finite(value):
+            self.fault(name, "a number")
+            return None
+        return float(value)
+
+    def rank(self, name: str) -> int | None:
+        value = self.config.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            self.fault(name, "a whole number of at least 1")
+            return None
+        return value
+
+    def patterns(self, name: str, *, whole: bool) -> dict[str, Any]:
+        value = self.config.get(name)
+        if value is None:
+            return {}
+        good = isinstance(value, dict) and all((type(v) is int and v > 0) if whole else finite(v) for v in value.values())
+        if not good:
+            self.fault(name, "regular expressions mapped to " + ("ranks" if whole else "numbers"))
+            return {}
+        return {pattern: number for pattern, number in value.items() if self.compiles(name, pattern)}
+
+    def compiles(self, name: str, pattern: str) -> bool:
+        try:
+            re.compile(f"({pattern})")  # as it will be used: flags for the whole have no place in it
+        except re.error as error:
+            self.faults.append(FormatError(f"adapter_config.json: {name}: not a regular expression ({error})", found=pattern))
+            return False
+        return True
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.config.get(name)
+        value = [value] if isinstance(value, str) else value
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            self.fault(name, "a list of names")
+            return ()
+        return tuple(value or ())
+
+    def target(self, name: str) -> Any:
+        value = self.config.get(name)
+        if isinstance(value, str):
+            return value if self.compiles(name, value) else None
+        return self.names(name) or None
+
+    def layers(self, name: str) -> tuple[int, ...] | None:
+        value = self.config.get(name)
+        value = [value] if type(value) is int else value
+        if value is not None and not (isinstance(value, list) and all(type(item) is int for item in value)):
+            self.fault(name, "layer numbers")
+            return None
+        return None if value is None else tuple(value)
+
+
+def given(value: Any) -> bool:
+    """Whether a field says something: it is not null, false or empty; 0 is a value."""
+    return value is not None and value is not False and value not in ("", [], {}, ())
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def unknown(name: str) -> UnsupportedError:
+    remedy = "if it only matters in training, set it to null in adapter_config.json"
+    return UnsupportedError(f"adapter_config.json sets {name}, which this version does not know", remedy=remedy)
+
+
+def finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
