@@ -96,7 +96,8 @@ def targets_of(values: Values, *, own_biases: str | None, carried: Iterable[str]
     saved += tuple(head for head in HEADS.get(str(config.get("task_type")), ()) if head not in saved)
     bias = config.get("bias") or "none"
     if bias not in ("none", "all", own_biases):
-        values.faults.append(FormatError("bias", found=short(bias), expected=" or ".join(("none", "all", *([own_biases] if own_biases else [])))))
+        known = ["none", "all", *([own_biases] if own_biases else [])]
+        values.faults.append(FormatError("bias", found=short(bias), expected=" or ".join(known)))
     return {
         "target": values.target("target_modules"),
         "exclude": values.target("exclude_modules"),

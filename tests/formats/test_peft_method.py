@@ -71,7 +71,7 @@ def test_what_is_no_weight_edit_is_refused_by_name_and_reason(tmp_path: Path, pe
 
 def test_a_type_that_peft_has_not(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "adapter", LOHA, {"peft_type": "LOHAX"})
-    with pytest.raises(FormatError, match="found LOHAX, expected .*LOHA"):
+    with pytest.raises(FormatError, match=r"found LOHAX, expected .*LOHA"):
         load(folder)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratools.errors import NonFiniteError, OptionError
-from loratools.linalg.exact import ExactProduct, _bits
+from loratools.linalg.exact import ExactProduct, ExactRight, _bits
 
 
 def bits(X: Tensor) -> Tensor:
@@ -127,3 +127,23 @@ def test_faults() -> None:
         ExactProduct(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(OptionError):
         ExactProduct(torch.ones(2, 3), torch.ones(3, 2), slices=4)
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 30), st.sampled_from([1.0, 1e-30, 1e30]), st.integers(0, 2**16))
+def test_a_right_hand_factor_gives_the_same_bits_in_any_blocks(rows: int, inner: int, columns: int, size: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(rows, inner, generator=generator, dtype=torch.float64) * size
+    A = torch.randn(inner, columns, generator=generator, dtype=torch.float64)
+    times = ExactRight(A)
+    whole = times(X)
+    assert torch.equal(whole, torch.cat([times(X[start : start + 3]) for start in range(0, rows, 3)]))
+    bound = X.norm(dim=1, keepdim=True) * A.norm(dim=0)  # of the norms' product: √k·2⁻⁴⁵ for these inner sizes
+    assert bool(((whole - X @ A).abs() <= bound * inner**0.5 * 2.0**-43).all())
+    assert bool(((ExactRight(A, slices=3)(X) - X @ A).abs() <= bound * inner**0.5 * 2.0**-50).all())
+
+
+def test_a_right_hand_factor_of_nan_and_a_weight_of_inf() -> None:
+    with pytest.raises(NonFiniteError, match="factor"):
+        ExactRight(torch.tensor([[float("nan")]]))
+    with pytest.raises(NonFiniteError, match="weight"):
+        ExactRight(torch.ones(1, 1))(torch.tensor([[float("inf")]]))

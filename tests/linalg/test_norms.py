@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.linalg.norms import ROWS, WIDTH, column_squares, row_squares
+from loratools.linalg.norms import ROWS, WIDTH, column_squares, row_squares, row_sums
 from tests.files import raw
 from tests.strategies import randn, seeds
 
@@ -62,3 +62,11 @@ def test_empty() -> None:
     assert row_squares(torch.zeros(3, 0, dtype=torch.float64)).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="no rows"):
         column_squares([])
+
+
+@given(st.integers(1, 40), st.integers(1, 400), st.integers(1, 40), seeds)
+def test_sums_of_rows_in_any_blocking(rows: int, columns: int, step: int, seed: int) -> None:
+    X = randn(rows, columns, seed=seed).double()
+    whole = row_sums(X)
+    assert raw(whole) == raw(torch.cat([row_sums(X[start : start + step]) for start in range(0, rows, step)]))
+    assert torch.allclose(whole, X.sum(1), rtol=0, atol=1e-14 * 400)  # of entries of about 1, half a unit each
