@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
-from loratools.errors import ShapeError, UnsupportedError
+from loratools.errors import LoratoolsError, ShapeError, UnsupportedError
 from loratools.tensorfile import Ref, Spec
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Delta(ABC):
         """Whether a weight of this shape can take it."""
         try:
             self.spec(base)
-        except ShapeError:
+        except LoratoolsError:
             return False
         return True
 

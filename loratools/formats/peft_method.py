@@ -197,7 +197,7 @@ def _config(stated: Mapping[str, Any], method: Method) -> Targets:
     """The fields all methods have, once every field is known to the row."""
     faults: list[LoratoolsError] = []
     known = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.refused}
-    faults += [unknown(name) for name, value in stated.items() if name not in known and given(value)]
+    faults += [unknown(name, method.peft_type) for name, value in stated.items() if name not in known and given(value)]
     faults += [
         UnsupportedError(f"{name}: {why}", found=short(stated[name])) for name, why in method.refused.items() if given(stated.get(name))
     ]

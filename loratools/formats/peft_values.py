@@ -94,9 +94,10 @@ def short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-def unknown(name: str) -> UnsupportedError:
+def unknown(name: str, peft_type: str = "LORA") -> UnsupportedError:
     remedy = "if it only matters in training, set it to null in adapter_config.json"
-    return UnsupportedError(f"adapter_config.json sets {name}, which this version does not know", remedy=remedy)
+    fact = f"adapter_config.json sets {name}, which this version does not know" + ("" if peft_type == "LORA" else f" for {peft_type}")
+    return UnsupportedError(fact, remedy=remedy)
 
 
 def finite(value: Any) -> bool:
