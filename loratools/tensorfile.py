@@ -317,7 +317,8 @@ def parse_header(header: bytes, data_bytes: int) -> tuple[dict[str, tuple[Spec, 
         raise
     except (ValueError, RecursionError) as error:
         raise FormatError(f"the header is not JSON: {error}") from None
-    metadata = table.pop("__metadata__", {})
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null, which safetensors' own reader takes for none
     if not isinstance(metadata, dict) or not all(_text(part) for pair in metadata.items() for part in pair):
         raise FormatError("the header's __metadata__ must map strings to strings")
     faults: list[LoratoolsError] = []

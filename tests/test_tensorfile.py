@@ -339,6 +339,16 @@ def test_a_tensor_cannot_take_the_metadatas_name(tmp_path: Path) -> None:
         TensorWriter(tmp_path / "x", {"__metadata__": Spec("U8", (4,))})
 
 
+def test_metadata_that_is_null_is_none(place: Path) -> None:
+    """As MLX writes it; the library's own reader takes it too."""
+    from safetensors import safe_open
+
+    opened = TensorFile(file_of(place, {"__metadata__": None, "a": ENTRY}, bytes(8)))
+    assert opened.metadata == {} and list(opened) == ["a"]
+    with safe_open(place, "np") as theirs:
+        assert theirs.metadata() is None and list(theirs.keys()) == ["a"]
+
+
 def test_a_literal(place: Path) -> None:
     """The format's own bytes, as its README tells them: length, JSON padded to 8 bytes, data."""
     write(place, {"a": (Spec("U8", (2,)), b"\x01\x02")}, {"format": "pt"})
