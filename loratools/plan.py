@@ -18,6 +18,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
 from loratools.families import Family, of_vocabulary
 from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
@@ -142,6 +143,7 @@ def _check_meetings(plan: Plan, known: Mapping[str, Spec]) -> None:
 def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool) -> None:
     """Decide a tied embedding and head: alike they stay tied, else it takes `--untie`, which writes both."""
     embedding, head = tied
+    _follow(plan, tied)
     here = [name for name in tied if name in plan.changes]
     if not here:
         return
@@ -186,6 +188,28 @@ def _share_saved(plan: Plan, tied: tuple[str, str]) -> None:
                 plan.changes[other][0] = (Chain(first=delta.first, then=then), theirs)
 
 
+def _follow(plan: Plan, tied: tuple[str, str]) -> None:
+    """What changes a tied embedding as one table with its head changes the head too, after what was saved of it."""
+    embedding, head = tied
+    following = [(found, strength) for delta, strength in plan.changes.get(embedding, ()) if (found := _following(delta))]
+    there = plan.changes.get(head, [])
+    if not following or any(_following(delta) for delta, _ in there):
+        return
+    if len(there) == len(following) == len(plan.changes[embedding]) == 1 and _replaces(there[0][0]):
+        plan.changes[head] = [(Chain(first=there[0][0], then=following[0][0]), following[0][1])]
+    elif there:
+        raise UnsupportedError(f"trained rows of {embedding} are also those of {head}, which is changed in another way", tensor=head)
+    else:
+        plan.changes[head] = following
+        plan.expected += len(following)
+
+
+def _following(delta: Delta) -> Delta | None:
+    """A change of an embedding that is its tied head's too, apart from a saved tensor beneath it."""
+    inner = delta.then if isinstance(delta, Chain) else delta
+    return inner if inner.follows_tie else None
+
+
 def _alike(one: Applications, other: Applications) -> bool:
     if len(one) != len(other):
         return False
@@ -198,6 +222,8 @@ def _same(one: Delta, other: Delta) -> bool:
         return same_bytes(one.value, other.value)
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return one.scaling == other.scaling and same_bytes(one.A, other.A) and same_bytes(one.B, other.B)
+    if isinstance(one, Rows) and isinstance(other, Rows):
+        return one.indices == other.indices and same_bytes(one.values, other.values)
     if isinstance(one, Chain) and isinstance(other, Chain):
         return _same(one.first, other.first) and _same(one.then, other.then)
     return False

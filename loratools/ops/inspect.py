@@ -128,7 +128,7 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
     joined = adapter.resolve(specs, family)
     if base.quantization:
         warnings.append(f"the base is quantised ({base.quantization}): merge refuses it, and its parameters are counted as stored")
-    if tied and len(touched := [name for name in tied if name in joined]) == 1:
+    if tied and len(touched := [name for name in tied if name in joined]) == 1 and not joined[touched[0]].follows_tie:
         warnings.append(f"{touched[0]} is changed alone, and tied to {tied[1 - tied.index(touched[0])]} in the base: merge needs --untie")
     return joined, specs, warnings
 
