@@ -272,7 +272,9 @@ def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any]) -> 
 
 
 @settings(max_examples=30)
-@given(st.lists(st.tuples(adapters(dtypes=DTYPES), weights), min_size=1, max_size=3), st.sampled_from([{"energy": 0.9}, {"max_error": 0.3}]))
+@given(
+    st.lists(st.tuples(adapters(dtypes=DTYPES), weights), min_size=1, max_size=3), st.sampled_from([{"energy": 0.9}, {"max_error": 0.3}])
+)  # fmt: skip
 def test_the_least_ranks_within_an_error(
     tmp_path_factory: pytest.TempPathFactory, given: list[tuple[Adapter, float]], rule: dict[str, float]
 ) -> None:
