@@ -21,7 +21,7 @@ FLOORS = (
     ("deltas", "rounding", "ulps"),
     ("adapter", "checkpoint", "corrections", "record"),
     ("receipt", "stream", "differences", "factors"),
-    ("changes", "compress", "formats", "inverse", "plan"),
+    ("changes", "compress", "effect", "formats", "inverse", "plan"),
     ("layers",),
     ("ops",),
     ("workflows",),
