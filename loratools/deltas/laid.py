@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratools.deltas.base import Additive, Bound, Delta, Dense, Read
 from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.modulated import Modulated
 from loratools.errors import ShapeError
 from loratools.tensorfile import Ref, Spec
 
@@ -76,7 +77,13 @@ def turned(delta: Delta) -> Delta:
     """
     if isinstance(delta, LowRank | DoRA):
         return delta.transposed()
+    if isinstance(delta, Modulated):
+        return delta.each(_turned_additive)
     return TurnedAdditive(delta=delta) if isinstance(delta, Additive) else Turned(delta=delta)
+
+
+def _turned_additive(delta: Additive) -> Additive:
+    return delta.transposed() if isinstance(delta, LowRank) else TurnedAdditive(delta=delta)
 
 
 def _flipped(base: Spec) -> Spec:

@@ -40,9 +40,10 @@ class Method:
 
     Both are regular expressions. `settings` are the config's fields that decide the arithmetic, `training` those that do not;
     `refused` fields change it in ways that are not done here, unless null, false or empty. `make` gives a module's deltas by the
-    last component of their tensor's name; a lone delta is its weight's. With `tying`, modules that the
-    config does not target may repeat a targeted one's tensors: they are tied to it. A weight's delta is that of a linear layer's (out, in)
-    or a convolution's (out, in, *kernel); where the base stores the transpose it is turned.
+    last component of their tensor's name; a lone delta is its weight's. A weight's delta is that of a linear layer's (out, in)
+    or a convolution's (out, in, *kernel); where the base stores the transpose it is turned. `conv1d`: whether peft puts the method on
+    such layers, transformers' `Conv1D`, at all. With `tying`, modules that the config does not target may repeat a targeted one's
+    tensors: they are tied to it.
     """
 
     peft_type: str
@@ -55,6 +56,7 @@ class Method:
     refused: Mapping[str, str] = field(default_factory=dict)
     own_biases: str | None = None
     tying: bool = False
+    conv1d: bool = True
     notes: tuple[str, ...] = ()
 
     def grammar(self) -> Callable[[str], Key | None]:
@@ -188,7 +190,7 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
         try:
             check_targeted(path, module, config, nested=False)
             for leaf, delta in _made(method, part).items():
-                deltas[f"{path}.{leaf}"] = _laid(f"{path}.{leaf}", delta, options)
+                deltas[f"{path}.{leaf}"] = _laid(f"{path}.{leaf}", delta, method, options)
             faults += [_unused(module.keys[slot]) for slot in module.refs if slot not in part.used]
         except LoratoolsError as error:
             faults.append(error.at(tensor=next(iter(module.keys.values()))))
@@ -236,8 +238,8 @@ def _made(method: Method, part: Part) -> Mapping[str, Delta]:
     return {"weight": made} if isinstance(made, Delta) else made
 
 
-def _laid(name: str, delta: Delta, options: ReadOptions) -> Delta:
+def _laid(name: str, delta: Delta, method: Method, options: ReadOptions) -> Delta:
     """A weight's delta, turned where the user says its weight is stored transposed, open where nothing tells yet."""
-    if not name.endswith(".weight") or isinstance(delta, LowRank | Rows):
+    if not name.endswith(".weight") or isinstance(delta, LowRank | Rows | Unsettled):
         return delta
-    return Unsettled(delta=delta, transposed=True if matches(name, options.transposed) else None)
+    return Unsettled(delta=delta, transposed=True if matches(name, options.transposed) else None if method.conv1d else False)

@@ -18,9 +18,9 @@ def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exponent(X: Tensor, axis: int) -> Tensor:
-    """Per row (axis 1) or column (axis 0) the least e with |x| < 2**e, as int64 with the axis kept; 0 for zeros."""
+    """Per row (axis 1 or -1) or column (axis 0 or -2) the least e with |x| < 2**e, as int64 with the axis kept; 0 for zeros."""
     if not X.shape[axis]:
-        return torch.zeros(tuple(1 if i == axis else size for i, size in enumerate(X.shape)), dtype=torch.int64, device=X.device)
+        return torch.zeros(tuple(1 if i == axis % X.ndim else size for i, size in enumerate(X.shape)), dtype=torch.int64, device=X.device)
     largest = torch.maximum(X.amax(axis, keepdim=True), -X.amin(axis, keepdim=True))  # no copy of |X|
     return torch.frexp(largest).exponent.to(torch.int64)
 

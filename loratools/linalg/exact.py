@@ -10,6 +10,8 @@ multiplication and its applications", Numerical Algorithms 59, 2012. Derivation:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,8 @@ class ExactRight:
 
     Slices of X keep a row to 2⁻²⁶ of its norm, those of A a column, as in `ExactProduct`, but nothing is balanced: rows of X come
     later. For a W that is multiplied from the right. The error of an element is about √k · 2⁻²⁶⁻ᵇ of the norms' product, b the bits
-    of a second slice: 2⁻⁴⁰ at k = 4096 with the default two slices, 2⁻⁵⁰ with three.
+    of a second slice: 2⁻⁴⁰ at k = 4096 with the default two slices, 2⁻⁵⁰ with three. Several products side by side are one: A
+    (count, k, n) takes X (count, m, k).
 
     Raises NonFiniteError for an A, or later an X, that holds inf or nan.
 
@@ -86,22 +89,40 @@ class ExactRight:
     def __init__(self, A: Tensor, *, slices: int = 2) -> None:
         if not torch.isfinite(A).all():
             raise NonFiniteError("a factor holds inf or nan")
-        self.slices, self.bits, self._width = slices, _bits(A.shape[0]), A.shape[0]
+        self.slices, self.bits, self._width = slices, _bits(A.shape[-2]), A.shape[-2]
         right = A.to(torch.float64)
-        rights = _sliced(right, _norm_exponent(right, 0) - _NORM, self.bits, slices)
-        self._right = torch.cat(rights[::-1], dim=0)
+        rights = _sliced(right, _norm_exponent(right, -2) - _NORM, self.bits, slices)
+        self._right = torch.cat(rights[::-1], dim=-2)
 
     def __call__(self, X: Tensor) -> Tensor:
         """X (m, k) @ A, (m, n) in float64."""
         if not torch.isfinite(X).all():
             raise NonFiniteError("a weight holds inf or nan")
         wide = X.to(torch.float64)
-        left = torch.cat(_sliced(wide, _norm_exponent(wide, 1) - _NORM, self.bits, self.slices), dim=1)
+        left = torch.cat(_sliced(wide, _norm_exponent(wide, -1) - _NORM, self.bits, self.slices), dim=-1)
         width = self._width
-        result = torch.mm(left[:, :width], self._right[(self.slices - 1) * width :])
+        result = torch.matmul(left[..., :width], self._right[..., (self.slices - 1) * width :, :])
         for order in range(2, self.slices + 1):
-            result.add_(torch.mm(left[:, : order * width], self._right[(self.slices - order) * width :]))
+            result.add_(torch.matmul(left[..., : order * width], self._right[..., (self.slices - order) * width :, :]))
         return result.add_(0.0)
+
+
+def from_left(B: Tensor, blocks: Iterable[tuple[slice, Tensor]], *, slices: int = 2) -> Tensor:
+    """B @ X in float64, of an X that comes in blocks of rows: one product a block, added in their order.
+
+    B is (r, m), the blocks together (m, n). The bits depend on where the blocks begin, so a caller always asks for the same.
+
+    >>> halves = [(slice(0, 1), torch.tensor([[3.0]])), (slice(1, 2), torch.tensor([[4.0]]))]
+    >>> from_left(torch.tensor([[1.0, 2.0]]), halves).tolist()
+    [[11.0]]
+    """
+    total: Tensor | None = None
+    for part, X in blocks:
+        term = ExactProduct(B[:, part], X, slices=slices).rows(0, B.shape[0])
+        total = term if total is None else total.add_(term)
+    if total is None:
+        raise OptionError("a product with no rows")
+    return total
 
 
 def _bits(rank: int) -> int:
@@ -123,7 +144,7 @@ def _checked(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm_exponent(X: Tensor, axis: int) -> Tensor:
-    """Per row (axis 1) or column (axis 0) an e with norm < 2**e, at most one too large, the same for any order of its entries.
+    """Per row (axis 1 or -1) or column (axis 0 or -2) an e with norm < 2**e, at most one too large, the same for any order of its entries.
 
     Entries are rounded up to 20 bits of the largest, so that their squares sum exactly: integers up to 2**52 at rank 4096.
     """
