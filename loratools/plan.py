@@ -20,7 +20,7 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
-from loratools.families import Family, of_vocabulary
+from loratools.families import of_vocabulary
 from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
 from loratools.tensorfile import Spec, same_bytes
 
@@ -85,7 +85,7 @@ def make_plan(
             "the base's weights are quantised", file=checkpoint.path, found=checkpoint.quantization,
             remedy="merge into the original 16- or 32-bit weights",
         )  # fmt: skip
-    family = Family(checkpoint.config, embeddings, transposed)
+    family = checkpoint.family(embeddings, transposed)
     tied = family.tied(checkpoint)
     known = dict(checkpoint.specs)
     if tied and tied[1] not in known:
@@ -103,6 +103,7 @@ def make_plan(
     _check_meetings(plan, known)
     if tied:
         _tie(plan, checkpoint, tied, untie)
+    _check_shared(plan, checkpoint, untie)
     for name, applications in plan.changes.items():
         _note_shape(plan, checkpoint, name, applications)
     _check_vocabulary(plan, checkpoint)
@@ -172,6 +173,17 @@ def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool)
         if name not in checkpoint and source in checkpoint and name != source:
             plan.sources[name] = source
             plan.changes.setdefault(name, [])
+
+
+def _check_shared(plan: Plan, checkpoint: Checkpoint, untie: bool) -> None:
+    """Names of one tensor in a pickle are changed alike, or `--untie` makes them tensors of their own."""
+    for names in checkpoint.shared:
+        here = [name for name in names if name in plan.changes]
+        if here and not untie and not all(name in here and _alike(plan.changes[here[0]], plan.changes[name]) for name in names):
+            raise UnsupportedError(
+                f"one tensor in the base's file under the names {', '.join(names)}, and the adapter changes {', '.join(here)}",
+                file=checkpoint.path, tensor=here[0], remedy="give --untie to make each a tensor of its own",
+            )  # fmt: skip
 
 
 def _share_saved(plan: Plan, tied: tuple[str, str]) -> None:

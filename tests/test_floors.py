@@ -18,7 +18,7 @@ FLOORS = (
     ("errors",),
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
     ("families", "quantized", "tensors", "tensorwriter", "weightfiles"),
-    ("deltas", "rounding", "ulps"),
+    ("deltas", "rounding", "torchfile", "ulps"),
     ("adapter", "checkpoint", "corrections", "record"),
     ("receipt", "stream", "differences", "factors"),
     ("compress", "formats", "inverse", "plan"),

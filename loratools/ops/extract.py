@@ -125,7 +125,8 @@ def _output(path: Path) -> dict[str, Any]:
 def _notes(work: Extraction, beside: Sequence[str]) -> list[str]:
     pair = work.pair
     saved = Counter(change.reason for change in work.changes.values() if isinstance(change.delta, Replacement))
-    notes = [f"saved whole: {count} tensors ({reason})" for reason, count in saved.items()]
+    notes = [f"{checkpoint.path}: {note}" for checkpoint in (pair.base, pair.tuned) for note in checkpoint.notes]
+    notes += [f"saved whole: {count} tensors ({reason})" for reason, count in saved.items()]
     if beside:
         notes.append(f"saved too, unchanged, for the format saves whole modules: {', '.join(beside)}")
     tie = work.tied()

@@ -23,9 +23,9 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
 from loratools.families import Family
 from loratools.formats import FORMATS, load
-from loratools.formats.base import CONFIG, PICKLES, open_container, read_options
+from loratools.formats.base import CONFIG, open_container, read_options
 from loratools.tensorfile import FLOATS, Ref, Spec
-from loratools.weightfiles import INDEX, SINGLE
+from loratools.weightfiles import SINGLE, is_index
 
 LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
@@ -73,10 +73,8 @@ def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
         return (path / CONFIG).is_file() or any(path.glob("adapter_model.*"))
-    if path.name in SINGLE or path.name.endswith(INDEX):
+    if path.name in SINGLE or is_index(path.name):
         return False
-    if path.suffix in PICKLES:
-        return True
     if path.suffix == ".json":
         return path.name == CONFIG
     container = open_container(path)
@@ -260,7 +258,7 @@ def _spectrum(delta: Delta) -> dict[str, Any]:
 
 
 def _checkpoint(checkpoint: Checkpoint, *, values: bool) -> dict[str, Any]:
-    specs, warnings = checkpoint.specs, list[str]()
+    specs, warnings = checkpoint.specs, list(checkpoint.notes)
     if checkpoint.quantization:
         warnings.append(f"its weights are quantised ({checkpoint.quantization}): merge refuses them, and parameters are counted as stored")
     strays = [name for name in specs if _ADAPTER_KEY.search(name)]

@@ -81,7 +81,7 @@ def merge(
         transposed=tuple(transposed), embeddings=tuple(embedding),
     )  # fmt: skip
     if reversible:
-        check_recordable(loaded)
+        check_recordable(checkpoint, loaded)
     code = dtype_code(dtype) if dtype else None
     statistics: dict[str, Statistics] = {}
     changes, added = changes_of(checkpoint, plan, statistics, dtype=code, device=device, full=full_report)
@@ -153,5 +153,5 @@ def _fill(
     receipt.expected = plan.expected
     receipt.applied = plan.without_effect + sum(statistic.applied for statistic in statistics.values())
     receipt.tensors = [statistic.row(name) for name, statistic in statistics.items()]
-    receipt.left_out, receipt.changed_files, receipt.notes = done.left_out, done.changed_files, plan.notes
+    receipt.left_out, receipt.changed_files, receipt.notes = done.left_out, done.changed_files, checkpoint.notes + done.notes + plan.notes
     receipt.history = history_of(checkpoint)

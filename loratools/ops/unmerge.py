@@ -19,6 +19,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint, weights_entry
 from loratools.corrections import corrected, inflated, segments
 from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError
+from loratools.families import Family
 from loratools.formats import load
 from loratools.formats.base import read_options
 from loratools.inverse import Inverse
@@ -93,6 +94,10 @@ class _Described(Mapping[str, Ref]):
     refs: Mapping[str, Ref]
     quantization: str | None = None
     single: bool = False
+    shared: tuple[tuple[str, ...], ...] = ()
+
+    def family(self, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> Family:
+        return Family(self.config, embeddings, transposed)
 
     def __getitem__(self, name: str) -> Ref:
         return self.refs[name]
