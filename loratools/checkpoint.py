@@ -107,6 +107,11 @@ class Checkpoint(Mapping[str, Ref]):
         return Family(self.config, embeddings, transposed)
 
     @property
+    def parts(self) -> Mapping[str, Checkpoint]:
+        """The models it is made of, by what their tensors' names begin with: itself, unless it is a pipeline."""
+        return {"": self}
+
+    @property
     def unlike(self) -> str | None:
         """What makes its output's files or tensors others than its own, in words, if anything does."""
         pickled = next((name for name in self.files if name.endswith(PICKLES)), None)

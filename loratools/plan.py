@@ -38,6 +38,24 @@ class Plan:
     expected: int = 0
     without_effect: int = 0  # deltas at strength 0, saved twice alike, or of a head that stays tied
 
+    def within(self, prefix: str) -> Plan:
+        """The plan of one model of a pipeline, under the model's own names; a plain model's is the plan itself."""
+        if not prefix:
+            return self
+        return Plan({name.removeprefix(prefix): found for name, found in self.changes.items() if name.startswith(prefix)})
+
+    def put_back(self, prefix: str, inner: Plan) -> None:
+        """Take over what was decided for that model."""
+        if inner is self:
+            return
+        self.changes = {name: found for name, found in self.changes.items() if not name.startswith(prefix)}
+        self.changes |= {prefix + name: found for name, found in inner.changes.items()}
+        self.sources |= {prefix + name: prefix + source for name, source in inner.sources.items()}
+        self.config |= {prefix + key: value for key, value in inner.config.items()}
+        self.notes += [f"{prefix.rstrip('.')}: {note}" for note in inner.notes]
+        self.expected += inner.expected
+        self.without_effect += inner.without_effect
+
 
 def split_strength(item: str | Path | Adapter) -> tuple[str | Path | Adapter, float]:
     """`path:strength` as (path, strength); an existing path of that very name wins, and no strength is 1.
@@ -86,10 +104,9 @@ def make_plan(
             remedy="merge into the original 16- or 32-bit weights",
         )  # fmt: skip
     family = checkpoint.family(embeddings, transposed)
-    tied = family.tied(checkpoint)
     known = dict(checkpoint.specs)
-    if tied and tied[1] not in known:
-        known[tied[1]] = known[tied[0]]
+    for embedding, head in family.ties(checkpoint):
+        known.setdefault(head, known[embedding])
     plan = Plan()
     for adapter, strength in adapters:
         resolved = adapter.resolve(known, family, renames=renames, allow_unmatched=allow_unmatched)
@@ -101,6 +118,25 @@ def make_plan(
             else:
                 plan.changes.setdefault(name, []).append((delta, strength))
     _check_meetings(plan, known)
+    _check_places(plan, checkpoint)
+    for prefix, part in checkpoint.parts.items():
+        inner = plan.within(prefix)
+        _settle(inner, part, part.family(embeddings, transposed).tied(part), untie)
+        plan.put_back(prefix, inner)
+    if checkpoint.single and plan.config:
+        plan.notes.append("the output is one file; the config.json it is used with needs " + json.dumps(plan.config))
+    return plan
+
+
+def _check_places(plan: Plan, checkpoint: Checkpoint) -> None:
+    """A tensor that is new to a pipeline belongs to one of its models."""
+    stray = [name for name in plan.changes if not name.startswith(tuple(checkpoint.parts))]
+    fact, expected, remedy = "new, and of no model of the pipeline", ", ".join(checkpoint.parts), "give --rename OLD=NEW"
+    raise_all(MatchError(fact, file=checkpoint.path, tensor=name, expected=expected, remedy=remedy) for name in stray)
+
+
+def _settle(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str] | None, untie: bool) -> None:
+    """What the model that the tensors are of decides: ties, new shapes, vocabularies."""
     if tied:
         _tie(plan, checkpoint, tied, untie)
     _check_shared(plan, checkpoint, untie)
@@ -108,9 +144,6 @@ def make_plan(
         _note_shape(plan, checkpoint, name, applications)
     _check_vocabulary(plan, checkpoint)
     _check_rows(plan, checkpoint)
-    if checkpoint.single and plan.config:
-        plan.notes.append("the output is one file; the config.json it is used with needs " + json.dumps(plan.config))
-    return plan
 
 
 def _replaces(delta: Delta) -> bool:

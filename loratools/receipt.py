@@ -73,8 +73,11 @@ def receipt_path(out: Path, *, folder: bool) -> Path:
 
 
 def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The receipts that lie with a checkpoint, oldest first: what was done to it before."""
-    return _history_at(receipt_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single))
+    """The receipts that lie with a checkpoint, or with the models of a pipeline, oldest first: what was done to it before."""
+    if checkpoint.single:
+        return _history_at(receipt_path(checkpoint.path, folder=False))
+    folders = dict.fromkeys([checkpoint.folder, *(part.folder for part in checkpoint.parts.values())])
+    return [entry for folder in folders for entry in _history_at(receipt_path(folder, folder=True))]
 
 
 def adapter_history(adapter: Adapter) -> list[dict[str, Any]]:

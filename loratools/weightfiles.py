@@ -14,6 +14,7 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, Unsupp
 from loratools.jsonfile import read_json
 from loratools.sidefiles import RECORD, WEIGHTS
 
+PIPELINE = "model_index.json"
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
 _INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
@@ -60,9 +61,14 @@ def model_file(path: Path) -> str:
     raise _unclear(path, found)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has weights of a kind that can be opened."""
+    return folder.is_dir() and bool(_models(folder))
+
+
 def _models(folder: Path) -> list[str]:
     """The files that are a model each, of the first kind there is any of."""
-    if (folder / "model_index.json").is_file():
+    if (folder / PIPELINE).is_file():
         return []
     # a link to nothing is there, and fails when opened
     present = sorted(path.name for path in folder.iterdir() if not path.is_dir() and _may_be_weights(path.name))
@@ -89,7 +95,7 @@ def _usual(single: str, present: list[str]) -> str | None:
 def _unclear(folder: Path, found: list[str]) -> LoratoolsError:
     if found:
         return AmbiguousError("holds several models", file=folder, found=", ".join(found[:4]), remedy="name one of them as the path")
-    if (folder / "model_index.json").is_file():
+    if (folder / PIPELINE).is_file():
         return AmbiguousError("a pipeline of several models", file=folder, remedy="name one of its folders, such as unet/ or transformer/")
     if (folder / "adapter_config.json").is_file():
         return FormatError("an adapter, where a model was expected", file=folder)

@@ -114,7 +114,7 @@ FOLDERS: list[Case] = [
     ("the adapter's file as base", instead(base=FACTORS), (FACTORS, "none of the adapter's 4 weights is in the base")),
     ("the base as adapter", instead(adapter="base"), ("base: no adapter in it", "a model rather than an adapter")),
     ("the base's file as adapter", instead(adapter=BASE), (BASE, "no format that loratools reads", "lm_head.weight")),
-    ("a pipeline", pipeline, ("base: a pipeline of several models", "unet/")),
+    ("a pipeline that lists nothing", pipeline, ("base: a pipeline none of whose folders holds weights",)),
     ("several models", two_models, ("base: holds several models", "one.safetensors, two.safetensors")),
     ("two models of two libraries", put("base/diffusion_pytorch_model.safetensors", b""), ("base: holds several models",)),
     ("only weights of another kind", moved(BASE, "base/tf_model.h5"), ("base: no model of safetensors or torch", "tf_model.h5")),

@@ -27,6 +27,7 @@ from loratools.jsonfile import read_json
 from loratools.ops._approximate import approximate as subtract
 from loratools.ops._recording import Factors, wide
 from loratools.output import check_output, whole
+from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
 from loratools.record import Record, record_path
@@ -66,7 +67,7 @@ def unmerge(
     count = threads or pool.default_threads()
     if count < 1:
         raise OptionError("--threads", found=count, expected="at least 1")
-    checkpoint = Checkpoint(merged)
+    checkpoint = open_checkpoint(merged)
     if checkpoint.single and target.suffix != ".safetensors":
         raise OptionError("a model that is one file gives one file", found=target.name, expected="OUT with the ending .safetensors")
     path = record_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
@@ -95,6 +96,10 @@ class _Described(Mapping[str, Ref]):
     quantization: str | None = None
     single: bool = False
     shared: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def parts(self) -> dict[str, _Described]:
+        return {"": self}
 
     def family(self, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> Family:
         return Family(self.config, embeddings, transposed)
