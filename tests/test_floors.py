@@ -17,10 +17,10 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
-    ("families", "quantized", "tensors", "tensorwriter", "weightfiles"),
-    ("deltas", "rounding", "ulps"),
+    ("alignment", "families", "quantized", "tensors", "tensorwriter", "weightfiles"),
+    ("deltas", "rounding", "torchfile", "ulps"),
     ("adapter", "checkpoint", "corrections", "record"),
-    ("receipt", "stream", "differences", "factors"),
+    ("receipt", "stream", "differences", "factors", "pipeline"),
     ("changes", "compress", "effect", "formats", "inverse", "plan"),
     ("layers",),
     ("ops",),
