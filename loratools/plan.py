@@ -324,7 +324,7 @@ def _vocabulary(checkpoint: Checkpoint) -> Any:
     return {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get("vocab_size")
 
 
-def _supplied(name: str, application: tuple[Delta, float], checkpoint: Checkpoint) -> tuple[Delta, float]:
+def supplied(name: str, application: tuple[Delta, float], checkpoint: Checkpoint) -> tuple[Delta, float]:
     """A delta with the base's other tensors that it reads. Raises MatchError where the base lacks one."""
     delta, strength = application
     if not delta.beside:
@@ -355,7 +355,7 @@ def changes_of(
         assert spec is not None
         target = Spec(dtype, spec.shape) if dtype and spec.floating else spec
         statistics[name] = Statistics(kinds=tuple(delta.kind for delta, _ in applications), full=full)
-        applied = Applied(source, target, tuple(_supplied(name, item, checkpoint) for item in applications), device, block)
+        applied = Applied(source, target, tuple(supplied(name, item, checkpoint) for item in applications), device, block)
         place = changes if name in checkpoint else added
         place[name] = Change(target, partial(apply_blocks, applied, statistics[name]))
     if dtype:
