@@ -40,11 +40,12 @@ def _errors(rows: list[Row]) -> list[tuple[str, str]]:
     def total(which: str, some: list[Row]) -> float:
         return math.sqrt(math.fsum(row["share"] * row[which] ** 2 for row in some) / held)
 
-    bounded = all(row["optimal_error"] is not None for row in known)
-    best = total("optimal_error", known) if bounded else None
-    error = total("error", known)
-    text = f"{number(error)} of ‖W' − W‖ as stored" if error else "none: as stored it is what was computed"
-    text += "" if best is None else f"; the best possible at these ranks is {number(best)}" if best else ", by rounding alone" if error else ""
+    error, text = total("error", known), "none: as stored it is what was computed"
+    if error:
+        bounded = all(row["optimal_error"] is not None for row in known)
+        best = total("optimal_error", known) if bounded else None
+        beside = "no bound of the best is known" if best is None else f"the best possible at these ranks is {number(best)}"
+        text = f"{number(error)} of ‖W' − W‖ as stored; {'rounding alone' if best == 0 else beside}"
     pairs = [("error", text)]
     plain = [row for row in known if "plain_error" in row]
     pairs += [("without m", f"{number(total('plain_error', plain))} at best, with factors of these ranks alone")] if plain else []

@@ -24,7 +24,7 @@ def moved(delta: Delta, weight: Ref | None) -> tuple[dict[str, Any], list[str]]:
     (`base`) and of m/‖W + ΔW‖ − 1 (`changed`), the nearest first.
     """
     if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
-        delta, weight = delta.then, delta.first.value
+        weight, delta = delta.first.value, delta.then
     if not isinstance(delta, DoRA | FlatDoRA) or weight is None:
         return {}, []
     import torch

@@ -23,5 +23,5 @@ def to_dense(case: Case, options: Options) -> Job | None:
 def _dense(case: Case, options: Options) -> Converted:
     case = case.decided(options.device)
     assert case.weight is not None
-    made = Made(case.effect(options.device), options.code or wide_code(case.weight.spec.dtype))
+    made = Made(case.effect(options.device), options.code or wide_code(case.weight.spec.dtype), case.name)
     return Converted(delta=Full(diff=made), made=made)

@@ -19,7 +19,7 @@ from loratools.deltas.flat import FlatDoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.magnitudes import AXES, norms
 from loratools.effect import Effect, Made, square
-from loratools.errors import NotExpressible, OptionError, UnsupportedError
+from loratools.errors import NonFiniteError, NotExpressible, OptionError, UnsupportedError
 from loratools.ops._case import Case, Converted, Job, check_form, factored, needs_base
 from loratools.ops._convert_options import Options
 from loratools.tensors import read_tensor, to_ref
@@ -92,6 +92,10 @@ def _with_magnitude(case: Case, axis: str, options: Options) -> Converted:
 
 
 def _check_lengths(norm: Tensor, axis: str) -> None:
+    import torch
+
+    if not bool(torch.isfinite(norm).all()):
+        raise NonFiniteError("W + ΔW holds inf or nan", remedy="look at adapter and base with inspect --values")
     empty = (norm == 0).nonzero().flatten().tolist()
     if empty:
         found = f"{AXES[axis]} {', '.join(map(str, empty[:4]))}{', …' if len(empty) > 4 else ''}"

@@ -103,8 +103,8 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
         if spectra:
             rows[name] |= _spectrum(delta)
         if base is not None and not base.quantization:
-            more, odd = moved(delta, weights.get(name))
-            rows[name] |= more
+            told, odd = moved(delta, weights.get(name))
+            rows[name] |= told
             warnings += [f"{name}: {text}" for text in odd]
     base_parameters = sum(spec.numel for spec in base.specs.values()) if base is not None else None
     return {
