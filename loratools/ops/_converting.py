@@ -98,7 +98,7 @@ class Conversion:
         if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
             weight, delta = delta.first.value, delta.then
         if delta.beside and self.weights.checkpoint is not None:
-            delta, _ = supplied(name, (delta, 1.0), self.weights.checkpoint)
+            delta = supplied(name, delta, self.weights.checkpoint)
         case = case_of(name, delta, weight, self.weights.family)
         job = (_MAKERS[self.options.kind] if self.options.kind else to_axis)(case, self.options)
         if job and weight is self.weights.get(name) and weight and (self.options.kind == "dora" or not isinstance(case.delta, Additive)):
