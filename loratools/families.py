@@ -184,6 +184,10 @@ class Families(Family):
         return (Family({}), name) if prefix is None else (self.members[prefix], name.removeprefix(prefix))
 
     @property
+    def types(self) -> tuple[str, ...]:
+        return tuple(kind for member in self.members.values() for kind in member.types)
+
+    @property
     def tells_transposed(self) -> bool:
         return bool(self.more_transposed) or any(member.tells_transposed for member in self.members.values())
 

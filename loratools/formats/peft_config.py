@@ -115,4 +115,7 @@ def _parameters(values: Values) -> dict[str, Any]:
         values.fault("lora_B_layout", " or ".join(PACKINGS))
     if version is not None and not isinstance(version, str):
         values.fault("peft_version", "a version")
+    if isinstance(values.config.get("target_parameters"), str):  # peft takes no regular expression here
+        values.fault("target_parameters", "a list of names")
+        return {}
     return {"parameters": values.names("target_parameters"), "packing": packing, "version": version}

@@ -286,6 +286,7 @@ def test_every_change_of_a_file_is_an_error(tmp_path: Path) -> None:
         ({"lora_bias": True}, "target_parameters and lora_bias exclude each other"),
         ({"fan_in_fan_out": True}, "target_parameters and fan_in_fan_out exclude each other"),
         ({"layer_replication": [[0, 1]]}, "layer_replication: repeats layers"),
+        ({"target_parameters": "mlp.experts.*"}, r"target_parameters: found 'mlp\.experts\.\*', expected a list of names"),
         ({"target_parameters": 3}, r"target_parameters: found 3, expected a list of names"),
         ({"peft_version": 21}, r"peft_version: found 21, expected a version"),
         ({"r": 4}, r"the rank (of each of 4 experts )?is not the config's: found 3, expected 4"),
