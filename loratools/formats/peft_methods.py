@@ -28,8 +28,8 @@ NOT_WEIGHTS = {
     "SHADOW": "runs a second network beside the layers: no weight edit",
 }
 NOT_TOLD = {
-    "ADAMSS": "which rows of a weight each of its subspaces changes is not in the file: peft clusters the base's singular vectors again, "
-    "and the last bits of a machine decide where rows go",
+    "ADAMSS": "which rows of a weight each of its subspaces changes is not in the file: peft clusters the base's singular vectors again "
+    "(scikit-learn's k-means), and nothing tells whether that finds the rows it was trained with",
 }
 GONE = {"BONE": "peft replaced it by MISS in 0.17 and no longer reads it: convert it with the peft that wrote it"}
 
