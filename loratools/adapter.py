@@ -103,7 +103,7 @@ class Adapter(Mapping[str, Delta]):
                 faults.append(error.at(file=self.path, tensor=name))
         if not faults and not allow_unmatched:
             faults += renamed._missing(base, settled)
-        if allow_unmatched and any(aligned[name].draws for name in aligned if name not in matched):
+        if allow_unmatched and any(delta.draws and not delta.draws[0].out for name, delta in aligned.items() if name not in matched):
             what = "random projections as large as all its layers need, and the base lacks some"
             faults.append(UnsupportedError(what, file=self.path, remedy="give the base that it was trained on"))
         raise_all(faults)

@@ -29,7 +29,9 @@ class Bank(ABC):
     width: int = 0
 
     def sized(self, shapes: Iterable[tuple[int, ...]]) -> Self:
-        """The same bank for layers of these (out, in)."""
+        """The same bank for layers of these (out, in); one that has its sizes keeps them."""
+        if self.out:
+            return self
         outs, widths = zip(*shapes, strict=True)
         return replace(self, out=max(outs), width=max(widths))
 
