@@ -227,16 +227,18 @@ def _after(saved: Replacement, then: Delta | None) -> Delta:
     return saved if then is None else Chain(first=saved, then=then)
 
 
-def _expectation(config: Targets, names: Iterable[str], *, some: bool) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
+def _expectation(config: Targets, deltas: Mapping[str, Delta], *, some: bool) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
     """What the config promises of a base: each tensor of a module it saves, and where it targets several layers alike, all of them.
 
     A base may hold more than the model that was trained (a head of another task, a vision tower): a target or bias is
     promised where another layer of the file has its like, or the config names the module in full; so is the bias of a module
-    with LoRA, where biases are saved, unless the file itself lists which (`some`).
+    with LoRA, where biases are saved, unless the file itself lists which (`some`). Where a bank is drawn as large as all targets need
+    it, every target is promised.
     """
     biases = "none" if some else config.bias
-    kin = {_unnumbered(name) for name in names}
+    kin = {_unnumbered(name) for name in deltas}
     modules = {name.rpartition(".")[0] for name in kin}
+    every = config.target != "all-linear" and any(delta.draws for delta in deltas.values())
 
     def alike(name: str) -> bool:
         shape = _unnumbered(name)
@@ -249,7 +251,7 @@ def _expectation(config: Targets, names: Iterable[str], *, some: bool) -> Callab
             if (
                 config.saves(module)
                 or (matrix and config.names(module))
-                or (matrix and config.target is not None and config.targets(module) and alike(name))
+                or (matrix and config.target is not None and config.targets(module) and (every or alike(name)))
                 or (config.parameter(name) and spec.floating and len(spec.shape) in (2, 3) and _unnumbered(module) in modules)
                 or (leaf == "bias" and biases == "all" and alike(name))
                 or (leaf == "bias" and biases != "none" and config.targets(module) and alike(f"{module}.weight"))

@@ -7,7 +7,7 @@ row lacks, a setting that the config should give and does not, are each an error
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,11 +39,11 @@ class Method:
     """A row: `slots` are what follows a module's path in its keys, `shared` what follows `base_model.` in the adapter's own.
 
     Both are regular expressions. `settings` are the config's fields that decide the arithmetic, `training` those that do not;
-    `refused` fields change it in ways that are not done here, unless null, false or empty. `make` gives a module's deltas by the
-    last component of their tensor's name; a lone delta is its weight's. A weight's delta is that of a linear layer's (out, in)
-    or a convolution's (out, in, *kernel); where the base stores the transpose it is turned. `conv1d`: whether peft puts the method on
-    such layers, transformers' `Conv1D`, at all. With `tying`, modules that the config does not target may repeat a targeted one's
-    tensors: they are tied to it.
+    `refused` fields change it in ways that are not done here, unless null, false or empty; `needed` ones have to be true, or the file
+    lacks what the formula needs. `make` gives a module's deltas by the last component of their tensor's name; a lone delta is its
+    weight's. A weight's delta is that of a linear layer's (out, in) or a convolution's (out, in, *kernel); where the base stores the
+    transpose it is turned. `conv1d`: whether peft puts the method on such layers, transformers' `Conv1D`, at all. With `tying`, modules
+    that the config does not target may repeat a targeted one's tensors: they are tied to it.
     """
 
     peft_type: str
@@ -54,6 +54,7 @@ class Method:
     settings: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    needed: Mapping[str, str] = field(default_factory=dict)
     own_biases: str | None = None
     tying: bool = False
     conv1d: bool = True
@@ -75,12 +76,17 @@ class Method:
 
 @dataclass
 class Part:
-    """One module's tensors and settings, as a row's `make` asks for them; what it takes is remembered."""
+    """One module's tensors and settings, as a row's `make` asks for them; what it takes is remembered, and what it notes.
+
+    `paths` are those of all modules that the file adapts.
+    """
 
     path: str
     module: Module
     bank: Module
     config: Mapping[str, Any]
+    paths: Collection[str] = ()
+    notes: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     banked: set[str] = field(default_factory=set)
 
@@ -181,12 +187,12 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
     config = _config(stated, method)
     found = sort_keys(container, config, method.grammar())
     bank = found.modules.pop("", Module())
-    notes = method.notes + (_without_copies(found, config) if method.tying else ())
+    notes = dict.fromkeys(method.notes + (_without_copies(found, config) if method.tying else ()))
     deltas: dict[str, Delta] = {}
     banked: set[str] = set()
     faults: list[LoratoolsError] = []
     for path, module in found.modules.items():
-        part = Part(path, module, bank, stated)
+        part = Part(path, module, bank, stated, found.modules)
         try:
             check_targeted(path, module, config, nested=False)
             for leaf, delta in _made(method, part).items():
@@ -195,10 +201,11 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
         except LoratoolsError as error:
             faults.append(error.at(tensor=next(iter(module.keys.values()))))
         banked |= part.banked
+        notes |= dict.fromkeys(part.notes)
     if found.modules and not faults:
         faults += [_unused(bank.keys[slot]) for slot in bank.refs if slot not in banked]
     raise_all(faults)
-    return Found(config, found, deltas, notes)
+    return Found(config, found, deltas, tuple(notes))
 
 
 def _without_copies(found: Sorted, config: Targets) -> tuple[str, ...]:
@@ -221,13 +228,18 @@ def _unused(key: str) -> FormatError:
 def _config(stated: Mapping[str, Any], method: Method) -> Targets:
     """The fields all methods have, once every field is known to the row."""
     faults: list[LoratoolsError] = []
-    known = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.refused}
+    known = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.refused, *method.needed}
     faults += [unknown(name, method.peft_type) for name, value in stated.items() if name not in known and given(value)]
     faults += [
         UnsupportedError(f"{name}: {why}", found=short(stated[name])) for name, why in method.refused.items() if given(stated.get(name))
     ]
     values = Values(stated, faults)
-    carried = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training}
+    faults += [
+        UnsupportedError(f"{name} is not set: {why}", remedy=f"load it with peft, set {name} in its config, and save it again")
+        for name, why in method.needed.items()
+        if not values.flag(name)
+    ]
+    carried = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.needed}
     result = Targets(**targets_of(values, own_biases=method.own_biases, carried=carried))
     raise_all(faults)
     return result
