@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loratools.alignment import align
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
@@ -77,7 +78,7 @@ class Adapter(Mapping[str, Delta]):
         """
         family = family or Family({})
         renamed = self._renamed(list(renames))
-        aligned, notes = _align(renamed.deltas, base)
+        aligned, notes = align(renamed.deltas, [name for name, delta in renamed.items() if delta.needs_base], base)
         faults: list[LoratoolsError] = []
         absent = [name for name, delta in aligned.items() if isinstance(delta, WherePresent) and name not in base]
         aligned = {name: delta for name, delta in aligned.items() if name not in absent}
@@ -140,40 +141,6 @@ def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
         if f".{old}." in dotted:
             name = dotted.replace(f".{old}.", f".{new}." if new else ".", 1).strip(".")
     return name
-
-
-def _align(deltas: Mapping[str, Delta], base: Mapping[str, Spec]) -> tuple[dict[str, Delta], list[str]]:
-    """The deltas under names that carry the base's prefix: unchanged if they fit as they are, else one prefix for all."""
-    needing = [name for name, delta in deltas.items() if delta.needs_base]
-    probe = needing or list(deltas)
-    if any(name in base for name in probe) or not probe:
-        return dict(deltas), []
-    fits = {pair: sum(_swap(name, pair) in base for name in probe) for pair in _prefixes(probe, base)}
-    most = max(fits.values(), default=0)
-    if not most:
-        return dict(deltas), []
-    best, *rivals = [pair for pair, count in fits.items() if count == most]
-    if rivals:
-        shown = " or ".join(repr(added or f"without {removed}") for removed, added in (best, *rivals))
-        raise AmbiguousError("the adapter's names fit the base under several prefixes", found=shown, remedy="give --rename OLD=NEW")
-    removed, added = best
-    said = f"names aligned for the whole adapter: {f'prefix {removed!r} removed' if removed else f'prefix {added!r} added'}"
-    return {_swap(name, best): delta for name, delta in deltas.items()}, [said]
-
-
-def _prefixes(names: list[str], base: Mapping[str, Spec]) -> list[tuple[str, str]]:
-    """(removed, added) pairs under which the first name that can be placed at all meets the base."""
-    found: dict[tuple[str, str], None] = {}
-    for name in names[:8]:
-        parts = name.split(".")
-        found |= {(".".join(parts[:cut]) + ".", ""): None for cut in range(1, len(parts) - 1) if ".".join(parts[cut:]) in base}
-        found |= {("", other[: -len(name)]): None for other in base if other.endswith("." + name)}
-    return list(found)
-
-
-def _swap(name: str, prefix: tuple[str, str]) -> str:
-    removed, added = prefix
-    return name.removeprefix(removed) if removed else added + name
 
 
 def _nothing_matched(names: list[str], base: Mapping[str, Spec], path: Path | None) -> MatchError:

@@ -1,14 +1,16 @@
-"""A base model on disk: one safetensors file, a folder with one, or an index with shards, opened from headers alone.
+"""A base model on disk: one file of weights, a folder with one, or an index with shards, opened from headers alone.
 
 `Checkpoint` is a lazy mapping of names to `Ref`s; `rewrite` maps it to another checkpoint with the same names, order, shards
-and index, a few blocks of memory at a time, tensors that do not change as bytes. Layouts of files: transformers' and
-diffusers' `save_pretrained`; spec/checkpoint.md tells what is copied and what is left out.
+and index, a few blocks of memory at a time, tensors that do not change as bytes. What torch pickled is read through a mapping
+and written as safetensors. Layouts of files: transformers' and diffusers' `save_pretrained`; spec/checkpoint.md tells what is
+copied and what is left out.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -19,13 +21,16 @@ from blake3 import blake3
 
 from loratools import sidefiles, threads
 from loratools.errors import LoratoolsError, MatchError, raise_all
+from loratools.families import Family
 from loratools.jsonfile import read_json, write_json
 from loratools.quantized import scheme
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
+from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, WeightFile
 from loratools.tensorwriter import TensorWriter
-from loratools.weightfiles import INDEX, model_file, weight_map
+from loratools.torchfile import PICKLES, TorchFile
+from loratools.weightfiles import as_safetensors, is_index, model_file, weight_map
 
 RECEIPT = "loratools.json"
+_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # transformers ties both to shared.weight
 Seen = Callable[[Buffer], object]
 _Tell: TypeAlias = Callable[[Iterable[Buffer]], Iterable[Buffer]]
 
@@ -40,31 +45,38 @@ class Change:
 
 @dataclass
 class Rewritten:
-    """What a rewrite did: digests of the tensors read and written, files made, JSON files that differ, and what was left out."""
+    """What a rewrite did: digests of tensors read and written, files made, JSON files that differ, what was left out, what to say."""
 
     read: dict[str, str] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
     files: list[dict[str, Any]] = field(default_factory=list)
     changed_files: list[str] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Checkpoint(Mapping[str, Ref]):
     """A base model's tensors by name, not read yet.
 
-    Raises FormatError for a header or index that lies, MatchError for a tensor that is not where the index says,
-    AmbiguousError for a folder with several models, UnsupportedError for one without safetensors.
+    `notes` are what a person should be told of its files; `shared` the sets of names that stand for one tensor in a pickle and
+    are written as a tensor each. Raises FormatError for a header, index or pickle that lies, MatchError for a tensor that is not
+    where the index says, AmbiguousError for a folder with several models, UnsupportedError for one with weights of other kinds.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         name = model_file(self.path)
-        self.index_name = name if name.endswith(INDEX) else None
+        self.index_name = name if is_index(name) else None
         self._map = weight_map(self.folder / name) if self.index_name else {}
         self.files = _open_all(self.folder, sorted(set(self._map.values())) if self.index_name else [name])
-        self._refs = {name: ref for file in self.files.values() for name, ref in file.items()}
         self._check_names()
+        self.notes: list[str] = []
+        self.shared: list[tuple[str, ...]] = []
+        for name, file in self.files.items():
+            if isinstance(file, TorchFile):
+                self.files[name] = self._without_ties(file)
+        self._refs = {name: ref for file in self.files.values() for name, ref in file.items()}
 
     def __getitem__(self, name: str) -> Ref:
         return self._refs[name]
@@ -90,6 +102,21 @@ class Checkpoint(Mapping[str, Ref]):
         """The name of the scheme its weights are quantised in, if any."""
         return scheme(self.specs, self.config)
 
+    def family(self, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> Family:
+        """What its config says of its tensors, with the user's globs on top."""
+        return Family(self.config, embeddings, transposed)
+
+    @property
+    def parts(self) -> Mapping[str, Checkpoint]:
+        """The models it is made of, by what their tensors' names begin with: itself, unless it is a pipeline."""
+        return {"": self}
+
+    @property
+    def unlike(self) -> str | None:
+        """What makes its output's files or tensors others than its own, in words, if anything does."""
+        pickled = next((name for name in self.files if name.endswith(PICKLES)), None)
+        return f"{pickled}, which is written as safetensors" if pickled else None
+
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
@@ -100,9 +127,9 @@ class Checkpoint(Mapping[str, Ref]):
         return self.path.is_file() and self.index_name is None
 
     def _check_names(self) -> None:
-        held = [name for file in self.files.values() for name in file]
-        if len(held) != len(self._refs):
-            twice = next(name for name in held if held.count(name) > 1)
+        held = Counter(name for file in self.files.values() for name in file)
+        twice = next((name for name, count in held.items() if count > 1), None)
+        if twice is not None:
             raise MatchError("a tensor lies in two shards", file=self.path, tensor=twice)
         if self.index_name is None:
             return
@@ -117,6 +144,22 @@ class Checkpoint(Mapping[str, Ref]):
             MatchError("the index does not list it", file=self.folder / where[name], tensor=name) for name in where if name not in self._map
         ]
         raise_all(faults)
+
+    def _without_ties(self, file: TorchFile) -> WeightFile:
+        """The file's tensors, but those that transformers drops where it writes safetensors: the config ties them to another."""
+        if not file.mapped:
+            self.notes.append(f"{file.path.name} is of a torch before 1.6: it cannot be mapped, and is read whole")
+        if file.beside:
+            self.notes.append(f"not weights, left out of {file.path.name}: {', '.join(file.beside)}")
+        dropped: dict[str, str] = {}
+        for names in file.aliases:
+            dropped |= _ties(names, self.family().tied(file))
+            kept = tuple(name for name in names if name not in dropped)
+            if len(kept) > 1:
+                self.shared.append(kept)
+                self.notes.append(f"one tensor in {file.path.name}, written as a tensor each: {', '.join(kept)}")
+        self.notes += [f"left out, as it is tied to {other}: {name}" for name, other in dropped.items()]
+        return file.with_tensors({name: ref for name, ref in file.items() if name not in dropped})
 
     # -- writing
 
@@ -138,7 +181,7 @@ class Checkpoint(Mapping[str, Ref]):
         """
         done = Rewritten()
         added = added or {}
-        targets = {name: out if self.single else out / name for name in self.files}
+        targets = {name: out if self.single else out / as_safetensors(name) for name in self.files}
         if not self.single:
             out.mkdir()
         writers = {}
@@ -160,8 +203,10 @@ class Checkpoint(Mapping[str, Ref]):
         finally:
             for writer in writers.values():
                 writer.abandon()
-        for writer in writers.values():
+        for name, writer in writers.items():
             done.files.append(weights_entry(writer.path.name, writer.size, writer.header_sha256, writer.digests))
+            if name.endswith(PICKLES):
+                done.notes.append(f"written as safetensors: {writer.path.name}, from {name}")
         if not self.single:
             self._copy_beside(out, done)
             self._write_config(out, config or {}, done)
@@ -199,20 +244,26 @@ class Checkpoint(Mapping[str, Ref]):
     def _write_index(self, out: Path, change: Mapping[str, Change], added: Mapping[str, Change], done: Rewritten) -> None:
         if self.index_name is None:
             return
-        source, target = self.folder / self.index_name, out / self.index_name
+        source, target = self.folder / self.index_name, out / as_safetensors(self.index_name)
         index = read_json(source)
-        growth = sum(item.spec.nbytes - self[name].spec.nbytes for name, item in change.items())
-        growth += sum(item.spec.nbytes for item in added.values())
-        if not growth and not added:
-            done.files.append(sidefiles.copy(source, target, self.index_name))
+        where = {name: as_safetensors(shard) for name, shard in self._map.items() if name in self}
+        where |= dict.fromkeys(added, as_safetensors(list(self.files)[-1]))
+        before = list(self.specs.values())
+        after = [change[name].spec if name in change else spec for name, spec in self.specs.items()]
+        after += [item.spec for item in added.values()]
+        growth = sum(spec.nbytes for spec in after) - sum(spec.nbytes for spec in before)
+        if not growth and where == index["weight_map"]:
+            done.files.append(sidefiles.copy(source, target, target.name))
             return
-        more = sum(item.spec.numel - self[name].spec.numel for name, item in change.items())
-        more += sum(item.spec.numel for item in added.values())
+        more = sum(spec.numel for spec in after) - sum(spec.numel for spec in before)
         totals = index.setdefault("metadata", {})
-        for key, plus in (("total_size", growth), ("total_parameters", more)):
+        for key, plus, now in (
+            ("total_size", growth, sum(spec.nbytes for spec in after)),
+            ("total_parameters", more, sum(spec.numel for spec in after)),
+        ):
             if isinstance(totals.get(key), int | float):
-                totals[key] += plus
-        index["weight_map"] |= dict.fromkeys(added, list(self.files)[-1])
+                totals[key] = now if self.unlike else totals[key] + plus
+        index["weight_map"] = where
         _write_changed(target, index, done)
 
 
@@ -222,11 +273,19 @@ def _write_changed(path: Path, table: Mapping[str, Any], done: Rewritten) -> Non
     done.changed_files.append(path.name)
 
 
-def _open_all(folder: Path, names: Iterable[str]) -> dict[str, TensorFile]:
-    files, faults = {}, list[LoratoolsError]()
+def _ties(names: tuple[str, ...], tied: tuple[str, str] | None) -> dict[str, str]:
+    """Of names of one tensor those that the model makes of another one, and which: of its embedding, its head's bias."""
+    embedding, head = tied or ("", "")
+    pairs = [(head, embedding), (head.removesuffix("weight") + "bias", head.replace("decoder.weight", "bias"))]
+    pairs += [(name, other) for name in names for other in names if name.endswith(_SHARED) and other.endswith("shared.weight")]
+    return {name: other for name, other in pairs if name != other and name in names and other in names}
+
+
+def _open_all(folder: Path, names: Iterable[str]) -> dict[str, WeightFile]:
+    files, faults = dict[str, WeightFile](), list[LoratoolsError]()
     for name in names:
         try:
-            files[name] = TensorFile(folder / name)
+            files[name] = (TorchFile if name.endswith(PICKLES) else TensorFile)(folder / name)
         except LoratoolsError as error:
             faults.append(error)
     raise_all(faults)

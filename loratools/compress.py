@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loratools.deltas.base import Additive
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NonFiniteError
-from loratools.factors import Factored, range_shift
+from loratools.factors import FLOOR, Factored, range_shift
 from loratools.rounding import Rounding
 from loratools.tensorfile import InMemory, Ref, Spec
 from loratools.tensors import read_tensor, to_ref, torch_dtype
@@ -44,13 +45,26 @@ def style_of(low: LowRank, code: str | None = None) -> Style:
     return Style(code=code or widest([low]), shape=low.shape(), layer=low.layer, scaling=low.scaling, rslora=low.rslora)
 
 
-def widest(lows: Sequence[LowRank]) -> str:
-    """The narrowest dtype that holds all of the factors' numbers.
+def widest(deltas: Sequence[Additive]) -> str:
+    """The narrowest dtype that holds all of their tensors' numbers.
 
     bfloat16 and float16 meet in float32, as each has numbers that the other lacks.
     """
-    codes = {ref.spec.dtype for low in lows for ref in (low.A, low.B)}
+    codes = {ref.spec.dtype for delta in deltas for ref in delta.refs().values()}
     return "F64" if "F64" in codes else codes.pop() if len(codes) == 1 else "F32"
+
+
+def as_low(delta: Additive) -> LowRank | None:
+    """A change that is a small product as a LoRA, its factors float64 and its scaling 1; None where no such product is known."""
+    if isinstance(delta, LowRank):
+        return delta
+    found = delta.product()
+    if found is None:
+        return None
+    B, A = found
+    shape = delta.shape()
+    layer = "unknown" if len(shape) == 2 else "conv"
+    return LowRank(B=to_ref(B), A=to_ref(A.reshape(len(A), *shape[1:])), alpha=float(len(A)), layer=layer)
 
 
 def known_of(terms: Sequence[tuple[LowRank, float]]) -> tuple[Triple, float]:
@@ -100,6 +114,28 @@ def truncated(known: Triple, rank: int, style: Style) -> Factored:
     low = padded(low, rank)
     norm, optimal = (float(torch.linalg.vector_norm(part)) for part in (known.S, known.S[rank:]))
     return Factored(delta=low, norm=norm, error=max(optimal, error_of(known, low)), optimal=optimal, method="core")
+
+
+def within(known: Triple, noise: float, limit: float, style: Style, most: int) -> Factored | None:
+    """The least rank below `most` whose error as stored is within limit · ‖ΔW‖; None where there is none."""
+    import torch
+
+    from loratools.linalg.ranks import for_error
+
+    norm, goal = float(torch.linalg.vector_norm(known.S)), max(limit, FLOOR)
+    last = min(lossless_rank(known, noise, style.code), most)
+    rank = max(1, min(for_error(known.S, norm**2, fraction=goal), last)) if norm else 1
+    while rank < most:
+        found = truncated(known, rank, style)
+        if found.error <= (goal + FLOOR) * norm:
+            return found
+        if rank >= last:
+            break
+        # what rounding added is as good as orthogonal to what the truncation left
+        added = (found.error**2 - found.optimal**2) / norm**2
+        wanted = math.sqrt(max(0.0, goal**2 - added))
+        rank = max(rank + 1, min(for_error(known.S, norm**2, fraction=wanted) if wanted > 0 else last, last))
+    return None
 
 
 def error_of(known: Triple, low: LowRank) -> float:

@@ -7,7 +7,7 @@ A 2-D tensor does not say what layer it belongs to. Transposed weights, stored (
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -158,6 +158,49 @@ class Family:
         if not held and any(word in name for name in made for word in _OTHER_HEAD):
             return None
         return next(iter(held or found), None)
+
+
+    def ties(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Every such pair: of one model, at most one."""
+        pair = self.tied(names)
+        return [pair] if pair else []
+
+
+@dataclass(frozen=True)
+class Families(Family):
+    """What the configs of a pipeline's models say, each of the tensors whose names begin with its key in `members`."""
+
+    members: Mapping[str, Family] = field(default_factory=dict)
+
+    def _asked(self, name: str) -> tuple[Family, str]:
+        prefix = next((prefix for prefix in self.members if name.startswith(prefix)), None)
+        return (Family({}), name) if prefix is None else (self.members[prefix], name.removeprefix(prefix))
+
+    @property
+    def tells_transposed(self) -> bool:
+        return bool(self.more_transposed) or any(member.tells_transposed for member in self.members.values())
+
+    def embedding(self, name: str) -> bool:
+        member, own = self._asked(name)
+        return matches(name, self.more_embeddings) or member.embedding(own)
+
+    def transposed(self, name: str) -> bool:
+        member, own = self._asked(name)
+        return matches(name, self.more_transposed) or member.transposed(own)
+
+    def stacked(self, name: str, shape: tuple[int, ...]) -> bool:
+        member, own = self._asked(name)
+        return member.stacked(own, shape)
+
+    def ties(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        known, pairs = list(names), []
+        for prefix, member in self.members.items():
+            pair = member.tied(name.removeprefix(prefix) for name in known if name.startswith(prefix))
+            pairs += [(prefix + pair[0], prefix + pair[1])] if pair else []
+        return pairs
+
+    def tied(self, names: Iterable[str]) -> tuple[str, str] | None:
+        return next(iter(self.ties(names)), None)
 
 
 def _pairs(present: set[str]) -> list[tuple[str, str]]:

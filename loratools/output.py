@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -30,7 +31,7 @@ def check_output(out: str | Path, *, overwrite: bool, inputs: Iterable[str | Pat
         path = real
     for item in inputs:
         other = Path(os.path.realpath(item))
-        other = other.parent if other.name.endswith(".index.json") else other
+        other = other.parent if re.search(r"\.index(\.[\w-]+)?\.json$", other.name) else other
         if real == other or real.is_relative_to(other) or other.is_relative_to(real):
             raise OutputError("is, holds or lies inside the input", file=path, found=str(item), remedy="choose another -o OUT")
     if Path.cwd().is_relative_to(real):

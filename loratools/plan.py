@@ -18,8 +18,9 @@ from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
-from loratools.families import Family, of_vocabulary
+from loratools.families import of_vocabulary
 from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
 from loratools.tensorfile import Spec, same_bytes
 
@@ -36,6 +37,24 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     expected: int = 0
     without_effect: int = 0  # deltas at strength 0, saved twice alike, or of a head that stays tied
+
+    def within(self, prefix: str) -> Plan:
+        """The plan of one model of a pipeline, under the model's own names; a plain model's is the plan itself."""
+        if not prefix:
+            return self
+        return Plan({name.removeprefix(prefix): found for name, found in self.changes.items() if name.startswith(prefix)})
+
+    def put_back(self, prefix: str, inner: Plan) -> None:
+        """Take over what was decided for that model."""
+        if inner is self:
+            return
+        self.changes = {name: found for name, found in self.changes.items() if not name.startswith(prefix)}
+        self.changes |= {prefix + name: found for name, found in inner.changes.items()}
+        self.sources |= {prefix + name: prefix + source for name, source in inner.sources.items()}
+        self.config |= {prefix + key: value for key, value in inner.config.items()}
+        self.notes += [f"{prefix.rstrip('.')}: {note}" for note in inner.notes]
+        self.expected += inner.expected
+        self.without_effect += inner.without_effect
 
 
 def split_strength(item: str | Path | Adapter) -> tuple[str | Path | Adapter, float]:
@@ -84,11 +103,10 @@ def make_plan(
             "the base's weights are quantised", file=checkpoint.path, found=checkpoint.quantization,
             remedy="merge into the original 16- or 32-bit weights",
         )  # fmt: skip
-    family = Family(checkpoint.config, embeddings, transposed)
-    tied = family.tied(checkpoint)
+    family = checkpoint.family(embeddings, transposed)
     known = dict(checkpoint.specs)
-    if tied and tied[1] not in known:
-        known[tied[1]] = known[tied[0]]
+    for embedding, head in family.ties(checkpoint):
+        known.setdefault(head, known[embedding])
     plan = Plan()
     for adapter, strength in adapters:
         resolved = adapter.resolve(known, family, renames=renames, allow_unmatched=allow_unmatched)
@@ -100,15 +118,32 @@ def make_plan(
             else:
                 plan.changes.setdefault(name, []).append((delta, strength))
     _check_meetings(plan, known)
+    _check_places(plan, checkpoint)
+    for prefix, part in checkpoint.parts.items():
+        inner = plan.within(prefix)
+        _settle(inner, part, part.family(embeddings, transposed).tied(part), untie)
+        plan.put_back(prefix, inner)
+    if checkpoint.single and plan.config:
+        plan.notes.append("the output is one file; the config.json it is used with needs " + json.dumps(plan.config))
+    return plan
+
+
+def _check_places(plan: Plan, checkpoint: Checkpoint) -> None:
+    """A tensor that is new to a pipeline belongs to one of its models."""
+    stray = [name for name in plan.changes if not name.startswith(tuple(checkpoint.parts))]
+    fact, expected, remedy = "new, and of no model of the pipeline", ", ".join(checkpoint.parts), "give --rename OLD=NEW"
+    raise_all(MatchError(fact, file=checkpoint.path, tensor=name, expected=expected, remedy=remedy) for name in stray)
+
+
+def _settle(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str] | None, untie: bool) -> None:
+    """What the model that the tensors are of decides: ties, new shapes, vocabularies."""
     if tied:
         _tie(plan, checkpoint, tied, untie)
+    _check_shared(plan, checkpoint, untie)
     for name, applications in plan.changes.items():
         _note_shape(plan, checkpoint, name, applications)
     _check_vocabulary(plan, checkpoint)
     _check_rows(plan, checkpoint)
-    if checkpoint.single and plan.config:
-        plan.notes.append("the output is one file; the config.json it is used with needs " + json.dumps(plan.config))
-    return plan
 
 
 def _replaces(delta: Delta) -> bool:
@@ -142,6 +177,7 @@ def _check_meetings(plan: Plan, known: Mapping[str, Spec]) -> None:
 def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool) -> None:
     """Decide a tied embedding and head: alike they stay tied, else it takes `--untie`, which writes both."""
     embedding, head = tied
+    _follow(plan, tied)
     here = [name for name in tied if name in plan.changes]
     if not here:
         return
@@ -172,6 +208,17 @@ def _tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool)
             plan.changes.setdefault(name, [])
 
 
+def _check_shared(plan: Plan, checkpoint: Checkpoint, untie: bool) -> None:
+    """Names of one tensor in a pickle are changed alike, or `--untie` makes them tensors of their own."""
+    for names in checkpoint.shared:
+        here = [name for name in names if name in plan.changes]
+        if here and not untie and not all(name in here and _alike(plan.changes[here[0]], plan.changes[name]) for name in names):
+            raise UnsupportedError(
+                f"one tensor in the base's file under the names {', '.join(names)}, and the adapter changes {', '.join(here)}",
+                file=checkpoint.path, tensor=here[0], remedy="give --untie to make each a tensor of its own",
+            )  # fmt: skip
+
+
 def _share_saved(plan: Plan, tied: tuple[str, str]) -> None:
     """Where one of the two is adapted on top of a saved tensor, the other one's base is that tensor too: they are tied."""
     for name, other in (tied, tied[::-1]):
@@ -186,6 +233,28 @@ def _share_saved(plan: Plan, tied: tuple[str, str]) -> None:
                 plan.changes[other][0] = (Chain(first=delta.first, then=then), theirs)
 
 
+def _follow(plan: Plan, tied: tuple[str, str]) -> None:
+    """What changes a tied embedding as one table with its head changes the head too, after what was saved of it."""
+    embedding, head = tied
+    following = [(found, strength) for delta, strength in plan.changes.get(embedding, ()) if (found := _following(delta))]
+    there = plan.changes.get(head, [])
+    if not following or any(_following(delta) for delta, _ in there):
+        return
+    if len(there) == len(following) == len(plan.changes[embedding]) == 1 and _replaces(there[0][0]):
+        plan.changes[head] = [(Chain(first=there[0][0], then=following[0][0]), following[0][1])]
+    elif there:
+        raise UnsupportedError(f"trained rows of {embedding} are also those of {head}, which is changed in another way", tensor=head)
+    else:
+        plan.changes[head] = following
+        plan.expected += len(following)
+
+
+def _following(delta: Delta) -> Delta | None:
+    """A change of an embedding that is its tied head's too, apart from a saved tensor beneath it."""
+    inner = delta.then if isinstance(delta, Chain) else delta
+    return inner if inner.follows_tie else None
+
+
 def _alike(one: Applications, other: Applications) -> bool:
     if len(one) != len(other):
         return False
@@ -198,6 +267,8 @@ def _same(one: Delta, other: Delta) -> bool:
         return same_bytes(one.value, other.value)
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return one.scaling == other.scaling and same_bytes(one.A, other.A) and same_bytes(one.B, other.B)
+    if isinstance(one, Rows) and isinstance(other, Rows):
+        return one.indices == other.indices and same_bytes(one.values, other.values)
     if isinstance(one, Chain) and isinstance(other, Chain):
         return _same(one.first, other.first) and _same(one.then, other.then)
     return False

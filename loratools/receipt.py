@@ -73,8 +73,11 @@ def receipt_path(out: Path, *, folder: bool) -> Path:
 
 
 def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The receipts that lie with a checkpoint, oldest first: what was done to it before."""
-    return _history_at(receipt_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single))
+    """The receipts that lie with a checkpoint, or with the models of a pipeline, oldest first: what was done to it before."""
+    if checkpoint.single:
+        return _history_at(receipt_path(checkpoint.path, folder=False))
+    folders = dict.fromkeys([checkpoint.folder, *(part.folder for part in checkpoint.parts.values())])
+    return [entry for folder in folders for entry in _history_at(receipt_path(folder, folder=True))]
 
 
 def adapter_history(adapter: Adapter) -> list[dict[str, Any]]:
@@ -108,10 +111,11 @@ def adapter_inputs(adapter: Adapter) -> list[dict[str, Any]]:
 
 
 def checkpoint_input(checkpoint: Checkpoint, role: str, digests: Mapping[str, str]) -> dict[str, Any]:
-    """A checkpoint's row: its headers' SHA-256 in the order of its files' names, BLAKE3 of its tensors' digests."""
-    headers = hashlib.sha256("".join(file.header_sha256 for _, file in sorted(checkpoint.files.items())).encode()).hexdigest()
-    if len(checkpoint.files) == 1:
-        headers = next(iter(checkpoint.files.values())).header_sha256
+    """A checkpoint's row: its headers' SHA-256 in the order of its files' names, if all have one, BLAKE3 of its tensors' digests."""
+    each = [file.header_sha256 for _, file in sorted(checkpoint.files.items())]
+    known = [header for header in each if header is not None]
+    headers = hashlib.sha256("".join(known).encode()).hexdigest() if len(each) == len(known) > 1 else each[0]
+    headers = headers if len(each) == len(known) else None
     size = sum(file.size for file in checkpoint.files.values())
     return {"path": str(checkpoint.path), "role": role, "bytes": size, "header_sha256": headers, "blake3": combined_digest(digests)}
 

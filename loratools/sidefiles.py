@@ -20,6 +20,7 @@ WEIGHTS = re.compile(
 )
 RECORD = "unmerge.safetensors"  # what undoes a merge; beside an output that is one file, NAME.unmerge.safetensors
 PRIVATE = (".git", ".cache", ".huggingface", "__pycache__", ".ipynb_checkpoints")
+STALE = ("other weights or training state, stale beside these", "weights in a folder of their own, not looked at")
 _BLOCK = 1 << 20
 
 
@@ -51,7 +52,7 @@ def _file_reason(path: Path, *, top: bool) -> str | None:
     if not path.is_file():
         return "a link to nothing" if path.is_symlink() else "not a file"
     if WEIGHTS.fullmatch(path.name):
-        return "other weights or training state, stale beside these" if top else "weights in a folder of their own, not looked at"
+        return STALE[0] if top else STALE[1]
     return None
 
 

@@ -259,11 +259,36 @@ def file_of(ref: Ref) -> Path | None:
     return found.path if isinstance(found, InFile) else None
 
 
-class TensorFile(Mapping[str, Ref]):
+class WeightFile(Mapping[str, Ref]):
+    """An opened file of weights: its tensors by name, and what a receipt says of it."""
+
+    def __init__(
+        self, path: Path, size: int, refs: Mapping[str, Ref], metadata: Mapping[str, str] | None = None, header_sha256: str | None = None
+    ) -> None:
+        self.path, self.size, self.metadata, self.header_sha256 = path, size, metadata or {}, header_sha256
+        self._refs = refs
+
+    def with_tensors(self, refs: Mapping[str, Ref]) -> WeightFile:
+        """The file under other tensors than it stores: some left out, or read in another way."""
+        return WeightFile(self.path, self.size, refs, self.metadata, self.header_sha256)
+
+    def __getitem__(self, name: str) -> Ref:
+        return self._refs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+
+class TensorFile(WeightFile):
     """A safetensors file opened from its header: names to `Ref`s in the order of their bytes.
 
     Raises FormatError (or Faults of several), naming the file, for every header the specification forbids.
     """
+
+    header_sha256: str
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -296,15 +321,6 @@ class TensorFile(Mapping[str, Ref]):
         header = bytearray(count)
         self._handle.readinto(memoryview(header), 8)
         return bytes(header)
-
-    def __getitem__(self, name: str) -> Ref:
-        return self._refs[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._refs)
-
-    def __len__(self) -> int:
-        return len(self._refs)
 
 
 def parse_header(header: bytes, data_bytes: int) -> tuple[dict[str, tuple[Spec, int]], dict[str, str]]:

@@ -29,6 +29,11 @@ def torch_dtype(code: str) -> torch.dtype:
     return found
 
 
+def code_of(dtype: torch.dtype) -> str | None:
+    """The safetensors name of torch's dtype, or None for those it lacks."""
+    return _CODES.get(str(dtype).removeprefix("torch."))
+
+
 def dtype_code(name: str) -> str:
     """The safetensors code of a floating dtype a user named: `bfloat16`, `bf16`, `BF16`, …
 
@@ -64,7 +69,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))  # view(-1) keeps the stride of a single element
+    return flat.view(torch.uint8).numpy().data
 
 
 def to_ref(tensor: torch.Tensor) -> Ref:

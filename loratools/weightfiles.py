@@ -1,11 +1,12 @@
 """Which files of a folder hold a model's weights: one file, or an index with its shards.
 
-The order is transformers' and diffusers': `model.safetensors` (or `diffusion_pytorch_model.safetensors`), then its index,
-then the only index or the only safetensors file there is. spec/checkpoint.md tells the rules.
+The order is transformers' and diffusers': safetensors before torch's pickles, of either the single file before its index,
+the plain names before all others. spec/checkpoint.md tells the rules.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,14 +14,40 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, Unsupp
 from loratools.jsonfile import read_json
 from loratools.sidefiles import RECORD, WEIGHTS
 
+PIPELINE = "model_index.json"
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-INDEX = ".safetensors.index.json"
+_PICKLED = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
+_INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
+_VARIANT = re.compile(r"(?!.*-\d{5}-of-\d{5}\.)(diffusion_pytorch_|pytorch_)?model\.[\w-]+\.(safetensors|bin)")
+_SAFETENSORS = re.compile(r".+\.safetensors(\.index(\.[\w-]+)?\.json)?")
+_TORCH = re.compile(r".+\.(bin|pt|pth|ckpt)(\.index(\.[\w-]+)?\.json)?")
+# what a trainer leaves beside a model and is none
+_STATE = re.compile(r"(adapter_model|training_args|optimizer|scheduler|scaler|rng_state|random_states)([._-].*)?")
+
+
+def is_index(name: str) -> bool:
+    """Whether a file's name is that of an index of shards.
+
+    >>> is_index("model.safetensors.index.fp16.json")
+    True
+    """
+    return _INDEX.fullmatch(name) is not None
+
+
+def as_safetensors(name: str) -> str:
+    """The name that a file of torch's, or its index, has as safetensors; that of a safetensors file is its own.
+
+    >>> as_safetensors("pytorch_model-00001-of-00002.bin"), as_safetensors("pytorch_model.bin.index.json")
+    ('model-00001-of-00002.safetensors', 'model.safetensors.index.json')
+    """
+    name = re.sub(r"\.(bin|pt|pth|ckpt)(?=$|\.index\.)", ".safetensors", name)
+    return name.removeprefix("pytorch_") if name.startswith("pytorch_model") else name
 
 
 def model_file(path: Path) -> str:
     """The name of the one file, weights or index, that the model at `path` is opened by.
 
-    Raises FormatError for what is no model, AmbiguousError for several, UnsupportedError for one without safetensors.
+    Raises FormatError for what is no model, AmbiguousError for several, UnsupportedError for one of other kinds of files alone.
     """
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
@@ -34,32 +61,48 @@ def model_file(path: Path) -> str:
     raise _unclear(path, found)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has weights of a kind that can be opened."""
+    return folder.is_dir() and bool(_models(folder))
+
+
 def _models(folder: Path) -> list[str]:
-    """The files that are a model each: those transformers and diffusers would load, else indices, else single files."""
-    if (folder / "model_index.json").is_file():
+    """The files that are a model each, of the first kind there is any of."""
+    if (folder / PIPELINE).is_file():
         return []
-    present = sorted(path.name for path in folder.iterdir() if not path.is_dir())  # a link to nothing is there, and fails when opened
-    usual = [next((name for name in (single, _index_of(single)) if name in present), None) for single in SINGLE]
-    found = [name for name in usual if name] or [name for name in present if name.endswith(INDEX)]
-    found = found or [name for name in present if name.endswith(".safetensors")]
-    return [name for name in found if not name.startswith("adapter_model.") and name != RECORD and not name.endswith(f".{RECORD}")]
+    # a link to nothing is there, and fails when opened
+    present = sorted(path.name for path in folder.iterdir() if not path.is_dir() and _may_be_weights(path.name))
+    for usual in (SINGLE, _PICKLED):
+        if found := [name for single in usual if (name := _usual(single, present))]:
+            return found
+    for pattern in (_SAFETENSORS, _TORCH):
+        of_kind = [name for name in present if pattern.fullmatch(name)]
+        indices = [name for name in of_kind if is_index(name)]
+        if found := indices + [name for name in of_kind if indices and _VARIANT.fullmatch(name)] or of_kind:
+            return found
+    return []
 
 
-def _index_of(single: str) -> str:
-    return single.removesuffix(".safetensors") + INDEX
+def _may_be_weights(name: str) -> bool:
+    return not _STATE.fullmatch(name) and name != RECORD and not name.endswith(f".{RECORD}")
+
+
+def _usual(single: str, present: list[str]) -> str | None:
+    """A file of its usual name, else the index of that name."""
+    return next((name for name in (single, f"{single}.index.json") if name in present), None)
 
 
 def _unclear(folder: Path, found: list[str]) -> LoratoolsError:
     if found:
         return AmbiguousError("holds several models", file=folder, found=", ".join(found[:4]), remedy="name one of them as the path")
-    if (folder / "model_index.json").is_file():
+    if (folder / PIPELINE).is_file():
         return AmbiguousError("a pipeline of several models", file=folder, remedy="name one of its folders, such as unet/ or transformer/")
     if (folder / "adapter_config.json").is_file():
         return FormatError("an adapter, where a model was expected", file=folder)
     others = sorted(path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
     if others:
         remedy = "save it as safetensors first"
-        return UnsupportedError("no safetensors model in it", file=folder, found=", ".join(others[:4]), remedy=remedy)
+        return UnsupportedError("no model of safetensors or torch in it", file=folder, found=", ".join(others[:4]), remedy=remedy)
     return FormatError("no weights in it", file=folder, expected="model.safetensors or model.safetensors.index.json")
 
 

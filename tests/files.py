@@ -35,6 +35,41 @@ def write_checkpoint(folder: Path, tensors: Tensors, config: Mapping[str, Any] |
     return folder
 
 
+def write_pickled(
+    folder: Path, tensors: Tensors, config: Mapping[str, Any] | None = None, *, shards: int = 1, stem: str = "pytorch_model"
+) -> Path:
+    """A base model's folder as transformers wrote it before safetensors; tensors that share storage are saved sharing it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if shards == 1:
+        torch.save(dict(tensors), folder / f"{stem}.bin")
+        return folder
+    names = list(tensors)
+    where = {name: f"{stem}-{index * shards // len(names) + 1:05}-of-{shards:05}.bin" for index, name in enumerate(names)}
+    for file in set(where.values()):
+        torch.save({name: tensors[name] for name in names if where[name] == file}, folder / file)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / f"{stem}.bin.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n")
+    return folder
+
+
+def write_pipeline(folder: Path, models: Mapping[str, tuple[Tensors, Mapping[str, Any]]], **listed: Any) -> Path:
+    """A diffusers pipeline: models of (tensors, config), a scheduler and a tokenizer; `listed` are more lines of its index."""
+    index = {"_class_name": "TestPipeline", "_diffusers_version": "0.42.0", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None], "force_zeros": True, **listed}
+    for name, (tensors, config) in models.items():
+        write_checkpoint(folder / name, tensors, config)
+        index[name] = ["transformers" if name.startswith("text_encoder") else "diffusers", config.get("_class_name", "AnyModel")]
+        if not name.startswith("text_encoder"):
+            (folder / name / "model.safetensors").rename(folder / name / "diffusion_pytorch_model.safetensors")
+    for name in ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "README.md"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
 def write_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any] | None) -> Path:
     """A peft adapter's folder: keys as given, the config as given."""
     folder.mkdir(parents=True, exist_ok=True)

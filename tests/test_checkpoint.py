@@ -19,7 +19,7 @@ from loratools.errors import FormatError, LoratoolsError
 from loratools.tensorfile import BITS, Buffer, Reshaped, Spec, TensorFile, Transposed
 from loratools.tensorwriter import TensorWriter
 from tests.conftest import llama_config, llama_tensors
-from tests.files import peft_config, read_checkpoint, write_adapter, write_checkpoint
+from tests.files import peft_config, raw, read_checkpoint, write_adapter, write_checkpoint, write_pickled
 
 
 def every_dtype(path: Path, metadata: dict[str, str] | None = None) -> dict[str, bytes]:
@@ -351,3 +351,108 @@ def test_headers_are_all_that_opening_reads(tmp_path: Path) -> None:
     os.truncate(path, header)
     os.truncate(path, size)  # the data is now a hole of zeros
     assert set(Checkpoint(base)) == set(llama_tensors())
+
+
+# -- torch's pickles
+
+
+def halves(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A Llama's tensors whose head is the embedding, as a state dict of transformers has it."""
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("stem", ["pytorch_model", "diffusion_pytorch_model"])
+def test_pickles_are_written_as_safetensors(tmp_path: Path, shards: int, stem: str) -> None:
+    tensors = llama_tensors() | {"turned": torch.randn(6, 40).T, "steps": torch.tensor(3)}
+    base = write_pickled(tmp_path / "base", tensors, llama_config(), shards=shards, stem=stem)
+    (base / "tf_model.h5").write_bytes(b"old")
+    checkpoint = Checkpoint(base)
+    assert list(checkpoint) == list(tensors) and not checkpoint.notes
+    changed, added = {"turned": filled(b"\1")(Spec("F32", (41, 6)))}, {"new": filled(b"\2")(Spec("U8", (3,)))}
+    done = checkpoint.rewrite(tmp_path / "out", changed, added=added, workers=2)
+    written = stem.removeprefix("pytorch_")
+    shard = [f"-{number:05}-of-{shards:05}" for number in range(1, shards + 1)] if shards > 1 else [""]
+    files = [f"{written}{part}.safetensors" for part in shard]
+    index = [f"{written}.safetensors.index.json"] if shards > 1 else []
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", *files, *index} == {row["path"] for row in done.files}
+    assert done.changed_files == index and [row["name"] for row in done.left_out] == ["tf_model.h5"]
+    assert done.notes == [f"written as safetensors: {file}, from {stem}{part}.bin" for file, part in zip(files, shard, strict=True)]
+    again = Checkpoint(tmp_path / "out")
+    assert list(again) == [*tensors, "new"] and [file.metadata for file in again.files.values()] == [{"format": "pt"}] * shards
+    assert all(bytes(again[name].read()) == raw(tensor) for name, tensor in tensors.items() if name != "turned")
+    assert done.read == {name: blake3(raw(tensor)).hexdigest() for name, tensor in tensors.items() if name != "turned"} | {
+        "turned": blake3().hexdigest()
+    }
+    if index:
+        table = json.loads((tmp_path / "out" / index[0]).read_text())
+        assert table["metadata"]["total_size"] == again.nbytes and set(table["weight_map"].values()) == set(files)
+
+
+def test_a_file_of_torch_gives_a_file_of_safetensors(tmp_path: Path) -> None:
+    for ending in ("bin", "pt", "pth", "ckpt"):
+        torch.save({"state_dict": llama_tensors(), "epoch": 3}, tmp_path / f"x.{ending}")
+        checkpoint = Checkpoint(tmp_path / f"x.{ending}")
+        done = checkpoint.rewrite(tmp_path / f"{ending}.safetensors", {})
+        assert checkpoint.single and checkpoint.notes == [f"not weights, left out of x.{ending}: epoch"]
+        assert done.notes == [f"written as safetensors: {ending}.safetensors, from x.{ending}"]
+        found = read_checkpoint(tmp_path / f"{ending}.safetensors")
+        assert {name: raw(tensor) for name, tensor in found.items()} == {name: raw(tensor) for name, tensor in llama_tensors().items()}
+
+
+def test_what_cannot_be_mapped_is_read_and_said(tmp_path: Path) -> None:
+    torch.save(llama_tensors(), tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    checkpoint = Checkpoint(tmp_path / "x.bin")
+    assert checkpoint.notes == ["x.bin is of a torch before 1.6: it cannot be mapped, and is read whole"]
+    assert bytes(checkpoint["lm_head.weight"].read()) == raw(llama_tensors()["lm_head.weight"])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tied_head_is_left_out_as_transformers_leaves_it(tmp_path: Path, shards: int) -> None:
+    base = write_pickled(tmp_path / "base", halves(llama_tensors()), llama_config(tie_word_embeddings=True), shards=shards)
+    if shards > 1:  # transformers keeps names of one tensor in one shard
+        first, last = (base / f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2))
+        one, two = torch.load(first), torch.load(last)
+        one["lm_head.weight"] = one["model.embed_tokens.weight"]
+        del two["lm_head.weight"]
+        torch.save(one, first)
+        torch.save(two, last)
+        index = json.loads((base / "pytorch_model.bin.index.json").read_text())
+        index["weight_map"]["lm_head.weight"] = first.name
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint(base)
+    assert "lm_head.weight" not in checkpoint and checkpoint.shared == []
+    assert checkpoint.notes == ["left out, as it is tied to model.embed_tokens.weight: lm_head.weight"]
+    checkpoint.rewrite(tmp_path / "out", {})
+    again = Checkpoint(tmp_path / "out")
+    assert sorted(again) == sorted(llama_tensors(head=False))
+    if shards > 1:
+        table = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert table["metadata"]["total_size"] == again.nbytes and "lm_head.weight" not in table["weight_map"]
+
+
+@pytest.mark.parametrize("config", [llama_config(tie_word_embeddings=False), {}])
+def test_names_of_one_tensor_that_nothing_ties_are_all_written(tmp_path: Path, config: dict[str, object]) -> None:
+    base = write_pickled(tmp_path / "base", halves(llama_tensors()), config)
+    checkpoint = Checkpoint(base)
+    assert checkpoint.shared == [("model.embed_tokens.weight", "lm_head.weight")]
+    said = "one tensor in pytorch_model.bin, written as a tensor each: model.embed_tokens.weight, lm_head.weight"
+    assert checkpoint.notes == [said]
+    checkpoint.rewrite(tmp_path / "out", {})
+    found = read_checkpoint(tmp_path / "out")
+    assert raw(found["lm_head.weight"]) == raw(found["model.embed_tokens.weight"]) == raw(llama_tensors()["model.embed_tokens.weight"])
+
+
+def test_tied_biases_and_shared_embeddings_are_left_out_too(tmp_path: Path) -> None:
+    W, b = torch.ones(9, 4), torch.ones(9)
+    bert = {
+        "bert.embeddings.word_embeddings.weight": W, "cls.predictions.transform.dense.weight": torch.ones(4, 4),
+        "cls.predictions.bias": b, "cls.predictions.decoder.weight": W, "cls.predictions.decoder.bias": b,
+    }  # fmt: skip
+    config = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "tie_word_embeddings": True}
+    checkpoint = Checkpoint(write_pickled(tmp_path / "bert", bert, config))
+    assert set(bert) - set(checkpoint) == {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "tie_word_embeddings": True}
+    checkpoint = Checkpoint(write_pickled(tmp_path / "t5", dict.fromkeys(names, W), config))
+    assert list(checkpoint) == ["shared.weight"] and len(checkpoint.notes) == 3 and not checkpoint.shared

@@ -60,7 +60,7 @@ def test_the_wheel_says_what_pyproject_says(wheel: zipfile.ZipFile) -> None:
     assert wheel.read(f"{info}/entry_points.txt").decode().split() == ["[console_scripts]", "loratools", "=", "loratools.cli:main"]
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     assert {canonicalize_name(need.name) for need in required if need.marker is None} == CORE
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "plot", "test"}
 
 
 def test_the_core_dependencies_are_these_and_no_others() -> None:
@@ -76,7 +76,7 @@ def test_every_requirement_is_pinned_within_its_range(line: str) -> None:
     assert need.specifier.contains(pins()[canonicalize_name(need.name)])
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("loratools", ["demo"]), ("tests", ["demo", "test"])])
+@pytest.mark.parametrize(("folder", "extras"), [("loratools", ["demo", "plot"]), ("tests", ["demo", "plot", "test"])])
 def test_what_is_imported_is_required(folder: str, extras: list[str]) -> None:
     """Nothing that happens to be installed here is needed, by the package or by its tests, without being asked for."""
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]

@@ -80,13 +80,61 @@ def compared(found: Row, columns: int | None) -> list[str]:
     pairs += [("equal", ", ".join(pattern for pattern, _ in grouped(equal)))] if equal else []
     pairs += [("differs", f"{row['name']}: by {_of(row['relative_distance'])}") for row in found["others"] if not row["equal"]]
     pairs += [("no measure", f"{row['name']}: {row['reason']}") for row in found["incomparable"]]
-    if not modules:
-        return facts(pairs, columns)
-    shown = {"cosine": "cosine", "relative_distance": "distance / ‖ΔW‖", "column_overlap": "columns", "row_overlap": "rows"}
-    cells = {"module": [row["name"].removesuffix(".weight") for row in modules]}
-    cells |= {"ranks": [f"{row['rank_a']}, {row['rank_b']}" for row in modules]}
-    cells |= {title: [_of(row[key]) for row in modules] for key, title in shown.items()}
-    return [*facts(pairs, columns), "", *table(cells, columns)]
+    pairs += _intruding(found["intruders"]) if "intruders" in found else []
+    lines = facts(pairs, columns)
+    for first, rows in (("layer", found["layers"] if len(found["layers"]) > 1 else []), ("module", modules)):
+        if rows:
+            lines += ["", *table(_measured(first, rows), columns)]
+    if "intruders" in found and found["intruders"]["modules"]:
+        lines += ["", *table(_against_base(found["intruders"]), columns)]
+    return lines
+
+
+_MEASURES = {"cosine": "cosine", "relative_distance": "distance / ‖ΔW‖", "column_overlap": "columns", "row_overlap": "rows"}
+
+
+def _measured(first: str, rows: list[Row]) -> dict[str, list[str]]:
+    """Cosine, distance and overlaps of layers, or of modules with their ranks."""
+    if first == "layer":
+        cells = {"layer": [row["layer"] for row in rows], "modules": [count(row["modules"]) for row in rows]}
+    else:
+        cells = {"module": [row["name"].removesuffix(".weight") for row in rows]}
+        cells |= {"ranks": [f"{row['rank_a'] or '–'}, {row['rank_b'] or '–'}" for row in rows]}
+    return cells | {title: [_of(row[key]) for row in rows] for key, title in _MEASURES.items()}
+
+
+def _intruding(found: Row) -> Pairs:
+    """How many intruders each adapter has, and how much of its change lies in the base's leading directions."""
+    pairs = []
+    for side in "ab":
+        own = found[side]
+        if own["modules"]:
+            where = f"{count(own['with_intruders'])} of {many(own['modules'], 'module')}"
+            text = f"{many(own['intruders'], 'dimension')} in {where} (top {found['top_k']}, below {number(found['epsilon'])})"
+            pairs.append((f"intruders {side}", text))
+            shares = [f"{place} {_share(own[f'{place}_energy'])} (chance {_share(own[f'{place}_chance'])})" for place in ("left", "right")]
+            pairs.append((f"in base's top {found['top_k']}", f"{side}: {', '.join(shares)} of ‖ΔW‖²"))
+    return pairs
+
+
+def _against_base(found: Row) -> dict[str, list[str]]:
+    """A line for each module: intruders of both, and the shares of both changes in the base's leading directions."""
+    rows: dict[str, dict[str, Row]] = {}
+    for row in found["modules"]:
+        rows.setdefault(row["name"], {})[row["adapter"]] = row
+
+    def both(key: str, shown: Any) -> list[str]:
+        return [", ".join(shown(pair[side][key]) if side in pair else "–" for side in "ab") for pair in rows.values()]
+
+    cells = {"module": [name.removesuffix(".weight") for name in rows], "intruders": both("intruders", str)}
+    for place in ("left", "right"):
+        cells[f"{place} in top {found['top_k']}"] = both(f"{place}_energy", _share)
+        cells[f"{place} by chance"] = [_share(next(iter(pair.values()))[f"{place}_chance"]) for pair in rows.values()]
+    return cells
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else percent(value)
 
 
 def _of(value: float | None) -> str:

@@ -7,13 +7,18 @@ from typing import Any
 import click
 
 from loratools.cli import _options as options
-from loratools.cli._say import notes, say, say_json
+from loratools.cli._say import notes, progress, say, say_json
 
 
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@options.together(options.alpha_in, options.threads, options.as_json, options.quiet)
+@click.option("--base", metavar="BASE", help="The model they are for: adds the intruder dimensions of each.")
+@click.option("--top-k", type=click.IntRange(1), metavar="N", help="The leading directions that are looked at; by default 10.")
+@click.option("--epsilon", type=float, metavar="F", help="An intruder's largest cosine with the base's directions; by default 0.5.")
+@click.option("--plot", metavar="FILE", help="Draw cosine and overlaps by layer and module: .png, .svg or .pdf.")
+@options.reading
+@options.together(options.threads, options.as_json, options.quiet)
 def command(a: str, b: str, as_json: bool, quiet: bool, **words: Any) -> None:
     """Compare two adapters, module by module.
 
@@ -21,12 +26,23 @@ def command(a: str, b: str, as_json: bool, quiet: bool, **words: Any) -> None:
     the mean squared cosines of the principal angles: of columns, what a module writes, and of rows, what it reads. --json has
     every angle. A module that one of the two lacks counts as no change.
 
+    With --base a change that is no difference, as DoRA's, is compared too, and each adapter's intruder dimensions are counted:
+    leading singular directions of the changed weight that the base has nothing like. That takes two SVDs of every weight.
+
     \b
       loratools compare first/ second/
+    With a picture, and what the base says:
+      loratools compare first/ second/ --base base/ --plot both.png
     """
-    from loratools.ops.compare import compare
+    from loratools.errors import OptionError
+    from loratools.ops.compare import check, compare
 
-    found = compare(a, b, **words)
+    try:
+        check(words)
+    except OptionError as error:  # the synopsis says what goes with what, so it is wrong usage
+        raise click.UsageError(str(error), click.get_current_context()) from None
+    with progress("Comparing", quiet=quiet) as told:
+        found = compare(a, b, progress=told, **words)
     notes(found["notes"], quiet=quiet)
     if as_json:
         say_json(found)

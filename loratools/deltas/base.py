@@ -31,6 +31,7 @@ class Delta(ABC):
     """The change of one weight; its tensors are `Ref`s, so a delta of a header costs no data."""
 
     kind: ClassVar[str]
+    follows_tie: ClassVar[bool] = False  # whether on an embedding it is also the change of a head that is tied to it
 
     @abstractmethod
     def spec(self, base: Spec | None) -> Spec:

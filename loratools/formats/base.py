@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +12,10 @@ from loratools.errors import FormatError, LoratoolsError, OptionError
 from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
 from loratools.tensorwriter import TensorWriter, canonical
+from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -115,25 +113,7 @@ def _weights_in(folder: Path) -> Path:
 
 def load_pickle(path: Path) -> dict[str, Ref]:
     """A torch pickle of tensors by name, loaded with weights_only so that no code in it runs."""
-    import torch
-
-    from loratools.tensors import to_ref
-
-    try:
-        table = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise FormatError("the pickle holds more than tensors; nothing in it was run", file=path, found=named and named[1]) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, IndexError, TypeError) as error:
-        raise FormatError(f"not a torch file, or truncated ({type(error).__name__})", file=path) from None
-    if isinstance(table, dict) and isinstance(table.get("state_dict"), dict):
-        table = table["state_dict"]
-    if not isinstance(table, dict):
-        raise FormatError("not a dictionary of tensors", file=path, found=type(table).__name__)
-    for key, value in table.items():
-        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
-            raise FormatError("not a tensor under a name", file=path, tensor=str(key), found=type(value).__name__)
-    return {name: to_ref(tensor) for name, tensor in table.items()}
+    return dict(TorchFile(path))
 
 
 def write_container(container: Container, folder: Path) -> dict[str, str]:

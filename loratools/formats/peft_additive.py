@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from loratools.deltas.base import Delta
 from loratools.deltas.loha import LoHa
+from loratools.deltas.rows import Rows
 from loratools.formats.peft_method import Method, Part
 
 
@@ -14,6 +15,10 @@ def _loha(part: Part) -> Delta:
     alpha, rank = part.number("alpha", pattern="alpha_pattern"), part.rank("r", part["hada_w1_b"].spec.shape[0])
     refs = {name: part[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
     return LoHa(**refs, t1=part.get("hada_t1"), t2=part.get("hada_t2"), scale=alpha / rank, alpha=alpha)
+
+
+def _tokens(part: Part) -> Delta:
+    return Rows(values=part["trainable_tokens_delta"], indices=part.naturals("token_indices"))
 
 
 ADDITIVE = (
@@ -24,5 +29,14 @@ ADDITIVE = (
         settings=("r", "alpha", "rank_pattern", "alpha_pattern"),
         training=("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
         make=_loha,
+    ),
+    Method(
+        peft_type="TRAINABLE_TOKENS",
+        title="rows of an embedding in the place of its own",
+        slots=("trainable_tokens_delta",),
+        settings=("token_indices",),
+        training=("init_weights",),
+        tying=True,
+        make=_tokens,
     ),
 )

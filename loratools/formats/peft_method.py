@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from loratools.deltas.base import Delta
 from loratools.deltas.laid import Unsettled
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.rows import Rows
 from loratools.errors import FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
 from loratools.families import matches
 from loratools.formats import peft_targets
@@ -21,7 +22,7 @@ from loratools.formats.base import Container, ReadOptions
 from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
 from loratools.formats.peft_targets import Targets, pattern_key, selected, targets_of
 from loratools.formats.peft_values import Values, finite, given, short, unknown
-from loratools.tensorfile import Ref
+from loratools.tensorfile import Ref, same_bytes
 
 
 class Found(NamedTuple):
@@ -41,7 +42,8 @@ class Method:
     `refused` fields change it in ways that are not done here, unless null, false or empty. `make` gives a module's deltas by the
     last component of their tensor's name; a lone delta is its weight's. A weight's delta is that of a linear layer's (out, in)
     or a convolution's (out, in, *kernel); where the base stores the transpose it is turned. `conv1d`: whether peft puts the method on
-    such layers, transformers' `Conv1D`, at all.
+    such layers, transformers' `Conv1D`, at all. With `tying`, modules that the config does not target may repeat a targeted one's
+    tensors: they are tied to it.
     """
 
     peft_type: str
@@ -53,6 +55,7 @@ class Method:
     training: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     own_biases: str | None = None
+    tying: bool = False
     conv1d: bool = True
     notes: tuple[str, ...] = ()
 
@@ -129,6 +132,12 @@ class Part:
             raise ShapeError("the rank is not the config's", found=found, expected=short(stated))
         return found
 
+    def naturals(self, name: str) -> tuple[int, ...]:
+        value = self._setting(name, None)
+        if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+            raise _wrong(name, value, "a list of whole numbers from 0 up")
+        return tuple(value)
+
     def listed(self, name: str) -> bool:
         """Whether a field that selects modules, by any ending of their paths or a regular expression, selects this one."""
         faults: list[LoratoolsError] = []
@@ -172,6 +181,7 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
     config = _config(stated, method)
     found = sort_keys(container, config, method.grammar())
     bank = found.modules.pop("", Module())
+    notes = method.notes + (_without_copies(found, config) if method.tying else ())
     deltas: dict[str, Delta] = {}
     banked: set[str] = set()
     faults: list[LoratoolsError] = []
@@ -188,7 +198,20 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
     if found.modules and not faults:
         faults += [_unused(bank.keys[slot]) for slot in bank.refs if slot not in banked]
     raise_all(faults)
-    return Found(config, found, deltas, method.notes)
+    return Found(config, found, deltas, notes)
+
+
+def _without_copies(found: Sorted, config: Targets) -> tuple[str, ...]:
+    """Takes off the modules that repeat, under a name the config does not target, the tensors of one that it does: tied ones."""
+    targeted = [module for path, module in found.modules.items() if config.targets(path)]
+    copies = [path for path, module in found.modules.items() if not config.targets(path) and any(_equal(module, one) for one in targeted)]
+    for path in copies:
+        del found.modules[path]
+    return (f"not needed, copies under the names of tied modules: {', '.join(copies)}",) if copies else ()
+
+
+def _equal(one: Module, other: Module) -> bool:
+    return one.refs.keys() == other.refs.keys() and all(same_bytes(ref, other.refs[slot]) for slot, ref in one.refs.items())
 
 
 def _unused(key: str) -> FormatError:
@@ -217,6 +240,6 @@ def _made(method: Method, part: Part) -> Mapping[str, Delta]:
 
 def _laid(name: str, delta: Delta, method: Method, options: ReadOptions) -> Delta:
     """A weight's delta, turned where the user says its weight is stored transposed, open where nothing tells yet."""
-    if not name.endswith(".weight") or isinstance(delta, LowRank | Unsettled):
+    if not name.endswith(".weight") or isinstance(delta, LowRank | Rows | Unsettled):
         return delta
     return Unsettled(delta=delta, transposed=True if matches(name, options.transposed) else None if method.conv1d else False)

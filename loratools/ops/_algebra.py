@@ -27,8 +27,8 @@ from loratools.tensors import read_tensor
 SAME = 2.0**-50  # two ways to compute one scaling differ by a few units in the last place
 
 
-def loaded(adapter: str | Path | Adapter, alpha_in: float | None = None) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load(adapter, options=ReadOptions(alpha=alpha_in))
+def loaded(adapter: str | Path | Adapter, alpha_in: float | None = None, options: ReadOptions | None = None) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load(adapter, options=options or ReadOptions(alpha=alpha_in))
 
 
 def label(adapter: str | Path | Adapter) -> str:
@@ -49,6 +49,13 @@ def low_of(delta: Delta) -> LowRank | None:
     if delta.kind in ("full", "replacement"):
         return None
     raise UnsupportedError(f"a {delta.kind} delta has no LoRA to work on", remedy="convert it first")
+
+
+def rank_of(delta: Delta) -> int | None:
+    """The rank of the LoRA in a delta, None for one of a kind without."""
+    if isinstance(delta, DoRA | Chain):
+        return rank_of(delta.direction if isinstance(delta, DoRA) else delta.then)
+    return delta.rank if isinstance(delta, LowRank) else None
 
 
 def with_low(delta: Delta, low: LowRank) -> Delta:
@@ -107,7 +114,7 @@ def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target:
     encoded = encode(adapter, format)
     with whole(target) as place:
         receipt.digests = write_container(encoded, place)
-        receipt.inputs = [row for one in inputs for row in adapter_inputs(one)]
+        receipt.inputs += [row for one in inputs for row in adapter_inputs(one)]
         receipt.outputs = [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
         receipt.history = [entry for one in inputs for entry in adapter_history(one)]
         if sha256:

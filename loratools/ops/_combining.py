@@ -1,192 +1,158 @@
-"""The terms of a combination, tensor by tensor: low-rank sums through their core, biases, and what cannot be summed."""
+"""The terms of a combination, tensor by tensor, each by its way (`_meeting`), and what is told of each."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from loratools import threads as workers
-from loratools.compress import (
-    Style,
-    concatenated,
-    error_of,
-    known_of,
-    lossless_rank,
-    recast,
-    rounded,
-    style_of,
-    truncated,
-    widest,
-)  # fmt: skip
-from loratools.deltas.base import Delta
-from loratools.deltas.compose import Chain
-from loratools.deltas.dora import DoRA
+from loratools.changes import Changes
+from loratools.compress import rounded, widest
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.full import Full, Replacement
-from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, MatchError, NonFiniteError, ShapeError, UnsupportedError, raise_all
-from loratools.factors import Factored
-from loratools.ops._algebra import bias_of, low_of, relative, shares
-from loratools.tensorfile import same_bytes
-from loratools.tensors import read_tensor
+from loratools.errors import LoratoolsError, UnsupportedError
+from loratools.factors import Factored, form_of
+from loratools.ops._algebra import bias_of, rank_of, relative, shares
+from loratools.ops._base import Base
+from loratools.ops._combine_options import Options
+from loratools.ops._core_sum import summed
+from loratools.ops._dense_sum import factored, whole
+from loratools.ops._meeting import Terms, own_layer, rank_needed, routes
+from loratools.tensorfile import Spec
+from loratools.tensors import read_tensor, to_ref, torch_dtype
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Terms: TypeAlias = list[tuple[Delta, float, Path | None]]  # a tensor's deltas, their weights, and where they were read
-Low: TypeAlias = list[tuple[LowRank, float]]
+Progress = Callable[[int, int], None]  # of the changes that are made dense, bytes done and in all
 
 
 class Combination:
-    """Σ wᵢ·ΔWᵢ for every tensor. `run` fills `deltas`; `rows` tells of each what it is the sum of, and its error."""
+    """What becomes of every tensor. `run` fills `deltas`; `rows` tells of each what it was made of, and its error."""
 
-    def __init__(self, terms: dict[str, Terms], *, rank: int | None, code: str | None) -> None:
-        self.terms, self.rank, self.code = terms, rank, code
+    def __init__(self, terms: Mapping[str, Terms], options: Options, base: Base | None = None, progress: Progress | None = None) -> None:
+        self.terms, self.options, self.base, self.progress = terms, options, base, progress
+        self.routes = routes(terms, options, lambda name: base is not None and name in base)
         self.deltas: dict[str, Delta] = {}
         self.factored: dict[str, Factored] = {}
         self.errors: dict[str, float] = {}
+        self.dense = {name: self._spec(name).numel * 4 for name, way in self.routes.items() if way == "dense"}
+        self.done, self.lock = 0, threading.Lock()
 
     def run(self, count: int) -> None:
-        faults = [fault.at(file=terms[-1][2], tensor=name) for name, terms in self.terms.items() if (fault := _fault(terms))]
-        raise_all(faults)
-        lows = [name for name, terms in self.terms.items() if isinstance(terms[0][0], LowRank)]
-        workers.run_all([partial(self._low, name) for name in lows], count)
-        for name, terms in self.terms.items():
-            first = terms[0][0]
-            if name in self.factored:
-                self.deltas[name] = self.factored[name].delta
-            elif isinstance(first, Full):
-                self.deltas[name] = self._bias(name, terms)
+        """Every tensor, `count` at a time; what is drawn, rounded and written does not depend on how many."""
+        work = {"core": self._core, "dense": self._dense}
+        workers.run_all([partial(self._placed, work[way], name) for name, way in self.routes.items() if way in work], count)
+        for name, way in self.routes.items():  # differences of biases come after the LoRA whose scaling they share
+            if way == "full":
+                self._placed(self._full, name)
+            elif way == "whole":
+                self._placed(self._whole, name)
+            elif way == "kept":
+                self.deltas[name] = self.terms[name][0].delta
             else:
-                self.deltas[name] = first  # alone at weight 1, or the same bytes throughout
+                self.deltas[name] = self.factored[name].delta
 
-    def _low(self, name: str) -> None:
-        terms = [(delta, weight) for delta, weight, _ in self.terms[name] if isinstance(delta, LowRank)]
+    def _placed(self, work: Callable[[str], None], name: str) -> None:
         try:
-            self.factored[name] = summed(terms, self.rank, self.code)
+            work(name)
         except LoratoolsError as error:
-            found = [place for _, _, place in self.terms[name]]
+            found = [term.file for term in self.terms[name]]
             raise error.at(file=found[0] if len(found) == 1 else None, tensor=name) from None
 
-    def _bias(self, name: str, terms: Terms) -> Delta:
-        """The sum of differences that are whole tensors, under the scaling of their module's LoRA."""
+    # -- one tensor
+
+    def _core(self, name: str) -> None:
+        terms = [(term.delta, term.weight) for term in self.terms[name] if isinstance(term.delta, Additive)]
+        found = summed(terms, self.options, self._layer(name))
+        if found is not None:
+            self.factored[name] = found
+        elif not self.options.chosen:
+            raise rank_needed()
+        else:
+            self._dense(name)
+
+    def _dense(self, name: str) -> None:
+        terms = [(term.delta, term.weight, term.order) for term in self.terms[name]]
+        refs = [delta for delta, _, _ in terms if isinstance(delta, Additive)]
+        code = self.options.code or ("F64" if refs and widest(refs) == "F64" else "F32")
+        weight = self.base.weight(name) if self.base is not None and name in self.base else None
+        self.factored[name] = factored(name, terms, self._spec(name), weight, self.options, code=code, layer=self._layer(name))
+        with self.lock:
+            self.done += self.dense.get(name, 0)
+            if self.progress and self.dense:
+                self.progress(self.done, sum(self.dense.values()))
+
+    def _full(self, name: str) -> None:
+        """Differences that are stored whole, under the scaling of their module's LoRA."""
         low = bias_of(name, {key: found.delta for key, found in self.factored.items()})
-        full = [(delta, weight) for delta, weight, _ in terms if isinstance(delta, Full)]
+        full = [(term.delta, term.weight, term.order) for term in self.terms[name] if isinstance(term.delta, Full)]
         scaling = low.scaling if low is not None else 1.0
-        if len(full) == 1 and full[0][0].scale * full[0][1] == scaling and self.code in (None, full[0][0].diff.spec.dtype):
-            self.errors[name] = 0.0
-            return replace(full[0][0], scale=scaling)
-        exact = _sum(full)
-        code = self.code or ("F64" if any(delta.diff.spec.dtype == "F64" for delta, _ in full) else "F32")
+        first, weight, _ = full[0]
+        same = self.options.code in (None, first.diff.spec.dtype) and not self.options.sparse
+        if len(full) == 1 and same and first.scale * weight == scaling:
+            self.errors[name], self.deltas[name] = 0.0, replace(first, scale=scaling)
+            return
+        exact = whole(name, full, self.options)
+        code = self.options.code or ("F64" if widest([delta for delta, _, _ in full]) == "F64" else "F32")
         if scaling == 0 and bool(exact.any()):
             raise UnsupportedError("a bias difference under a scaling of 0", tensor=name)
         stored = rounded(exact / (scaling or 1.0), code)
         self.errors[name] = relative(read_tensor(stored, exact.dtype) * scaling - exact, exact)
-        return Full(diff=stored, scale=scaling)
+        self.deltas[name] = Full(diff=stored, scale=scaling)
+
+    def _whole(self, name: str) -> None:
+        """W + w·(V − W) of a saved tensor V, rounded once to V's own dtype."""
+        import torch
+
+        assert self.base is not None
+        term, weight = self.terms[name][0], self.base.weight(name)
+        code = self.options.code or next(iter(term.delta.refs().values())).spec.dtype
+        changes = Changes([(term.delta, term.weight)], weight.spec, weight)
+        out = torch.empty(changes.rows, changes.columns, dtype=torch_dtype(code))
+        for part in changes.parts():
+            out[part] = read_tensor(rounded(changes.base(part) + changes(part)[0], code))
+        self.deltas[name] = Replacement(value=to_ref(out.reshape(weight.spec.shape)))
+
+    # -- what is known of it
+
+    def _spec(self, name: str) -> Spec:
+        if self.base is not None and name in self.base:
+            return self.base.weight(name).spec
+        first = self.terms[name][0].delta
+        assert isinstance(first, Additive)
+        return Spec("F32", first.shape())
+
+    def _layer(self, name: str) -> str:
+        """What layer the LoRA on it is of: what a term says, else the base's family, else open."""
+        stated = [layer for term in self.terms[name] if (layer := own_layer(term.delta)) not in (None, "unknown")]
+        if stated:
+            return str(stated[0])
+        spec = self._spec(name)
+        if self.base is None or name not in self.base:
+            return "unknown" if len(spec.shape) == 2 else "conv"
+        layer, reason = form_of(name, spec, self.base.family)
+        if layer is None:
+            raise UnsupportedError(f"what becomes of it has no low-rank form: {reason}")
+        return layer
 
     def rows(self) -> list[dict[str, Any]]:
-        rows = []
+        """The receipt's rows."""
         share = dict(zip(self.factored, shares([found.norm for found in self.factored.values()]), strict=True))
-        for name, terms in self.terms.items():
-            row: dict[str, Any] = {"name": name, "kind": self.deltas[name].kind, "adapters": len(terms)}
-            found = self.factored.get(name)
-            lows = [low.rank for delta, _, _ in terms if (low := low_of(delta)) is not None]
-            kept = low_of(self.deltas[name])
-            error = found.error / found.norm if found and found.norm else self.errors.get(name, 0.0)
-            row |= {
-                "rank_before": sum(lows) or None, "rank": kept.rank if kept else None, "error": error,
-                "optimal_error": found.optimal / found.norm if found and found.norm else 0.0, "energy": max(0.0, 1 - error**2),
-                "share": share.get(name),
-            }  # fmt: skip
-            rows.append(row)
-        return rows
+        return [self._row(name, share.get(name)) for name in self.terms]
+
+    def _row(self, name: str, share: float | None) -> dict[str, Any]:
+        found, terms = self.factored.get(name), self.terms[name]
+        error = found.error / found.norm if found and found.norm else self.errors.get(name, 0.0)
+        return {
+            "name": name, "kind": "+".join(dict.fromkeys(term.delta.kind for term in terms)), "adapters": len(terms),
+            "rank_before": _rank(terms), "rank": found.delta.rank if found else _rank([terms[0]]), "error": error,
+            "optimal_error": found.optimal / found.norm if found and found.norm else 0.0, "energy": max(0.0, 1 - error**2),
+            "share": share,
+        }  # fmt: skip
 
 
-def summed(terms: Low, rank: int | None, code: str | None) -> Factored:
-    """Σ wᵢ·ΔWᵢ as one LoRA: alone its own factors, else the exact concatenation or the core's, whichever is nearer as stored."""
-    if len(terms) == 1:
-        return _alone(*terms[0], rank, code)
-    lows = [low for low, _ in terms]
-    known, noise = known_of(terms)
-    written = code or ("F64" if widest(lows) == "F64" else "F32")
-    layer = next((low.layer for low in lows if low.layer != "unknown"), "unknown")
-    style = Style(code=written, shape=lows[0].shape(), layer=layer)
-    needed, whole = lossless_rank(known, noise, written), sum(low.rank for low in lows)
-    found = truncated(known, min(rank or needed, needed), style)
-    if needed == whole and (rank is None or rank >= whole):
-        joined = replace(concatenated(terms, written), layer=layer)
-        error = error_of(known, joined)
-        if error < found.error:
-            return replace(found, delta=joined, error=error, optimal=0.0)
-    return found
-
-
-def _alone(low: LowRank, weight: float, rank: int | None, code: str | None) -> Factored:
-    """One LoRA: its alpha takes the weight, its factors keep their bytes unless another rank or dtype is asked for."""
-    import torch
-
-    scaled = replace(low, alpha=low.alpha * weight)
-    if scaled.alpha < 0:  # a sign goes into B exactly; readers take an alpha below 0 for none
-        scaled = replace(scaled, alpha=-scaled.alpha, B=rounded(-read_tensor(low.B, torch.float64), low.B.spec.dtype))
-    if rank is not None and rank < low.rank:
-        known, _ = known_of([(scaled, 1.0)])
-        return truncated(known, rank, style_of(scaled, code))
-    if code is None or {low.A.spec.dtype, low.B.spec.dtype} == {code}:
-        norm = scaled.norm()
-        if not math.isfinite(norm):
-            raise NonFiniteError("a factor holds inf or nan")
-        return Factored(delta=scaled, norm=norm, error=0.0, optimal=0.0, method="kept")
-    known, _ = known_of([(scaled, 1.0)])
-    cast = replace(scaled, A=recast(low.A, code), B=recast(scaled.B, code))
-    return Factored(delta=cast, norm=scaled.norm(), error=error_of(known, cast), optimal=0.0, method="kept")
-
-
-def _sum(terms: Sequence[tuple[Full, float]]) -> Tensor:
-    import torch
-
-    total = torch.zeros(terms[0][0].shape(), dtype=torch.float64)
-    for delta, weight in terms:
-        total += read_tensor(delta.diff, torch.float64) * (delta.scale * weight)
-    return total
-
-
-def _fault(terms: Terms) -> LoratoolsError | None:
-    """Why a tensor's deltas have no sum that an adapter can say, if they have none."""
-    kinds = list(dict.fromkeys(delta.kind for delta, _, _ in terms))
-    if any(delta.kind == "dora" or (isinstance(delta, Chain) and isinstance(delta.then, DoRA)) for delta, _, _ in terms):
-        if len(terms) == 1 and terms[0][1] == 1:
-            return None
-        return UnsupportedError(
-            "DoRA is no difference that could be scaled or summed: W' depends on the base",
-            remedy="merge the adapters into the base, and extract the result",
-        )  # fmt: skip
-    first = terms[0][0]
-    if all(isinstance(delta, Replacement) for delta, _, _ in terms):
-        return _saved_fault(terms)
-    if len(kinds) > 1 or not isinstance(first, LowRank | Full):
-        if len(terms) == 1 and terms[0][1] == 1:
-            return None
-        return MatchError("deltas of these kinds have no sum", found=", ".join(kinds))
-    shapes = list(dict.fromkeys(delta.shape() for delta, _, _ in terms if isinstance(delta, LowRank | Full)))
-    if len(shapes) > 1:
-        return ShapeError("the adapters change weights of different shapes", found=list(shapes[1]), expected=list(shapes[0]))
-    layers = {delta.layer for delta, _, _ in terms if isinstance(delta, LowRank)} - {"unknown"}
-    if len(layers) > 1:
-        return MatchError("the adapters take this weight for different layers", found=", ".join(sorted(layers)))
-    return None
-
-
-def _saved_fault(terms: Terms) -> LoratoolsError | None:
-    """A saved tensor takes the weight's place: W + Σ wᵢ(V − W) is V where the weights sum to 1, and needs the base elsewhere."""
-    values = [delta.value for delta, _, _ in terms if isinstance(delta, Replacement)]
-    if not all(same_bytes(values[0], other) for other in values[1:]):
-        remedy = "merge the adapters into the base instead, or remove it from all but one"
-        return MatchError("several adapters save this tensor whole, and not the same", remedy=remedy)
-    weights = [weight for _, weight, _ in terms]
-    if sum(weights) == 1 or all(weight == 1 for weight in weights):
-        return None
-    remedy = "merge takes the base and a strength"
-    return UnsupportedError("a tensor saved whole has weight 1", found=", ".join(f"{weight:g}" for weight in weights), remedy=remedy)
+def _rank(terms: Terms) -> int | None:
+    """The sum of the ranks of the terms' LoRAs, None where one has none."""
+    ranks = [rank_of(term.delta) for term in terms]
+    return sum(rank for rank in ranks if rank is not None) if None not in ranks else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratools.checkpoint import Checkpoint
-from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, raise_all
+from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
 from loratools.families import Family, matches
 
 
@@ -15,9 +15,9 @@ from loratools.families import Family, matches
 class Pair:
     """A base and its fine-tune: `common` names with equal shapes in file order; `alone` are left out with a reason.
 
-    Raises QuantizedError for a base or fine-tune whose weights are quantised, and all at once MatchError for tensors that only
-    one side has and ShapeError for shapes that differ, unless include and exclude leave them out; OptionError for a glob that
-    fits no tensor.
+    Raises UnsupportedError for a pipeline, QuantizedError for a base or fine-tune whose weights are quantised, and all at once
+    MatchError for tensors that only one side has and ShapeError for shapes that differ, unless include and exclude leave them
+    out; OptionError for a glob that fits no tensor.
     """
 
     base: Checkpoint
@@ -32,6 +32,9 @@ class Pair:
 
     def __post_init__(self) -> None:
         for checkpoint in (self.base, self.tuned):
+            if "" not in checkpoint.parts:
+                remedy = "name the same folder of both, such as unet/ or transformer/"
+                raise UnsupportedError("a pipeline of several models, and an adapter is of one", file=checkpoint.path, remedy=remedy)
             if checkpoint.quantization:
                 raise QuantizedError(
                     "its weights are quantised", file=checkpoint.path, found=checkpoint.quantization,

@@ -21,7 +21,7 @@ from loratools.receipt import adapter_inputs, receipt_path
 from loratools.record import Spool, record_path
 from loratools.sidefiles import file_entry
 from loratools.stream import BLOCK, Applied
-from loratools.tensorfile import BITS, InMemory, Ref, Spec
+from loratools.tensorfile import BITS, InMemory, Ref, Spec, TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +108,7 @@ class Recording:
     def _table(self, merged: Checkpoint, spool: Spool) -> dict[str, Any]:
         checkpoint = self.checkpoint
         for name, file in checkpoint.files.items():
+            assert isinstance(file, TensorFile)
             spool.put(f"header/{name}", deflated(InMemory(Spec("U8", (len(file.header),)), file.header)))
         folder = self.place.parent if checkpoint.single else self.place
         return {
@@ -159,8 +160,11 @@ def _file(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": Path(row["path"]).name, "bytes": row["bytes"], "blake3": row["blake3"]}
 
 
-def check_recordable(given: Sequence[tuple[Adapter, float]]) -> None:
-    """Raise OptionError for an adapter that has no file to find it by when the merge is undone."""
+def check_recordable(checkpoint: Checkpoint, given: Sequence[tuple[Adapter, float]]) -> None:
+    """Raise OptionError for a base that cannot be given back byte for byte, and for an adapter without a file to find it by."""
+    if checkpoint.unlike:
+        fact, remedy = "--reversible needs a base whose files unmerge can write again", "leave it out and keep the base"
+        raise OptionError(fact, file=checkpoint.path, found=checkpoint.unlike, remedy=remedy)
     if not all(adapter.files for adapter, _ in given):
         raise OptionError("--reversible needs adapters that are files", found="one in memory", remedy="save it first")
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.compress import error_of, hollow, known_of, lossless_rank, padded, recast, style_of, truncated, widest
+from loratools.compress import error_of, hollow, known_of, lossless_rank, padded, recast, style_of, truncated, widest, within
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError
-from loratools.factors import FLOOR, Factored
+from loratools.factors import Factored
 from loratools.formats.base import Container
 from loratools.ops._size import file_bytes, parse_size
 from loratools.tensorfile import BITS
@@ -75,24 +75,8 @@ def kept(low: LowRank, rank: int, code: str | None) -> Factored:
 
 def reached(low: LowRank, limit: float, code: str | None) -> Factored:
     """The least rank whose error as stored is within limit · ‖ΔW‖; the LoRA's own factors where no lower rank is."""
-    from loratools.linalg.ranks import for_error
-
     known, noise = known_of([(low, 1.0)])
-    style = style_of(low, code)
-    most = min(lossless_rank(known, noise, style.code), low.rank)
-    norm, goal = _norm(known), max(limit, FLOOR)
-    rank = max(1, min(for_error(known.S, norm**2, fraction=goal), most)) if norm else 1
-    while rank < low.rank:
-        found = truncated(known, rank, style)
-        if found.error <= (goal + FLOOR) * norm:
-            return found
-        if rank >= most:
-            break
-        # what rounding added is as good as orthogonal to what the truncation left
-        added = (found.error**2 - found.optimal**2) / norm**2
-        wanted = math.sqrt(max(0.0, goal**2 - added))
-        rank = max(rank + 1, min(for_error(known.S, norm**2, fraction=wanted) if wanted > 0 else most, most))
-    return kept(low, low.rank, code)
+    return within(known, noise, limit, style_of(low, code), low.rank) or kept(low, low.rank, code)
 
 
 def squares(low: LowRank) -> list[float]:

@@ -22,6 +22,7 @@ from loratools.ops._extract_options import Options
 from loratools.ops._extraction import Extraction, Progress
 from loratools.ops._pair import Pair
 from loratools.output import check_output, whole
+from loratools.pipeline import open_checkpoint
 from loratools.receipt import Receipt, add_sha256, checkpoint_input, history_of, receipt_path
 from loratools.sidefiles import file_entry
 from loratools.tensorfile import TensorFile
@@ -69,7 +70,7 @@ def extract(
     options = Options.checked(**{name: arguments[name] for name in Options.GIVEN})
     target = check_output(out, overwrite=overwrite, inputs=[base, tuned])
     receipt = Receipt("extract", {"base": str(base), "tuned": str(tuned), "out": str(out), **arguments})
-    pair = Pair(Checkpoint(base), Checkpoint(tuned), tuple(include), tuple(exclude), tuple(embedding), tuple(transposed))
+    pair = Pair(open_checkpoint(base), open_checkpoint(tuned), tuple(include), tuple(exclude), tuple(embedding), tuple(transposed))
     work = Extraction(pair, options, progress)
     with workers.single_threaded_blas(options.device == "cpu"):
         work.run()
@@ -125,7 +126,8 @@ def _output(path: Path) -> dict[str, Any]:
 def _notes(work: Extraction, beside: Sequence[str]) -> list[str]:
     pair = work.pair
     saved = Counter(change.reason for change in work.changes.values() if isinstance(change.delta, Replacement))
-    notes = [f"saved whole: {count} tensors ({reason})" for reason, count in saved.items()]
+    notes = [f"{checkpoint.path}: {note}" for checkpoint in (pair.base, pair.tuned) for note in checkpoint.notes]
+    notes += [f"saved whole: {count} tensors ({reason})" for reason, count in saved.items()]
     if beside:
         notes.append(f"saved too, unchanged, for the format saves whole modules: {', '.join(beside)}")
     tie = work.tied()

@@ -23,9 +23,10 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
 from loratools.families import Family
 from loratools.formats import FORMATS, load
-from loratools.formats.base import CONFIG, PICKLES, open_container, read_options
+from loratools.formats.base import CONFIG, open_container, read_options
+from loratools.pipeline import open_checkpoint
 from loratools.tensorfile import FLOATS, Ref, Spec
-from loratools.weightfiles import INDEX, SINGLE
+from loratools.weightfiles import SINGLE, is_index
 
 LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
@@ -62,10 +63,10 @@ def inspect(
         wrong = [word for word, given in (("--base", base), ("--spectra", spectra), ("--alpha-in", alpha_in)) if given not in (None, False)]
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
-        return _checkpoint(Checkpoint(path), values=values)
+        return _checkpoint(open_checkpoint(path), values=values)
     words = {"alpha_in": alpha_in, "scale": scale, "scratch_dora": scratch_dora, "enable_lora": enable_lora, "conv": conv}
     adapter = load(path, options=read_options({**words, "transposed": transposed, "embedding": embedding}))
-    checkpoint = Checkpoint(base) if base is not None else None
+    checkpoint = open_checkpoint(base) if base is not None else None
     return _adapter(adapter, path, checkpoint, Family({}, tuple(embedding), tuple(transposed)), values, spectra)
 
 
@@ -73,10 +74,8 @@ def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
         return (path / CONFIG).is_file() or any(path.glob("adapter_model.*"))
-    if path.name in SINGLE or path.name.endswith(INDEX):
+    if path.name in SINGLE or is_index(path.name):
         return False
-    if path.suffix in PICKLES:
-        return True
     if path.suffix == ".json":
         return path.name == CONFIG
     container = open_container(path)
@@ -121,15 +120,18 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
 
 def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Spec], list[str]]:
     """The adapter under the base's names, the specs they meet, and what a merge of the two would stumble over."""
-    family = Family(base.config, globs.more_embeddings, globs.more_transposed)
-    tied, specs, warnings = family.tied(base), dict(base.specs), list[str]()
-    if tied:
-        specs.setdefault(tied[1], specs[tied[0]])
+    family = base.family(globs.more_embeddings, globs.more_transposed)
+    ties, specs, warnings = family.ties(base), dict(base.specs), list[str]()
+    for embedding, head in ties:
+        specs.setdefault(head, specs[embedding])
     joined = adapter.resolve(specs, family)
     if base.quantization:
         warnings.append(f"the base is quantised ({base.quantization}): merge refuses it, and its parameters are counted as stored")
-    if tied and len(touched := [name for name in tied if name in joined]) == 1:
-        warnings.append(f"{touched[0]} is changed alone, and tied to {tied[1 - tied.index(touched[0])]} in the base: merge needs --untie")
+    for tied in ties:
+        touched = [name for name in tied if name in joined]
+        if len(touched) == 1 and not joined[touched[0]].follows_tie:
+            other = tied[1 - tied.index(touched[0])]
+            warnings.append(f"{touched[0]} is changed alone, and tied to {other} in the base: merge needs --untie")
     return joined, specs, warnings
 
 
@@ -260,7 +262,7 @@ def _spectrum(delta: Delta) -> dict[str, Any]:
 
 
 def _checkpoint(checkpoint: Checkpoint, *, values: bool) -> dict[str, Any]:
-    specs, warnings = checkpoint.specs, list[str]()
+    specs, warnings = checkpoint.specs, list(checkpoint.notes)
     if checkpoint.quantization:
         warnings.append(f"its weights are quantised ({checkpoint.quantization}): merge refuses them, and parameters are counted as stored")
     strays = [name for name in specs if _ADAPTER_KEY.search(name)]
@@ -283,5 +285,5 @@ def _checkpoint(checkpoint: Checkpoint, *, values: bool) -> dict[str, Any]:
 
 def tensors(path: str | Path) -> list[dict[str, Any]]:
     """A checkpoint's tensors as rows of name, dtype, shape and parameters, from headers."""
-    specs = Checkpoint(path).specs
+    specs = open_checkpoint(path).specs
     return [{"name": name, "dtype": spec.dtype, "shape": list(spec.shape), "parameters": spec.numel} for name, spec in specs.items()]

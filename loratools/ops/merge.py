@@ -19,6 +19,7 @@ from loratools.formats import load
 from loratools.formats.base import read_options
 from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
+from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, add_sha256, checkpoint_input, history_of, receipt_path
 from loratools.record import record_path
@@ -74,19 +75,20 @@ def merge(
     target = check_output(out, overwrite=overwrite, inputs=[base, *paths])
     receipt = Receipt("merge", {"base": str(base), "adapters": [_label(item) for item in listed], "out": str(out), **arguments})
     options = read_options(arguments)
-    checkpoint = Checkpoint(base)
+    checkpoint = open_checkpoint(base)
     loaded = [(item if isinstance(item, Adapter) else load(item, options=options), strength) for item, strength in given]
     plan = make_plan(
         checkpoint, loaded, untie=untie, renames=split_renames(rename), allow_unmatched=allow_unmatched,
         transposed=tuple(transposed), embeddings=tuple(embedding),
     )  # fmt: skip
     if reversible:
-        check_recordable(loaded)
+        check_recordable(checkpoint, loaded)
     code = dtype_code(dtype) if dtype else None
     statistics: dict[str, Statistics] = {}
     changes, added = changes_of(checkpoint, plan, statistics, dtype=code, device=device, full=full_report)
     if code:
-        plan.config |= {key: _TORCH[code] for key in ("torch_dtype", "dtype") if key in checkpoint.config}
+        for prefix, part in checkpoint.parts.items():
+            plan.config |= {prefix + key: _TORCH[code] for key in ("torch_dtype", "dtype") if key in part.config}
     with whole(target) as place:
         done = _rewrite(checkpoint, place, changes, added, plan, device, threads, progress)
         if reversible:
@@ -139,10 +141,15 @@ def _record(recording: Recording, workers: int | None) -> dict[str, Any]:
 
 
 def _note_lost_record(checkpoint: Checkpoint, done: Rewritten) -> None:
-    path = record_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
-    if path.is_file():
-        reason = "what undoes an earlier merge, not this one; --reversible would carry it on"
-        done.left_out.append({"name": path.name, "reason": reason, "relative_norm": None})
+    folders = {"": checkpoint.folder} | {prefix.replace(".", "/"): part.folder for prefix, part in checkpoint.parts.items() if prefix}
+    paths = {place: record_path(folder, folder=True) for place, folder in folders.items()}
+    if checkpoint.single:
+        paths = {"": record_path(checkpoint.path, folder=False)}
+    copied = {entry["path"] for entry in done.files}  # with a model of a pipeline that did not change
+    for place, path in paths.items():
+        if path.is_file() and place + path.name not in copied:
+            reason = "what undoes an earlier merge, not this one; --reversible would carry it on"
+            done.left_out.append({"name": place + path.name, "reason": reason, "relative_norm": None})
 
 
 def _fill(
@@ -153,5 +160,5 @@ def _fill(
     receipt.expected = plan.expected
     receipt.applied = plan.without_effect + sum(statistic.applied for statistic in statistics.values())
     receipt.tensors = [statistic.row(name) for name, statistic in statistics.items()]
-    receipt.left_out, receipt.changed_files, receipt.notes = done.left_out, done.changed_files, plan.notes
+    receipt.left_out, receipt.changed_files, receipt.notes = done.left_out, done.changed_files, checkpoint.notes + done.notes + plan.notes
     receipt.history = history_of(checkpoint)

@@ -19,6 +19,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint, weights_entry
 from loratools.corrections import corrected, inflated, segments
 from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError
+from loratools.families import Family
 from loratools.formats import load
 from loratools.formats.base import read_options
 from loratools.inverse import Inverse
@@ -26,6 +27,7 @@ from loratools.jsonfile import read_json
 from loratools.ops._approximate import approximate as subtract
 from loratools.ops._recording import Factors, wide
 from loratools.output import check_output, whole
+from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
 from loratools.record import Record, record_path
@@ -65,7 +67,7 @@ def unmerge(
     count = threads or pool.default_threads()
     if count < 1:
         raise OptionError("--threads", found=count, expected="at least 1")
-    checkpoint = Checkpoint(merged)
+    checkpoint = open_checkpoint(merged)
     if checkpoint.single and target.suffix != ".safetensors":
         raise OptionError("a model that is one file gives one file", found=target.name, expected="OUT with the ending .safetensors")
     path = record_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
@@ -93,6 +95,14 @@ class _Described(Mapping[str, Ref]):
     refs: Mapping[str, Ref]
     quantization: str | None = None
     single: bool = False
+    shared: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def parts(self) -> dict[str, _Described]:
+        return {"": self}
+
+    def family(self, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> Family:
+        return Family(self.config, embeddings, transposed)
 
     def __getitem__(self, name: str) -> Ref:
         return self.refs[name]

@@ -22,12 +22,14 @@ from loratools.checkpoint import Change, Checkpoint, combined_digest
 from loratools.errors import FormatError, OptionError
 from loratools.formats import load
 from loratools.formats.base import open_container, read_options
+from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
 from loratools.receipt import receipt_path
 from loratools.sidefiles import file_entry
 from loratools.tensorfile import Ref, Spec
 from loratools.tensors import read_tensor
 from loratools.ulps import distance
+from loratools.weightfiles import PIPELINE
 
 TOLERATED = 1  # ulp: twice the bound of one rounding; what loratools wrote itself is 0 apart
 
@@ -62,7 +64,7 @@ def verify(
             _check_digests(path, receipt, report, count)
         if base is not None:
             said = (receipt or {}).get("arguments", {})
-            merged, original = Checkpoint(path), Checkpoint(base)
+            merged, original = open_checkpoint(path), open_checkpoint(base)
             plan = _plan_again(original, listed, said)
             _replay(merged, original, plan, report, count)
             if forward:
@@ -109,7 +111,7 @@ def _check_digests(path: Path, receipt: Mapping[str, Any], report: dict[str, Any
 def _tensors(path: Path) -> Mapping[str, Ref]:
     if path.is_dir() and (path / "adapter_config.json").is_file():
         return open_container(path).tensors
-    return Checkpoint(path)
+    return open_checkpoint(path)
 
 
 def _digest(name: str, ref: Ref, found: dict[str, str]) -> None:
@@ -134,7 +136,8 @@ def _check_files(path: Path, receipt: Mapping[str, Any], digests: Mapping[str, s
                 faults.append(f"{file}: not the bytes that were written")
         else:
             opened = TensorFile(file)
-            inside = {name: digests[name] for name in opened if name in digests}
+            above = "".join(f"{part}." for part in Path(entry["path"]).parent.parts)  # the model's name, in a pipeline
+            inside = {name: digests[above + name] for name in opened if above + name in digests}
             own = combined_digest(inside) if len(inside) == len(opened) else None
             if opened.header_sha256 != entry["header_sha256"]:
                 faults.append(f"{file}: its header is not the one that was written")
@@ -142,8 +145,9 @@ def _check_files(path: Path, receipt: Mapping[str, Any], digests: Mapping[str, s
                 faults.append(f"{file}: not the tensors that were written to it")
     if path.is_dir():
         known = {entry["path"] for entry in receipt["outputs"]}
-        strays = [file.name for file in sorted(path.glob("*.safetensors")) if file.name not in known]
-        faults += [f"{path / name}: weights that the receipt does not know" for name in strays]
+        places = ("*.safetensors", "*/*.safetensors") if (path / PIPELINE).is_file() else ("*.safetensors",)
+        found = sorted(file for place in places for file in path.glob(place))
+        faults += [f"{file}: weights that the receipt does not know" for file in found if str(file.relative_to(path)) not in known]
 
 
 # -- replay

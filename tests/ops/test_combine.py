@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError
+from loratools.errors import AmbiguousError, LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError
 from loratools.formats import load
 from loratools.ops.combine import combine
 from loratools.ops.merge import merge
@@ -210,6 +211,10 @@ def dora(seed: int = 0) -> Adapter:
     return Adapter(deltas={NAME: DoRA(direction=low((20, 7), 2, seed), magnitude=to_ref(torch.ones(20, 1)))})
 
 
+def matrix() -> Adapter:
+    return Adapter(deltas={NAME: Full(diff=to_ref(torch.ones(20, 7)))})
+
+
 def chain() -> Adapter:
     first = Replacement(value=to_ref(torch.ones(30, 9)))
     return Adapter(deltas={"wte.weight": Chain(first=first, then=low((30, 9), 2, 0, layer="embedding"))})
@@ -223,9 +228,12 @@ REFUSED: list[tuple[list[tuple[Adapter, float]], type[LoratoolsError], str]] = [
     ([(saved(1), 1.0), (saved(2), 1.0)], MatchError, r"head\.weight: several adapters save this tensor whole"),
     ([(saved(1), 0.5)], UnsupportedError, r"head\.weight: a tensor saved whole has weight 1: found 0\.5"),
     ([(saved(1), 0.7), (saved(1), 0.7)], UnsupportedError, "has weight 1: found 0.7, 0.7"),
-    ([(dora(), 1.0), (with_bias(0), 1.0)], UnsupportedError, r"h\.0\.up\.weight: DoRA is no difference.*merge the adapters"),
+    ([(dora(), 1.0), (with_bias(0), 1.0)], UnsupportedError, r"h\.0\.up\.weight: DoRA is no difference.*give --base, and --rank"),
     ([(dora(), 0.5)], UnsupportedError, "DoRA is no difference"),
-    ([(chain(), 1.0), (chain(), 1.0)], MatchError, "deltas of these kinds have no sum: found chain"),
+    ([(chain(), 1.0), (chain(), 1.0)], MatchError, "several adapters change this tensor, and one saves it whole: found chain"),
+    ([(chain(), 0.5)], UnsupportedError, "a tensor saved whole has weight 1: found 0.5; --base tells"),
+    ([(plain((9, 9)), 1.0), (plain((9, 9), "transposed"), 1.0)], AmbiguousError, "this square weight is stored transposed.*give --base"),
+    ([(matrix(), 1.0), (plain((20, 7)), 1.0)], OptionError, r"h\.0\.up\.weight: this change has no small factors.*expected --rank"),
     ([(plain((20, 7)), 1.0), (plain((20, 8)), 1.0)], ShapeError, r"found \[20, 8\], expected \[20, 7\]"),
     (
         [(plain((9, 9), layer), 1.0) for layer in ("embedding", "linear")],
@@ -251,13 +259,33 @@ def test_dora_and_chains_alone_at_weight_1_come_along(tmp_path: Path) -> None:
     assert any("no tensor is in two" in note for note in receipt["notes"])
 
 
-@pytest.mark.parametrize("options", [{"method": "ties"}, {"rank": 0}, {"rank": 1.5}, {"threads": 0}, {"dtype": "int4"}])
+@pytest.mark.parametrize("options", [{"method": "linear"}, {"rank": 0}, {"rank": 1.5}, {"threads": 0}, {"dtype": "int4"}])
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as error:
         combine([with_bias(0)], tmp_path / "out", **options)
-    assert "method" not in options or "expected sum" in str(error.value)
+    assert "method" not in options or "expected sum or ties or" in str(error.value)
     with pytest.raises(OptionError):
         combine([], tmp_path / "out")
     with pytest.raises(OptionError):
         combine([(with_bias(0), float("nan"))], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.tuples(adapters(dtypes=DTYPES), weights), min_size=1, max_size=3), st.sampled_from([{"energy": 0.9}, {"max_error": 0.3}])
+)  # fmt: skip
+def test_the_least_ranks_within_an_error(
+    tmp_path_factory: pytest.TempPathFactory, given: list[tuple[Adapter, float]], rule: dict[str, float]
+) -> None:
+    out = tmp_path_factory.mktemp("e") / "out"
+    receipt = checked(combine(given, out, **rule), out)
+    limit = math.sqrt(1 - rule["energy"]) if "energy" in rule else rule["max_error"]
+    total, sizes = sums(given)
+    for name, row in rows_of(receipt).items():
+        norm, noise = float(total[name].norm()), FLOAT64 * sizes[name]
+        sigma = torch.linalg.svdvals(total[name])
+        # 2⁻⁸: one bfloat16 adapter alone keeps its dtype, whose rounding may leave no rank but its own
+        assert row["error"] <= limit + 1e-6 or row["error"] <= 2.0**-8
+        if row["rank"] > 1 and norm > 1e6 * noise and row["error"] > 2.0**-8:
+            assert float(sigma[row["rank"] - 1 :].norm()) > (limit - 0.01) * norm

@@ -1,0 +1,159 @@
+"""What a delta does to a weight, W′ − W in float64 by blocks of rows: a matrix to be decomposed, or a tensor to be stored.
+
+A difference (LoRA and its kin) is known without W; every other kind is given W's rows, and W is taken off what it makes of them.
+Blocks are of a fixed size and sums in a fixed order, so the same bytes come out for any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loratools.deltas.base import Additive, Delta, Read
+from loratools.differences import SMALL
+from loratools.errors import NonFiniteError
+from loratools.rounding import Rounding
+from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref, Spec
+from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 1 << 18  # elements
+
+
+def reader(ref: Ref, columns: int, device: str = "cpu") -> Read:
+    """A tensor's rows in float64, for kinds that look at a weight before they change it."""
+    import torch
+
+    flat = ref.reshape(ref.spec.numel // max(1, columns), columns)
+
+    def read(rows: int) -> Iterator[tuple[slice, Tensor]]:
+        total = flat.spec.shape[0]
+        for start in range(0, total, rows):
+            part = slice(start, min(start + rows, total))
+            narrow = as_tensor(bytearray(flat.rows(part.start, part.stop)), Spec(flat.spec.dtype, (part.stop - part.start, columns)))
+            yield part, narrow.to(device=device, dtype=torch.float64)
+
+    return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """W′ − W as a matrix of W's own rows, float32 if it is large, else float64; `rounding` bounds what float64 would have had more."""
+
+    D: Tensor
+    norm: float
+
+    @property
+    def rounding(self) -> float:
+        import torch
+
+        return 1.01 * 2.0**-24 * self.norm if self.D.dtype == torch.float32 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """A delta on a weight of this spec, of which `weight` may be missing for a difference."""
+
+    delta: Delta
+    spec: Spec
+    weight: Ref | None = None
+    device: str = "cpu"
+
+    @property
+    def wide(self) -> Spec:
+        """The weight in float64: deltas are as exact as what is written can show."""
+        return Spec("F64", self.spec.shape)
+
+    def read(self) -> Read:
+        assert self.weight is not None
+        return reader(self.weight, self.delta.matrix(self.wide)[1], self.device)
+
+    def step(self) -> int:
+        """Rows of a block."""
+        rows, columns = self.delta.matrix(self.wide)
+        if self.delta.align is None:
+            return max(1, rows)
+        step = max(1, BLOCK // max(1, columns))
+        return max(self.delta.align, step // self.delta.align * self.delta.align)
+
+    def results(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows of W and of W′, both in float64."""
+        read = self.read()
+        bound = self.delta.bind(self.wide, read, self.device)
+        for part, W in read(self.step()):
+            yield part, W, bound(part, W.clone())
+
+    def differences(self) -> Iterator[Tensor]:
+        """Rows of W′ − W in float64, in order; each may be overwritten, and is valid until the next.
+
+        Raises NonFiniteError where W′ is no number: inf or nan in W or the delta, or a DoRA's W + ΔW of no length.
+        """
+        for D in self._rows():
+            if not math.isfinite(square(D)):
+                remedy = "look at adapter and base with inspect --values for inf and nan; a DoRA needs W + ΔW to have a length everywhere"
+                raise NonFiniteError("W' is not finite", remedy=remedy)
+            yield D
+
+    def _rows(self) -> Iterator[Tensor]:
+        if not isinstance(self.delta, Additive):
+            yield from (new.sub_(W) for _, W, new in self.results())
+            return
+        dense, rows, step = self.delta.bind_dense(self.wide, 1.0, self.device), self.delta.matrix(self.wide)[0], self.step()
+        for start in range(0, rows, step):
+            yield dense(slice(start, min(start + step, rows)))
+
+    def change(self) -> Change:
+        """All of W′ − W, held in memory."""
+        import torch
+
+        D = torch.empty(self.spec.numel, dtype=torch.float64 if self.spec.numel <= SMALL else torch.float32, device=self.device)
+        start, squares = 0, list[float]()
+        for block in self.differences():
+            squares.append(square(D[start : start + block.numel()].copy_(block.reshape(-1))))
+            start += block.numel()
+        return Change(D=D.view(self.spec.matrix), norm=math.sqrt(math.fsum(squares)))
+
+
+class Made(Ref):
+    """W′ − W as the tensor that is stored: computed when it is read, a block at a time, rounded once, measured as it passes.
+
+    `norm` is ‖W′ − W‖ and `error` that of the rounding; both are None until it was read through.
+    """
+
+    def __init__(self, effect: Effect, code: str) -> None:
+        self.effect, self.spec = effect, Spec(code, effect.spec.shape)
+        self.norm: float | None = None
+        self.error: float | None = None
+
+    def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
+        import torch
+
+        rounded, norm, error = Rounding(), list[float](), list[float]()
+        for D in self.effect.differences():
+            out = torch.empty(D.shape, dtype=torch_dtype(self.spec.dtype))
+            rounded(D.contiguous(), out)
+            if not bool(torch.isfinite(out).all()):
+                found, remedy = f"{float(D.abs().max()):g}", "give a wider --dtype"
+                raise NonFiniteError(f"W' - W would not be finite in {self.spec.dtype}", found=found, remedy=remedy)
+            norm.append(square(D))
+            error.append(square(D.sub_(out.to(D.device))))
+            yield tensor_bytes(out)
+        self.norm, self.error = math.sqrt(math.fsum(norm)), math.sqrt(math.fsum(error))
+
+    def read(self) -> Buffer:
+        return b"".join(map(bytes, self.blocks()))
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        step = self.spec.row_bytes()
+        return memoryview(self.read())[start * step : stop * step]
+
+
+def square(block: Tensor) -> float:
+    """The sum of squares in float64."""
+    import torch
+
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2

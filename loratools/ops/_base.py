@@ -1,0 +1,63 @@
+"""The base model as the operations on adapters see it: names to resolve against, weights to read, its identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loratools import threads as workers
+from loratools.adapter import Adapter
+from loratools.checkpoint import Checkpoint
+from loratools.differences import digest
+from loratools.errors import QuantizedError
+from loratools.families import Family
+from loratools.receipt import checkpoint_input
+from loratools.tensorfile import Ref
+
+
+class Base:
+    """A checkpoint and what its config tells; a head that is tied and not on disk is there under its name.
+
+    Raises QuantizedError for weights that are quantised, and what `Checkpoint` raises.
+    """
+
+    def __init__(self, path: str | Path, *, transposed: Sequence[str] = (), embedding: Sequence[str] = ()) -> None:
+        self.checkpoint = Checkpoint(path)
+        if self.checkpoint.quantization:
+            remedy = "give the original 16- or 32-bit weights"
+            fact = "the base's weights are quantised"
+            raise QuantizedError(fact, file=self.checkpoint.path, found=self.checkpoint.quantization, remedy=remedy)
+        self.family = Family(self.checkpoint.config, tuple(embedding), tuple(transposed))
+        self.sources = {name: name for name in self.checkpoint}
+        tied = self.family.tied(self.checkpoint)
+        if tied is not None:
+            self.sources.setdefault(tied[1], tied[0])
+        self.specs = {name: self.checkpoint[source].spec for name, source in self.sources.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sources
+
+    def weight(self, name: str) -> Ref:
+        """The tensor of that name, not read yet."""
+        return self.checkpoint[self.sources[name]]
+
+    def resolve(self, adapter: Adapter) -> Adapter:
+        """The adapter under the base's names, every delta known to fit."""
+        return adapter.resolve(self.specs, self.family)
+
+    def input(self, threads: int) -> dict[str, Any]:
+        """Its row among a receipt's inputs: all of it is read, for its identity is its content."""
+        digests: dict[str, str] = {}
+        workers.run_all([partial(_digest, name, self.checkpoint, digests) for name in self.checkpoint], threads)
+        return checkpoint_input(self.checkpoint, "base", digests)
+
+
+def resolved(adapters: Iterable[Adapter], base: Base | None) -> list[Adapter]:
+    """The adapters under the base's names, or as they are where there is none."""
+    return [one if base is None else base.resolve(one) for one in adapters]
+
+
+def _digest(name: str, checkpoint: Checkpoint, digests: dict[str, str]) -> None:
+    digests[name] = digest(checkpoint[name])
