@@ -333,7 +333,10 @@ def _supplied(name: str, application: tuple[Delta, float], checkpoint: Checkpoin
     lacking = [other for other in others.values() if other not in checkpoint]
     if lacking:
         raise MatchError(f"its change of {name} reads this tensor, which the base lacks", file=checkpoint.path, tensor=lacking[0])
-    return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()}), strength
+    try:
+        return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()}), strength
+    except LoratoolsError as error:
+        raise error.at(file=checkpoint.path, tensor=name) from None
 
 
 def changes_of(

@@ -12,10 +12,8 @@ from loratools.deltas.base import Delta
 from loratools.deltas.butterfly import Butterfly
 from loratools.deltas.reflected import Reflected
 from loratools.deltas.rotated import Rotated
-from loratools.deltas.turn import Turn
 from loratools.errors import FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_method import Method, Part
-from loratools.tensorfile import Ref
 
 _OLD = "OFT as peft wrote it up to 0.15.2, with oft_r: another parametrisation, which peft reads no more"
 
@@ -32,8 +30,8 @@ def _oft(part: Part) -> Delta:
     degree, last = _terms(part) if series else (None, 2.0)
     count = numbers.spec.shape[0] if numbers.spec.shape else 1
     bound = part.number("eps") / math.sqrt(max(1, count)) if part.flag("coft") else None
-    made = Rotated(numbers=numbers, turn=Turn(factor=factor, degree=degree, last=last, bound=bound), shared=shared, pointwise=True)
-    _check_blocks(part, made, numbers)
+    made = Rotated(numbers=numbers, factor=factor, degree=degree, last=last, bound=bound, shared=shared, pointwise=True)
+    _check_blocks(part, made)
     return made
 
 
@@ -47,11 +45,11 @@ def _terms(part: Part) -> tuple[int, float]:
     return (max(0, terms - 1), 2.0) if terms < 3 else (max(3, terms - 1), 1.0)
 
 
-def _check_blocks(part: Part, made: Rotated, numbers: Ref) -> None:
+def _check_blocks(part: Part, made: Rotated) -> None:
     """Blocks are as large, or as many, as the config says, or the nearest to it that divides; shared ones, as large as they are."""
     if "oft_block_size" not in part.config:
         raise UnsupportedError(_OLD, remedy="merge it with the peft that wrote it")
-    count, size = made.turn.blocks(numbers)
+    count, size = made.blocks()
     wanted_count, wanted_size = part.whole("r"), part.whole("oft_block_size")
     if (wanted_count == 0) == (wanted_size == 0) or min(wanted_count, wanted_size) < 0:
         stated = f"r {wanted_count}, oft_block_size {wanted_size}"
@@ -81,7 +79,7 @@ def _boft(part: Part) -> Delta:
     """Without its CUDA extension peft makes one factor, however many the config says."""
     numbers, scale = part["boft_R"], part["boft_s"]
     factors, size, count = (part.whole(f"boft_{name}") for name in ("n_butterfly_factor", "block_size", "block_num"))
-    made = Butterfly(numbers=numbers, scale=scale, turn=Turn(factor=0.5))
+    made = Butterfly(numbers=numbers, scale=scale, factor=0.5)
     shape = numbers.spec.shape
     if len(scale.spec.shape) != 2:
         raise ShapeError("boft_s is no vector along an axis", found=list(scale.spec.shape), expected="[out, 1] or [1, out]")

@@ -99,6 +99,8 @@ CASES = {
     ),
     "peanut, shallow": Case(PeanutConfig, LINEAR, {"r": 4, "act_fn": "tanh"}, flips={"act_fn": "linear"}, refused={"depth": 1}),
     "osf": Case(OSFConfig, LINEAR, {"effective_rank": 8}, beside, refused={"effective_rank": 7, "rank_pattern": {"sq": 2}}),
-    "osf, shares": Case(OSFConfig, LINEAR, {"effective_rank": 0.7, "rank_pattern": {"qua": 0.3}}, beside, refused={"rank_pattern": {"x": 1}}),
+    "osf, shares": Case(
+        OSFConfig, LINEAR, {"effective_rank": 0.7, "rank_pattern": {"qua": 0.3}}, beside, refused={"rank_pattern": {"x": 1}},
+    ),
     "osf, half": Case(OSFConfig, LINEAR, {}, beside, refused={"effective_rank": "8"}),
 }  # fmt: skip
