@@ -19,6 +19,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.laid import Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.parameters import moved, settle_parameters
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
 from loratools.families import Family, of_vocabulary
 from loratools.tensorfile import Ref, Spec, identity, origin
@@ -78,8 +79,10 @@ class Adapter(Mapping[str, Delta]):
         """
         family = family or Family({})
         renamed = self._renamed(list(renames))
-        aligned, notes = align(renamed.deltas, [name for name, delta in renamed.items() if delta.needs_base], base)
-        faults: list[LoratoolsError] = []
+        placed, notes = align(renamed.deltas, [name for name, delta in renamed.items() if delta.needs_base], base)
+        placed = {place: moved(delta, name, place) for name, (place, delta) in zip(renamed, placed.items(), strict=True)}
+        aligned, unsettled = settle_parameters(placed, base, family.types)
+        faults = [error.at(file=self.path) for error in unsettled]
         absent = [name for name, delta in aligned.items() if isinstance(delta, WherePresent) and name not in base]
         aligned = {name: delta for name, delta in aligned.items() if name not in absent}
         unmatched = [name for name, delta in aligned.items() if delta.needs_base and name not in base]
@@ -114,7 +117,7 @@ class Adapter(Mapping[str, Delta]):
             new = rename(name, renames)
             if new in deltas:
                 raise MatchError("two tensors meet under one name after --rename", file=self.path, tensor=new)
-            deltas[new] = delta
+            deltas[new] = moved(delta, name, new)
         if set(deltas) == set(self.deltas):
             raise MatchError("--rename changed no name", file=self.path, found=", ".join(f"{old}={new}" for old, new in renames))
         return replace(self, deltas=deltas)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Additive, Delta, Read
 from loratools.differences import SMALL
-from loratools.errors import NonFiniteError
+from loratools.errors import LoratoolsError, NonFiniteError
 from loratools.rounding import Rounding
 from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref, Spec
 from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
@@ -121,15 +121,21 @@ class Effect:
 class Made(Ref):
     """W′ − W as the tensor that is stored: computed when it is read, a block at a time, rounded once, measured as it passes.
 
-    `norm` is ‖W′ − W‖ and `error` that of the rounding; both are None until it was read through.
+    `norm` is ‖W′ − W‖ and `error` that of the rounding; both are None until it was read through. Errors name `tensor`.
     """
 
-    def __init__(self, effect: Effect, code: str) -> None:
-        self.effect, self.spec = effect, Spec(code, effect.spec.shape)
+    def __init__(self, effect: Effect, code: str, tensor: str | None = None) -> None:
+        self.effect, self.spec, self.tensor = effect, Spec(code, effect.spec.shape), tensor
         self.norm: float | None = None
         self.error: float | None = None
 
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
+        try:
+            yield from self._rounded()
+        except LoratoolsError as error:
+            raise error.at(tensor=self.tensor) from None
+
+    def _rounded(self) -> Iterator[Buffer]:
         import torch
 
         rounded, norm, error = Rounding(), list[float](), list[float]()

@@ -324,17 +324,16 @@ def _vocabulary(checkpoint: Checkpoint) -> Any:
     return {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get("vocab_size")
 
 
-def _supplied(name: str, application: tuple[Delta, float], checkpoint: Checkpoint) -> tuple[Delta, float]:
+def supplied(name: str, delta: Delta, checkpoint: Checkpoint) -> Delta:
     """A delta with the base's other tensors that it reads. Raises MatchError where the base lacks one."""
-    delta, strength = application
     if not delta.beside:
-        return application
+        return delta
     others = {leaf: f"{name.rpartition('.')[0]}.{leaf}" for leaf in delta.beside}
     lacking = [other for other in others.values() if other not in checkpoint]
     if lacking:
         raise MatchError(f"its change of {name} reads this tensor, which the base lacks", file=checkpoint.path, tensor=lacking[0])
     try:
-        return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()}), strength
+        return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()})
     except LoratoolsError as error:
         raise error.at(file=checkpoint.path, tensor=name) from None
 
@@ -358,7 +357,8 @@ def changes_of(
         assert spec is not None
         target = Spec(dtype, spec.shape) if dtype and spec.floating else spec
         statistics[name] = Statistics(kinds=tuple(delta.kind for delta, _ in applications), full=full)
-        applied = Applied(source, target, tuple(_supplied(name, item, checkpoint) for item in applications), device, block)
+        terms = tuple((supplied(name, delta, checkpoint), strength) for delta, strength in applications)
+        applied = Applied(source, target, terms, device, block)
         place = changes if name in checkpoint else added
         place[name] = Change(target, partial(apply_blocks, applied, statistics[name]))
     if dtype:

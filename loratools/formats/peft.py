@@ -27,6 +27,7 @@ from loratools.errors import FormatError, LoratoolsError, ShapeError, Unsupporte
 from loratools.families import matches
 from loratools.formats.base import Container, ReadOptions, nearest
 from loratools.formats.peft_config import LoraConfig, parse
+from loratools.formats.peft_experts import check_packing, idle_parameters, on_parameters, parameter_grammar, parameter_names, wraps
 from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
 from loratools.formats.peft_method import Found, read
 from loratools.formats.peft_methods import method_of
@@ -74,9 +75,12 @@ _LEAVES = {"lora_A": ("weight",), "lora_B": ("weight", "bias"), "lora_embedding_
 
 def _lora(container: Container, options: ReadOptions) -> Found:
     config = parse(container.config or {}, alpha=options.alpha)
-    found = sort_keys(container, config, _key)
+    found = sort_keys(container, config, parameter_grammar(_key, config))
     deltas = _deltas(found, config, options)
-    return Found(config, found, deltas, unused(config, container.config or {}, found.modules, found.whole))
+    check_packing(deltas, config, container.config or {})
+    adapted = [path for path, module in found.modules.items() if not wraps(module)] + parameter_names(deltas)
+    notes = unused(config, container.config or {}, adapted, found.whole)
+    return Found(config, found, deltas, (*notes, *idle_parameters(config, deltas)))
 
 
 def _key(path: str) -> Key | None:
@@ -98,6 +102,9 @@ def _deltas(found: Sorted, config: LoraConfig, options: ReadOptions) -> dict[str
     faults: list[LoratoolsError] = []
     for path, module in found.modules.items():
         try:
+            if wraps(module):
+                deltas |= on_parameters(path, module, config)
+                continue
             check_targeted(path, module, config, nested=f"{path}.weight" in found.whole)
             deltas[f"{path}.weight"] = _delta(path, module, config, options)
             if "bias" in module.refs:
@@ -229,6 +236,7 @@ def _expectation(config: Targets, names: Iterable[str], *, some: bool) -> Callab
     """
     biases = "none" if some else config.bias
     kin = {_unnumbered(name) for name in names}
+    modules = {name.rpartition(".")[0] for name in kin}
 
     def alike(name: str) -> bool:
         shape = _unnumbered(name)
@@ -242,6 +250,7 @@ def _expectation(config: Targets, names: Iterable[str], *, some: bool) -> Callab
                 config.saves(module)
                 or (matrix and config.names(module))
                 or (matrix and config.target is not None and config.targets(module) and alike(name))
+                or (config.parameter(name) and spec.floating and len(spec.shape) in (2, 3) and _unnumbered(module) in modules)
                 or (leaf == "bias" and biases == "all" and alike(name))
                 or (leaf == "bias" and biases != "none" and config.targets(module) and alike(f"{module}.weight"))
             ):

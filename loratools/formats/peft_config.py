@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratools.deltas.experts import PACKINGS
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, UnsupportedError, raise_all
 from loratools.formats.peft_targets import Targets, pattern_key, targets_of
 from loratools.formats.peft_values import Values, given, short, unknown
@@ -18,15 +19,15 @@ from loratools.formats.peft_values import Values, given, short, unknown
 USED = (
     "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias", "bias",
     "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type", "init_lora_weights",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "target_parameters", "lora_B_layout", "peft_version",
 )  # fmt: skip
 # matter while training or loading, not to what the trained tensors mean
 TRAINING = (
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "peft_version", "qalora_group_size",
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "qalora_group_size",
     "megatron_config", "megatron_core", "eva_config", "runtime_config", "velora_config", "monteclora_config",
     "loftq_config", "corda_config", "lora_ga_config", "inference_only",
 )  # fmt: skip
-CARRIED = (*TRAINING, "task_type", "fan_in_fan_out", "ensure_weight_tying")
+CARRIED = (*TRAINING, "task_type", "fan_in_fan_out", "ensure_weight_tying", "peft_version")
 # change what the tensors mean; refused unless null, false or empty
 REFUSED = {
     "use_qalora": "pools its input (QALoRA)",
@@ -35,7 +36,6 @@ REFUSED = {
     "arrow_config": "routes between several adapters by their input (Arrow): no weight edit",
     "kasa_config": "truncates the base's singular values (KaSA)",
     "layer_replication": "repeats layers, so one base weight would need several values",
-    "target_parameters": "targets parameters such as fused experts",
     "trainable_token_indices": "replaces single rows of an embedding",
     "enable_lora": "adapts slices of fused matrices (peft 0.1 and 0.2)",
 }
@@ -52,6 +52,8 @@ class LoraConfig(Targets):
     dora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    packing: str | None = None
+    version: str | None = None
 
     def rank(self, module: str) -> int | None:
         return self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.r)
@@ -86,9 +88,34 @@ def parse(config: Mapping[str, Any], *, alpha: float | None = None) -> LoraConfi
         alpha_pattern=values.patterns("alpha_pattern", whole=False),
         lora_bias=values.flag("lora_bias"),
         tying=values.flag("ensure_weight_tying"),
-        **targets_of(values, own_biases="lora_only", carried=CARRIED),
+        **_parameters(values),
+        **_targets(values),
     )
     if result.dora and result.lora_bias:
         faults.append(FormatError("use_dora and lora_bias exclude each other"))
+    if result.parameters:
+        # peft's ParamWrapper takes none of these
+        excluded = ("use_dora", "lora_bias", "fan_in_fan_out")
+        faults += [FormatError(f"target_parameters and {name} exclude each other") for name in excluded if given(config.get(name))]
     raise_all(faults)
     return result
+
+
+def _targets(values: Values) -> dict[str, Any]:
+    found = targets_of(values, own_biases="lora_only", carried=CARRIED)
+    if found["target"] is None and given(values.config.get("target_parameters")):
+        found["target"] = ()  # peft then adapts these parameters and no modules
+    return found
+
+
+def _parameters(values: Values) -> dict[str, Any]:
+    """The settings of LoRA on bare parameters."""
+    packing, version = values.config.get("lora_B_layout"), values.config.get("peft_version")
+    if packing not in (None, *PACKINGS):
+        values.fault("lora_B_layout", " or ".join(PACKINGS))
+    if version is not None and not isinstance(version, str):
+        values.fault("peft_version", "a version")
+    if isinstance(values.config.get("target_parameters"), str):  # peft takes no regular expression here
+        values.fault("target_parameters", "a list of names")
+        return {}
+    return {"parameters": values.names("target_parameters"), "packing": packing, "version": version}

@@ -68,6 +68,8 @@ def _take(
     if isinstance(delta, Full) and leaf == "bias":
         biases[module] = delta
         return None
+    if delta.kind in ("parameter", "experts"):
+        return NotExpressible("peft's LoRA on parameters is read and merged, not written", tensor=name)
     return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy="convert it first")
 
 

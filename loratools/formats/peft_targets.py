@@ -42,6 +42,7 @@ class Targets:
     carried: Mapping[str, Any]
     tying: bool = False
     lora_bias: bool = False
+    parameters: tuple[str, ...] = ()
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` (or the task's own head) covers a module, by peft's rule: a path that ends with an entry."""
@@ -65,6 +66,10 @@ class Targets:
     def ties(self, module: str) -> bool:
         """Whether peft would tie this head's LoRA to the embedding's (`ensure_weight_tying`), listed as a target or not."""
         return self.tying and of_head(f"{module}.weight")
+
+    def parameter(self, name: str) -> bool:
+        """Whether `target_parameters` has a tensor's name, or an ending of it."""
+        return selected(self.parameters, name)
 
     def _layer_chosen(self, module: str) -> bool:
         if not self.layers or isinstance(self.target, str) or module in self.target:

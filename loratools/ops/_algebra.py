@@ -115,13 +115,18 @@ def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target:
     with whole(target) as place:
         receipt.digests = write_container(encoded, place)
         receipt.inputs += [row for one in inputs for row in adapter_inputs(one)]
-        receipt.outputs = [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
+        receipt.outputs = output_rows(place)
         receipt.history = [entry for one in inputs for entry in adapter_history(one)]
         if sha256:
             add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
             add_sha256(receipt.inputs, None)
         receipt.write(receipt_path(place, folder=place.is_dir()))
     return receipt.as_json()
+
+
+def output_rows(place: Path) -> list[dict[str, Any]]:
+    """A row for each file of an output, before its receipt is written."""
+    return [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
 
 
 def _output(path: Path) -> dict[str, Any]:

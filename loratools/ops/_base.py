@@ -13,6 +13,7 @@ from loratools.checkpoint import Checkpoint
 from loratools.differences import digest
 from loratools.errors import QuantizedError
 from loratools.families import Family
+from loratools.plan import supplied
 from loratools.receipt import checkpoint_input
 from loratools.tensorfile import Ref
 
@@ -45,7 +46,7 @@ class Base:
 
     def resolve(self, adapter: Adapter) -> Adapter:
         """The adapter under the base's names, every delta known to fit."""
-        return adapter.resolve(self.specs, self.family)
+        return adapter.resolve(self.specs, self.family).map(lambda name, delta: supplied(name, delta, self.checkpoint))
 
     def input(self, threads: int) -> dict[str, Any]:
         """Its row among a receipt's inputs: all of it is read, for its identity is its content."""
