@@ -332,7 +332,10 @@ def supplied(name: str, delta: Delta, checkpoint: Checkpoint) -> Delta:
     lacking = [other for other in others.values() if other not in checkpoint]
     if lacking:
         raise MatchError(f"its change of {name} reads this tensor, which the base lacks", file=checkpoint.path, tensor=lacking[0])
-    return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()})
+    try:
+        return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()})
+    except LoratoolsError as error:
+        raise error.at(file=checkpoint.path, tensor=name) from None
 
 
 def changes_of(

@@ -11,8 +11,10 @@ from loratools.formats.peft_banked import BANKED
 from loratools.formats.peft_decomposed import DECOMPOSED
 from loratools.formats.peft_method import Method
 from loratools.formats.peft_multiplicative import MULTIPLICATIVE
+from loratools.formats.peft_projections import PROJECTIONS
+from loratools.formats.peft_rotations import ROTATIONS
 
-METHODS = {row.peft_type: row for row in (*ADDITIVE, *BANKED, *DECOMPOSED, *MULTIPLICATIVE)}
+METHODS = {row.peft_type: row for row in (*ADDITIVE, *BANKED, *DECOMPOSED, *MULTIPLICATIVE, *PROJECTIONS, *ROTATIONS)}
 _PROMPT = "trains virtual tokens or states in front of the input: no weight edit"
 NOT_WEIGHTS = {
     "PROMPT_TUNING": _PROMPT,
@@ -30,6 +32,8 @@ NOT_WEIGHTS = {
 NOT_TOLD = {
     "ADAMSS": "which rows of a weight each of its subspaces changes is not in the file: peft clusters the base's singular vectors again "
     "(scikit-learn's k-means), and nothing tells whether that finds the rows it was trained with",
+    "PSOFT": "it turns the base's leading singular vectors into one another, and what it makes of them depends on their signs, "
+    "which another machine chooses otherwise and the adapter does not save",
 }
 GONE = {"BONE": "peft replaced it by MISS in 0.17 and no longer reads it: convert it with the peft that wrote it"}
 
