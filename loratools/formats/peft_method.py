@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from loratools.deltas.base import Delta
+from loratools.deltas.full import Replacement
 from loratools.deltas.laid import Unsettled
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.rows import Rows
@@ -20,7 +21,7 @@ from loratools.families import matches
 from loratools.formats import peft_targets
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
-from loratools.formats.peft_targets import Targets, pattern_key, selected, targets_of
+from loratools.formats.peft_targets import Targets, dotted_key, pattern_key, selected, targets_of
 from loratools.formats.peft_values import Values, finite, given, short, unknown
 from loratools.tensorfile import Ref, same_bytes
 
@@ -43,7 +44,8 @@ class Method:
     lacks what the formula needs. `make` gives a module's deltas by the last component of their tensor's name; a lone delta is its
     weight's. A weight's delta is that of a linear layer's (out, in) or a convolution's (out, in, *kernel); where the base stores the
     transpose it is turned. `conv1d`: whether peft puts the method on such layers, transformers' `Conv1D`, at all. With `tying`, modules
-    that the config does not target may repeat a targeted one's tensors: they are tied to it.
+    that the config does not target may repeat a targeted one's tensors: they are tied to it. Keys of the `dotted` patterns fit only what
+    stands behind a dot. `tensor` is the one of a targeted module that the method changes, `*` all of them.
     """
 
     peft_type: str
@@ -58,6 +60,8 @@ class Method:
     own_biases: str | None = None
     tying: bool = False
     conv1d: bool = True
+    dotted: tuple[str, ...] = ()
+    tensor: str = "weight"
     notes: tuple[str, ...] = ()
 
     def grammar(self) -> Callable[[str], Key | None]:
@@ -86,6 +90,7 @@ class Part:
     bank: Module
     config: Mapping[str, Any]
     paths: Collection[str] = ()
+    dotted: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     banked: set[str] = field(default_factory=set)
@@ -167,7 +172,8 @@ class Part:
         table = self.config.get(pattern) if pattern else None
         if table is not None and not isinstance(table, dict):
             raise _wrong(str(pattern), table, "regular expressions mapped to values")
-        return (table or {}).get(pattern_key(table or {}, self.path), self.config.get(name))
+        key = dotted_key if pattern in self.dotted else pattern_key
+        return (table or {}).get(key(table or {}, self.path), self.config.get(name))
 
     def _setting(self, name: str, pattern: str | None) -> Any:
         value = self._stated(name, pattern)
@@ -192,7 +198,7 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
     banked: set[str] = set()
     faults: list[LoratoolsError] = []
     for path, module in found.modules.items():
-        part = Part(path, module, bank, stated, found.modules)
+        part = Part(path, module, bank, stated, found.modules, method.dotted)
         try:
             check_targeted(path, module, config, nested=False)
             for leaf, delta in _made(method, part).items():
@@ -240,7 +246,7 @@ def _config(stated: Mapping[str, Any], method: Method) -> Targets:
         if not values.flag(name)
     ]
     carried = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.needed}
-    result = Targets(**targets_of(values, own_biases=method.own_biases, carried=carried))
+    result = Targets(**targets_of(values, own_biases=method.own_biases, carried=carried), tensor=method.tensor)
     raise_all(faults)
     return result
 
@@ -252,6 +258,6 @@ def _made(method: Method, part: Part) -> Mapping[str, Delta]:
 
 def _laid(name: str, delta: Delta, method: Method, options: ReadOptions) -> Delta:
     """A weight's delta, turned where the user says its weight is stored transposed, open where nothing tells yet."""
-    if not name.endswith(".weight") or isinstance(delta, LowRank | Rows | Unsettled):
+    if not name.endswith(".weight") or isinstance(delta, LowRank | Replacement | Rows | Unsettled):
         return delta
     return Unsettled(delta=delta, transposed=True if matches(name, options.transposed) else None if method.conv1d else False)
