@@ -102,7 +102,7 @@ class Adapter(Mapping[str, Delta]):
             except LoratoolsError as error:
                 faults.append(error.at(file=self.path, tensor=name))
         if not faults and not allow_unmatched:
-            faults += renamed._missing(base, settled)
+            faults += renamed._missing(family.concerned(base, settled), settled)
         raise_all(faults)
         return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent))
 
