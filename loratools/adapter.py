@@ -105,7 +105,7 @@ class Adapter(Mapping[str, Delta]):
             except LoratoolsError as error:
                 faults.append(error.at(file=self.path, tensor=name))
         if not faults and not allow_unmatched:
-            faults += renamed._missing(base, settled)
+            faults += renamed._missing(family.concerned(base, settled), settled)
         if allow_unmatched and any(delta.draws and not delta.draws[0].out for name, delta in aligned.items() if name not in matched):
             what = "random projections as large as all its layers need, and the base lacks some"
             faults.append(UnsupportedError(what, file=self.path, remedy="give the base that it was trained on"))
