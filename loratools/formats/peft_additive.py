@@ -25,7 +25,7 @@ from loratools.deltas.sparse import Sparse
 from loratools.deltas.summed import Sum
 from loratools.deltas.waveft import WaveFT
 from loratools.errors import FormatError, ShapeError, UnsupportedError
-from loratools.formats.peft_config import REFUSED, TRAINING
+from loratools.formats.peft_config import REFUSED
 from loratools.formats.peft_method import Method, Part
 from loratools.formats.peft_values import short
 from loratools.linalg.wavelets import names
@@ -174,6 +174,10 @@ def _tokens(part: Part) -> Delta:
     return Rows(values=part["trainable_tokens_delta"], indices=part.naturals("token_indices"))
 
 
+_OF_LORA = (
+    "use_dora", "use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices",
+)  # fmt: skip
 ADDITIVE = (
     Method(
         peft_type="ADALORA",
@@ -182,10 +186,11 @@ ADDITIVE = (
         settings=("init_r", "lora_alpha", "rank_pattern"),
         # peft reads r, alpha_pattern and use_rslora for LoRA alone
         training=(
-            *TRAINING, "r", "alpha_pattern", "use_rslora", "init_lora_weights", "lora_bias", "ensure_weight_tying", "target_r", "tinit",
-            "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+            "lora_dropout", "megatron_config", "megatron_core", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "r",
+            "alpha_pattern", "qalora_group_size", "use_rslora", "init_lora_weights", "lora_bias", "ensure_weight_tying",
+            "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
         ),
-        refused=REFUSED | {"use_dora": "peft has no AdaLoRA with DoRA", "target_parameters": "peft has no AdaLoRA on bare parameters"},
+        refused=REFUSED | dict.fromkeys(_OF_LORA, "a variant of LoRA that AdaLoRA has not"),
         own_biases="lora_only",
         make=_adalora,
     ),
