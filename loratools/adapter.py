@@ -20,7 +20,7 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.laid import Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parameters import moved, settle_parameters
-from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
+from loratools.errors import AmbiguousError, LoratoolsError, MatchError, UnsupportedError, raise_all
 from loratools.families import Family, of_vocabulary
 from loratools.tensorfile import Ref, Spec, identity, origin
 
@@ -105,8 +105,12 @@ class Adapter(Mapping[str, Delta]):
             except LoratoolsError as error:
                 faults.append(error.at(file=self.path, tensor=name))
         if not faults and not allow_unmatched:
-            faults += renamed._missing(base, settled)
+            faults += renamed._missing(family.concerned(base, settled), settled)
+        if allow_unmatched and any(delta.draws and not delta.draws[0].out for name, delta in aligned.items() if name not in matched):
+            what = "random projections as large as all its layers need, and the base lacks some"
+            faults.append(UnsupportedError(what, file=self.path, remedy="give the base that it was trained on"))
         raise_all(faults)
+        settled = with_banks(settled)
         return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent))
 
     def _renamed(self, renames: list[tuple[str, str]]) -> Adapter:
@@ -196,6 +200,14 @@ def settle(
                 )  # fmt: skip
         settled[name] = delta if layer is None else oriented(delta, layer)
     return settled, faults
+
+
+def with_banks(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """Fitted deltas with the banks that they draw on, each as large as all of them need it."""
+    wanted = {name: draws for name, delta in deltas.items() if (draws := delta.draws)}
+    banks = dict.fromkeys(bank for bank, _ in wanted.values())
+    sized = {bank: bank.sized([shape for other, shape in wanted.values() if other == bank]) for bank in banks}
+    return {name: delta.drawn(sized[wanted[name][0]]) if name in wanted else delta for name, delta in deltas.items()}
 
 
 def _open(delta: Delta) -> bool:

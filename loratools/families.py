@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 EMBEDDINGS = (
     "*embed_tokens.weight", "*embed_positions.weight", "*wte.weight", "*wpe.weight", "*word_embeddings.weight",
@@ -172,6 +174,10 @@ class Family:
         pair = self.tied(names)
         return [pair] if pair else []
 
+    def concerned(self, base: Mapping[str, T], changed: Iterable[str]) -> Mapping[str, T]:
+        """The tensors of the models in which something is changed: of one model, all."""
+        return base
+
 
 @dataclass(frozen=True)
 class Families(Family):
@@ -212,6 +218,11 @@ class Families(Family):
 
     def tied(self, names: Iterable[str]) -> tuple[str, str] | None:
         return next(iter(self.ties(names)), None)
+
+    def concerned(self, base: Mapping[str, T], changed: Iterable[str]) -> Mapping[str, T]:
+        names = list(changed)
+        prefixes = tuple(prefix for prefix in self.members if any(name.startswith(prefix) for name in names))
+        return {name: value for name, value in base.items() if name.startswith(prefixes)}
 
 
 def _pairs(present: set[str]) -> list[tuple[str, str]]:

@@ -80,9 +80,12 @@ def _scaling(modules: Sequence[Row]) -> str:
 
 def _checkpoint_facts(report: Row) -> list[tuple[str, str]]:
     dtypes = ", ".join(f"{name} ({count(tensors)}×)" if len(report["dtypes"]) > 1 else name for name, tensors in report["dtypes"].items())
-    files = many(report["shards"], "file", "shards")
+    files = many(report["shards"], "file", "files" if report["components"] else "shards")
+    models = [f"{name} ({count(part['parameters'])})" for name, part in (report["components"] or {}).items()]
     return [
         ("checkpoint", report["path"]),
+        *([("pipeline", ", ".join(models))] if models else []),
+        *([("quantised", report["quantization"])] if report["quantization"] else []),
         ("parameters", f"{count(report['parameters'])} in {many(report['tensors'], 'tensor')}"),
         ("on disk", f"{size(report['bytes'])} in {files}, {dtypes}"),
     ]

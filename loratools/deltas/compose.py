@@ -13,6 +13,8 @@ from loratools.tensorfile import Ref, Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loratools.deltas.seeded import Bank
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Chain(Delta):
@@ -35,6 +37,13 @@ class Chain(Delta):
 
     def matrix(self, base: Spec) -> tuple[int, int]:
         return self.then.matrix(base)
+
+    @property
+    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
+        return self.then.draws
+
+    def drawn(self, bank: Bank) -> Self:
+        return replace(self, then=self.then.drawn(bank))
 
     def facts(self) -> dict[str, Any]:
         return self.then.facts()

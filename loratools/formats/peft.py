@@ -60,7 +60,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         path=container.path,
         format=NAME,
         files=container.files,
-        expects=_expectation(config, deltas, some=found.some),
+        expects=_expectation(config, deltas, found.modules, some=found.some),
         notes=(*found.notes, *notes),
     )
 
@@ -227,29 +227,39 @@ def _after(saved: Replacement, then: Delta | None) -> Delta:
     return saved if then is None else Chain(first=saved, then=then)
 
 
-def _expectation(config: Targets, names: Iterable[str], *, some: bool) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
+def _expectation(
+    config: Targets, deltas: Mapping[str, Delta], paths: Iterable[str], *, some: bool
+) -> Callable[[Mapping[str, Spec]], Iterable[str]]:
     """What the config promises of a base: each tensor of a module it saves, and where it targets several layers alike, all of them.
 
     A base may hold more than the model that was trained (a head of another task, a vision tower): a target or bias is
     promised where another layer of the file has its like, or the config names the module in full; so is the bias of a module
-    with LoRA, where biases are saved, unless the file itself lists which (`some`).
+    with LoRA, where biases are saved, unless the file itself lists which (`some`). Where a bank is drawn as large as all targets need
+    it, every target is promised; and every tensor of the modules (`paths`) of a method that replaces them entirely.
     """
     biases = "none" if some else config.bias
-    kin = {_unnumbered(name) for name in names}
+    kin, adapted = {_unnumbered(name) for name in deltas}, {_unnumbered(path) for path in paths}
     modules = {name.rpartition(".")[0] for name in kin}
+    every = config.target != "all-linear" and any(delta.draws for delta in deltas.values())
 
-    def alike(name: str) -> bool:
+    def alike(name: str, known: set[str] = kin) -> bool:
         shape = _unnumbered(name)
-        return shape in kin or any(shape.endswith("." + other) or other.endswith("." + shape) for other in kin)
+        return shape in known or any(shape.endswith("." + other) or other.endswith("." + shape) for other in known)
+
+    def replaced(module: str) -> bool:
+        parts = module.split(".")
+        owners = [".".join(parts[: count + 1]) for count in range(len(parts))]
+        return any(config.names(owner) or (config.targets(owner) and alike(owner, adapted)) for owner in owners)
 
     def expected(base: Mapping[str, Spec]) -> Iterator[str]:
         for name, spec in base.items():
             module, _, leaf = name.rpartition(".")
-            matrix = leaf == "weight" and len(spec.shape) > 1 and spec.floating
+            owed = leaf == config.tensor and spec.floating and (leaf == "bias" or len(spec.shape) > 1)
             if (
                 config.saves(module)
-                or (matrix and config.names(module))
-                or (matrix and config.target is not None and config.targets(module) and alike(name))
+                or (config.tensor == "*" and replaced(module))
+                or (owed and config.names(module))
+                or (owed and config.target is not None and config.targets(module) and (every or alike(name)))
                 or (config.parameter(name) and spec.floating and len(spec.shape) in (2, 3) and _unnumbered(module) in modules)
                 or (leaf == "bias" and biases == "all" and alike(name))
                 or (leaf == "bias" and biases != "none" and config.targets(module) and alike(f"{module}.weight"))

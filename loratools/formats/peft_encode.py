@@ -21,6 +21,7 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats.base import Container
+from loratools.formats.peft_config import CARRIED
 from loratools.formats.peft_keys import ROOT, SAVED
 from loratools.tensorfile import Ref
 
@@ -97,7 +98,7 @@ def _config(adapter: Adapter, lows: Mapping[str, LowRank], magnitudes: Mapping[s
     alphas = {module: _alpha(low, rslora) for module, low in lows.items()}
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
     transposed = [low.layer == "transposed" for low in lows.values()]
-    carried = dict(adapter.metadata.get("peft", {}))
+    carried = {name: value for name, value in adapter.metadata.get("peft", {}).items() if name in CARRIED}  # another method has its own
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "task_type": None, "inference_mode": True, "peft_version": WRITTEN_FOR,
         "lora_dropout": 0.0, "revision": None,

@@ -285,8 +285,15 @@ def _checkpoint(checkpoint: Checkpoint, *, values: bool) -> dict[str, Any]:
         "bytes": sum(file.size for file in checkpoint.files.values()),
         "dtypes": dict(Counter(spec.dtype for spec in specs.values())),
         "shards": len(checkpoint.files),
+        "quantization": checkpoint.quantization,
+        "components": {prefix.rstrip("."): _component(part) for prefix, part in checkpoint.parts.items() if prefix} or None,
         "warnings": warnings,
     }
+
+
+def _component(part: Checkpoint) -> dict[str, Any]:
+    parameters = sum(spec.numel for spec in part.specs.values())
+    return {"tensors": len(part), "parameters": parameters, "quantization": part.quantization}
 
 
 def tensors(path: str | Path) -> list[dict[str, Any]]:

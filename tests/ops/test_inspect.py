@@ -342,7 +342,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path, shards: int) -> None:
     assert inspect(base) == {
         "path": str(base), "format": "checkpoint", "tensors": len(tensors), "parameters": sum(map(torch.numel, tensors.values())),
         "bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")), "dtypes": {"F32": len(tensors) - 2, "I64": 1, "F16": 1},
-        "shards": shards, "warnings": [],
+        "shards": shards, "quantization": None, "components": None, "warnings": [],
     }  # fmt: skip
 
 
