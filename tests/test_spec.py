@@ -12,9 +12,6 @@ import pytest
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loratools.formats.peft_multiplicative import MULTIPLICATIVE
-from loratools.formats.peft_projections import PROJECTIONS
-from loratools.formats.peft_rotations import ROTATIONS
 from loratools.sidefiles import PRIVATE, WEIGHTS
 from loratools.tensorfile import BITS, HEADER_LIMIT, Spec
 from loratools.tensorwriter import build_header
@@ -72,20 +69,6 @@ def test_the_table_of_keys_is_what_peft_writes(layer: str) -> None:
         model.unload()
     table = {key: shape.strip("()").split(", ") for name, key, shape in rows("formats/peft.md", 3) if name == layer}
     assert {key: tuple(SIZES[size] for size in shape) for key, shape in table.items()} == found
-
-
-# -- formats/peft-multiplicative.md
-
-
-def test_the_table_of_methods_is_the_codes() -> None:
-    methods = {row.peft_type: row for row in (*MULTIPLICATIVE, *ROTATIONS, *PROJECTIONS)}
-    table = {name: (slots, settings) for name, slots, _, settings in rows("formats/peft-multiplicative.md", 4) if name in methods}
-    assert {name: re.findall(r"\w+", settings) for name, (_, settings) in table.items()} == {
-        name: list(row.settings) for name, row in methods.items()
-    }
-    for name, (slots, _) in table.items():
-        for slot in re.findall(r"[a-z]\w*_[\w.]+", slots):
-            assert any(re.fullmatch(pattern, slot) for pattern in methods[name].slots), slot
 
 
 # -- checkpoint.md
