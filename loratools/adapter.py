@@ -17,7 +17,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
-from loratools.deltas.laid import Unsettled, WherePresent, turned
+from loratools.deltas.laid import Turned, Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parameters import moved, settle_parameters
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, UnsupportedError, raise_all
@@ -31,7 +31,8 @@ class Adapter(Mapping[str, Delta]):
 
     `metadata` is what its file said beside the weights, by format; `passengers` are tensors that are no weight edit and are
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
-    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none.
+    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none; `initial` are
+    the files of the adapter as it was initialised, where its own do not tell what it means.
     """
 
     deltas: Mapping[str, Delta]
@@ -43,6 +44,7 @@ class Adapter(Mapping[str, Delta]):
     expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
     notes: tuple[str, ...] = ()
     absent: int = 0
+    initial: tuple[Path, ...] = ()
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]
@@ -98,6 +100,7 @@ class Adapter(Mapping[str, Delta]):
         flagged = bool(self.metadata.get("peft", {}).get("fan_in_fan_out"))
         settled, ambiguous = settle(matched, base, family, flagged=flagged)
         faults += [error.at(file=self.path) for error in ambiguous]
+        faults += self._straight(settled)
         for name, delta in settled.items():
             try:
                 delta.spec(base.get(name))
@@ -112,6 +115,13 @@ class Adapter(Mapping[str, Delta]):
         raise_all(faults)
         settled = with_banks(settled)
         return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent))
+
+    def _straight(self, settled: Mapping[str, Delta]) -> list[LoratoolsError]:
+        """peft's OLoRA moves a part of W as it lies, and adds the change to it turned: for a weight stored (in, out) that is no LoRA."""
+        if str(self.metadata.get("peft", {}).get("init_lora_weights")).lower() != "olora":
+            return []
+        fact = "peft's OLoRA changes weights stored (in, out) as if they were (out, in)"
+        return [UnsupportedError(fact, file=self.path, tensor=name) for name, delta in settled.items() if _is_turned(delta)]
 
     def _renamed(self, renames: list[tuple[str, str]]) -> Adapter:
         if not renames:
@@ -243,6 +253,11 @@ def oriented(delta: Delta, layer: str) -> Delta:
     if isinstance(made, DoRA) and isinstance(made.direction, LowRank):
         return replace(made, direction=replace(made.direction, layer=layer))
     return replace(made, layer=layer) if isinstance(made, LowRank) else made
+
+
+def _is_turned(delta: Delta) -> bool:
+    inner = delta.direction if isinstance(delta, DoRA) else delta
+    return isinstance(inner, Turned) or (isinstance(inner, LowRank) and inner.layer == "transposed")
 
 
 def is_whole(delta: Delta) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint
-from loratools.deltas.base import Delta
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
@@ -242,10 +242,10 @@ def _follow(plan: Plan, tied: tuple[str, str]) -> None:
         return
     if len(there) == len(following) == len(plan.changes[embedding]) == 1 and _replaces(there[0][0]):
         plan.changes[head] = [(Chain(first=there[0][0], then=following[0][0]), following[0][1])]
-    elif there:
+    elif not all(isinstance(delta, Additive) for delta, _ in there):
         raise UnsupportedError(f"trained rows of {embedding} are also those of {head}, which is changed in another way", tensor=head)
-    else:
-        plan.changes[head] = following
+    else:  # a difference is added to the rows as to the others
+        plan.changes[head] = [*following, *there]
         plan.expected += len(following)
 
 

@@ -185,7 +185,7 @@ ADDITIVE = (
             *TRAINING, "r", "alpha_pattern", "use_rslora", "init_lora_weights", "lora_bias", "ensure_weight_tying", "target_r", "tinit",
             "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
         ),
-        refused=REFUSED | {"use_dora": "peft has no AdaLoRA with DoRA"},
+        refused=REFUSED | {"use_dora": "peft has no AdaLoRA with DoRA", "target_parameters": "peft has no AdaLoRA on bare parameters"},
         own_biases="lora_only",
         make=_adalora,
     ),

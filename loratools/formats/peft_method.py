@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratools.deltas.base import Delta
@@ -27,12 +28,14 @@ from loratools.tensorfile import Ref, same_bytes
 
 
 class Found(NamedTuple):
-    """What reading a file gave: its config, its tensors by what they are, their deltas, and what a person should be told."""
+    """What reading a file gave: its config, its tensors by what they are, their deltas, what a person should be told, and the files of
+    the adapter as it was initialised, where they were needed."""
 
     config: Targets
     tensors: Sorted
     deltas: dict[str, Delta]
     notes: tuple[str, ...]
+    initial: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def low_of(delta: Delta) -> LowRank | None:
         return low_of(delta.direction)
     if isinstance(delta, Chain):
         return low_of(delta.then)
-    if delta.kind in ("full", "replacement"):
+    if delta.kind in ("full", "replacement", "rows"):
         return None
     raise UnsupportedError(f"a {delta.kind} delta has no LoRA to work on", remedy="convert it first")
 

@@ -63,7 +63,7 @@ CONVS = ("conv1", "conv2", "point2")
 
 
 def all_cases() -> dict[str, Case]:
-    from tests.interop import cases_additive, cases_banked, cases_multiplicative
+    from tests.interop import cases_additive, cases_banked, cases_lora, cases_multiplicative
 
-    return {**cases_additive.CASES, **cases_banked.CASES, **cases_multiplicative.CASES}
+    return {**cases_additive.CASES, **cases_banked.CASES, **cases_lora.CASES, **cases_multiplicative.CASES}
 
