@@ -65,7 +65,7 @@ def test_the_coupling_must_fit_the_weight(tmp_path: Path) -> None:
     tensors = VECTORS | {name: tensor for name, tensor in OFF.items() if "C.zeros" not in name} | paths(C_X=torch.ones(5, 1))
     adapter = write_adapter(tmp_path / "adapter", tensors, CONFIG | {"config_C": "vector"})
     base = write_checkpoint(tmp_path / "base", {"x.weight": torch.ones(3, 4), "x.bias": torch.ones(3)})
-    with pytest.raises(ShapeError, match=r"does not fit the weight: found \[5, 1\], expected \[in, r\] for \[3, 4\]"):
+    with pytest.raises(ShapeError, match=r"x\.bias: does not fit the weight: found \[5, 1\], expected \[in, r\] for \[3, 4\]"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
