@@ -21,6 +21,7 @@ from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.miss import MiSS
 from loratools.deltas.rows import Rows
+from loratools.deltas.shares import Shares
 from loratools.deltas.sparse import Sparse
 from loratools.deltas.summed import Sum
 from loratools.deltas.waveft import WaveFT
@@ -127,10 +128,13 @@ def _fourierft(part: Part) -> Delta:
 
 def _waveft(part: Part) -> Delta:
     spectrum = part["waveft_spectrum"]
-    if not part.flag("proportional_parameters", False):  # a share of all targeted weights, which only the base tells
+    seed, bank = part.whole("random_loc_seed"), None
+    if part.flag("proportional_parameters", False):
+        bank = Shares(seed=seed, rank=part.whole("n_frequency"))
+    else:
         _check_count(spectrum.spec.numel, part)
     wavelet = part.word("wavelet_family", *names()) if part.flag("use_idwt") else None
-    return WaveFT(spectrum=spectrum, seed=part.whole("random_loc_seed"), scale=part.number("scaling"), wavelet=wavelet)
+    return WaveFT(spectrum=spectrum, seed=seed, scale=part.number("scaling"), wavelet=wavelet, bank=bank)
 
 
 def _check_count(found: int, part: Part) -> None:
@@ -185,7 +189,7 @@ ADDITIVE = (
             *TRAINING, "r", "alpha_pattern", "use_rslora", "init_lora_weights", "lora_bias", "ensure_weight_tying", "target_r", "tinit",
             "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
         ),
-        refused=REFUSED | {"use_dora": "peft has no AdaLoRA with DoRA"},
+        refused=REFUSED | {"use_dora": "peft has no AdaLoRA with DoRA", "target_parameters": "peft has no AdaLoRA of bare parameters"},
         own_biases="lora_only",
         make=_adalora,
     ),
