@@ -113,7 +113,10 @@ class Adapter(Mapping[str, Delta]):
             what = "random projections as large as all its layers need, and the base lacks some"
             faults.append(UnsupportedError(what, file=self.path, remedy="give the base that it was trained on"))
         raise_all(faults)
-        settled = with_banks(settled)
+        try:
+            settled = with_banks(settled)
+        except LoratoolsError as error:
+            raise error.at(file=self.path) from None
         return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent))
 
     def _straight(self, settled: Mapping[str, Delta]) -> list[LoratoolsError]:
@@ -213,11 +216,18 @@ def settle(
 
 
 def with_banks(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
-    """Fitted deltas with the banks that they draw on, each as large as all of them need it."""
+    """Fitted deltas with the banks that they draw on, each as large as all of them need it. Raises what `drawn` raises."""
     wanted = {name: draws for name, delta in deltas.items() if (draws := delta.draws)}
     banks = dict.fromkeys(bank for bank, _ in wanted.values())
     sized = {bank: bank.sized([shape for other, shape in wanted.values() if other == bank]) for bank in banks}
-    return {name: delta.drawn(sized[wanted[name][0]]) if name in wanted else delta for name, delta in deltas.items()}
+    found, faults = dict(deltas), list[LoratoolsError]()
+    for name, (bank, _) in wanted.items():
+        try:
+            found[name] = deltas[name].drawn(sized[bank])
+        except LoratoolsError as error:
+            faults.append(error.at(tensor=name))
+    raise_all(faults)
+    return found
 
 
 def _open(delta: Delta) -> bool:

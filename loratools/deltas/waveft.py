@@ -5,13 +5,16 @@ Bilican et al. 2025 (arXiv:2505.12532), section 3; peft 0.21.2 `tuners/waveft/la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from loratools.deltas.base import Dense
 from loratools.deltas.drawn import Drawn
 from loratools.deltas.scattered import scattered
+from loratools.deltas.seeded import Bank
+from loratools.deltas.shares import Shares
+from loratools.errors import ShapeError
 from loratools.tensorfile import Spec
 
 if TYPE_CHECKING:
@@ -25,12 +28,25 @@ class WaveFT(Drawn):
     """W′ = W + scale·D⁻¹(S), S with the spectrum at the places drawn; without a `wavelet`, W + scale·S.
 
     Of a wavelet with m coefficients S is (out + m − 2, in + m − 2), each made even, and the (out, in) places are those of its middle.
-    Raises OptionError for a wavelet that is not known.
+    With a `bank` the base must give it as many coefficients as it has. Raises OptionError for a wavelet that is not known.
     """
 
     kind = "waveft"
 
     wavelet: str | None = "db1"
+    bank: Shares | None = None
+
+    @property
+    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
+        return None if self.bank is None else (self.bank, self.shape())
+
+    def drawn(self, bank: Bank) -> Self:
+        """Raises ShapeError where it has not the share of coefficients that is its own."""
+        assert isinstance(bank, Shares) and self.size is not None
+        found, expected = self.spectrum.spec.numel, bank.of(*self.size)
+        if found != expected:
+            raise ShapeError("not as many coefficients as the weight's share of n_frequency for each layer", found=found, expected=expected)
+        return replace(self, bank=bank)
 
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         from loratools.linalg.wavelets import filters

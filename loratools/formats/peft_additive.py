@@ -21,6 +21,7 @@ from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.miss import MiSS
 from loratools.deltas.rows import Rows
+from loratools.deltas.shares import Shares
 from loratools.deltas.sparse import Sparse
 from loratools.deltas.summed import Sum
 from loratools.deltas.waveft import WaveFT
@@ -127,10 +128,13 @@ def _fourierft(part: Part) -> Delta:
 
 def _waveft(part: Part) -> Delta:
     spectrum = part["waveft_spectrum"]
-    if not part.flag("proportional_parameters", False):  # a share of all targeted weights, which only the base tells
+    seed, bank = part.whole("random_loc_seed"), None
+    if part.flag("proportional_parameters", False):
+        bank = Shares(seed=seed, rank=part.whole("n_frequency"))
+    else:
         _check_count(spectrum.spec.numel, part)
     wavelet = part.word("wavelet_family", *names()) if part.flag("use_idwt") else None
-    return WaveFT(spectrum=spectrum, seed=part.whole("random_loc_seed"), scale=part.number("scaling"), wavelet=wavelet)
+    return WaveFT(spectrum=spectrum, seed=seed, scale=part.number("scaling"), wavelet=wavelet, bank=bank)
 
 
 def _check_count(found: int, part: Part) -> None:
