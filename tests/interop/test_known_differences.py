@@ -290,7 +290,7 @@ def test_saved_modules_collapse(tmp_path: Path) -> float:
 
 @difference(
     PEFT, does="`reduce_intruder_dimension` looks at W + ΔV of a DoRA, not at the W′ that its magnitudes make",
-    right="the singular vectors of W′", size=0.12, of="the largest |cosine| of the leading direction, by which it is off",
+    right="the singular vectors of W′", size=0.12, of="1, a cosine: by so much that of the leading direction is off",
 )  # fmt: skip
 def test_intruders_of_a_dora(tmp_path: Path) -> float:
     net = network(tmp_path)
