@@ -20,7 +20,6 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import MatchError, OptionError
 from loratools.formats.base import read_options
-from loratools.formats.peft_config import CARRIED
 from loratools.ops._algebra import format_of, label, loaded, low_of, rank_of, write
 from loratools.ops._base import Base, resolved
 from loratools.ops._combine_options import DEFAULTS, checked
@@ -99,7 +98,7 @@ def combine(
     receipt.tensors = work.rows()
     receipt.notes = list(dict.fromkeys(note for one, _ in read for note in one.notes)) + _notes(read, terms)
     receipt.inputs = [on.input(count)] if on is not None else []
-    joined = _joined([one for one, _ in read], work.deltas, as_read=not work.factored)
+    joined = _joined([one for one, _ in read], work.deltas)
     return write(receipt, joined, sources, target, format_of(format, sources[0]), sha256=sha256)
 
 
@@ -126,13 +125,13 @@ def _terms(read: Sequence[tuple[Adapter, float]]) -> dict[str, Terms]:
     return terms
 
 
-def _joined(sources: Sequence[Adapter], deltas: Mapping[str, Delta], *, as_read: bool) -> Adapter:
-    """The sum with what the adapters' files agree on; of another method's config, unless all is as it was read, what LoRA's has too."""
+def _joined(sources: Sequence[Adapter], deltas: Mapping[str, Delta]) -> Adapter:
+    """The sum with what the adapters' files agree on; the base's name is kept where it is one."""
     first = sources[0]
     peft = {
         key: value
         for key, value in first.metadata.get("peft", {}).items()
-        if all(other.metadata.get("peft", {}).get(key) == value for other in sources) and (as_read or key in CARRIED)
+        if all(other.metadata.get("peft", {}).get(key) == value for other in sources)
     }
     if any(other.metadata.get("peft", {}).get("fan_in_fan_out") for other in sources):
         peft["fan_in_fan_out"] = True  # peft's flag is the last wrapped module's, so files of one base may differ

@@ -21,6 +21,7 @@ import peft
 import pytest
 import torch
 from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
 from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils import merge_utils
@@ -29,8 +30,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loratools import combine, compare, load, merge
 from loratools.adapter import Adapter
+from loratools.changes import Changes
+from loratools.deltas.base import Additive
 from loratools.deltas.loha import LoHa
+from loratools.deltas.lokr import LoKr
 from loratools.errors import AmbiguousError, FormatError, MatchError, NonFiniteError, UnsupportedError
+from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
 from tests.files import peft_config, read_adapter, read_checkpoint, write_adapter, write_checkpoint
 
@@ -290,7 +295,7 @@ def test_saved_modules_collapse(tmp_path: Path) -> float:
 
 @difference(
     PEFT, does="`reduce_intruder_dimension` looks at W + ΔV of a DoRA, not at the W′ that its magnitudes make",
-    right="the singular vectors of W′", size=0.12, of="the largest |cosine| of the leading direction, by which it is off",
+    right="the singular vectors of W′", size=0.12, of="1, a cosine: by so much that of the leading direction is off",
 )  # fmt: skip
 def test_intruders_of_a_dora(tmp_path: Path) -> float:
     net = network(tmp_path)
@@ -537,6 +542,41 @@ def test_lycoris_scales_a_difference_twice(tmp_path: Path) -> float:
     combine([Adapter(deltas={"up.weight": delta}), Adapter(deltas={"up.weight": delta})], tmp_path / "out")
     assert apart(ours(tmp_path / "out"), 2 * right) < EXACT
     return apart(module.get_diff_weight(1.0)[0].detach(), right)
+
+
+@difference(
+    PEFT, does="LoKr of a Conv1d with a whole w2 multiplies w2 ⊗ w1, in the other order than LyCORIS, whose files it loads",
+    right="w1 ⊗ w2, as LyCORIS's forward; of a file that peft trained, what peft computes", size=1.4, of="‖ΔW‖, of LyCORIS's tensors",
+)  # fmt: skip
+def test_lokr_of_a_conv1d_is_exchanged(tmp_path: Path) -> float:
+    conv = nn.Conv1d(6, 8, 3, bias=False)
+    module = LokrModule("x", conv, lora_dim=10000, alpha=1.0, factor=2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    x = torch.randn(40, 6, 3)
+    theirs, forward = peft.get_peft_model(nn.ModuleDict({"c": nn.Conv1d(6, 8, 3, bias=False)}), lokr_config()), module(x)
+    right = torch.linalg.lstsq(x.flatten(1).double(), (forward - conv(x)).flatten(1).double()).solution.T  # ΔW from its forward
+    layer_ = theirs.base_model.model["c"]
+    with torch.no_grad():
+        layer_.lokr_w1["default"].copy_(module.lokr_w1)
+        layer_.lokr_w2["default"].copy_(module.lokr_w2)
+    refs = {name: to_ref(getattr(module, f"lokr_{name}").detach()) for name in ("w1", "w2")}
+    found = {order: dense_of(LoKr(**refs, scale=1.0, exchanged=order), (8, 6, 3)) for order in (False, True)}
+    peft_made = layer_.get_delta_weight("default").detach().flatten(1)
+    scale = float(peft_made.norm() / found[True].norm())  # alpha / r, which LyCORIS leaves out of two whole factors
+    assert apart(found[False], right) < EXACT and apart(scale * found[True], peft_made.double()) < EXACT
+    return apart(peft_made / scale, right)
+
+
+def lokr_config() -> peft.LoKrConfig:
+    return peft.LoKrConfig(r=100, alpha=100, target_modules=["c"], decompose_factor=2, init_weights=False)
+
+
+def dense_of(delta: Additive, shape: tuple[int, ...]) -> Tensor:
+    """All of ΔW as (out, in·kernel)."""
+    found = Changes([(delta, 1.0)], Spec("F32", shape), None)
+    return torch.cat([rows.clone() for rows in found.one(0)])
 
 
 # -- the document
