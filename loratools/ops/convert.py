@@ -16,11 +16,12 @@ from loratools.errors import OptionError
 from loratools.formats import encode, load
 from loratools.formats.base import read_options, write_container
 from loratools.ops._algebra import format_of, label, output_rows
+from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
-from loratools.ops._converting import Conversion, Weights
+from loratools.ops._converting import Conversion
 from loratools.output import check_output, whole
 from loratools.plan import split_renames
-from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, checkpoint_input, receipt_path
+from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
 
 
 def convert(
@@ -69,12 +70,9 @@ def convert(
     if rename and base is None:
         raise OptionError("--rename maps names to a base's", found="no --base")
     given = adapter if isinstance(adapter, Adapter) else load(adapter, options=read_options(arguments))
-    weights = Weights(base, tuple(embedding), tuple(transposed))
-    source = given
-    if weights.checkpoint is not None:
-        specs = {name: ref.spec for name, ref in weights.items()}
-        source = given.resolve(specs, weights.family, renames=split_renames(rename))
-    work = Conversion(source, weights, options)
+    on = None if base is None else Base(base, transposed=transposed, embedding=embedding)
+    source = given if on is None else given.resolve(on.specs, on.family, renames=split_renames(rename))
+    work, count = Conversion(source, on, options), options.threads
     with workers.single_threaded_blas(options.device == "cpu"):
         if options.changes:
             work.run()
@@ -83,9 +81,7 @@ def convert(
             written = format or ("loratools" if kind == "dense" else None)
             receipt.digests = write_container(encode(made, format_of(written, given)), place)
             receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes()]
-            receipt.inputs = adapter_inputs(given)
-            if weights.checkpoint is not None:
-                receipt.inputs.append(checkpoint_input(weights.checkpoint, "base", work.digests()))
+            receipt.inputs = [*adapter_inputs(given), *([on.input(count)] if on is not None else [])]
             receipt.expected, receipt.applied = len(given) - source.absent, len(made)
             receipt.outputs, receipt.history = output_rows(place), adapter_history(given)
             if sha256:
