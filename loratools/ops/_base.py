@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
 from loratools.differences import digest
 from loratools.errors import QuantizedError
+from loratools.formats.reading import Reading
 from loratools.pipeline import open_checkpoint
 from loratools.plan import supplied
 from loratools.receipt import checkpoint_input
@@ -24,13 +25,13 @@ class Base:
     Raises QuantizedError for weights that are quantised, and what opening it raises.
     """
 
-    def __init__(self, path: str | Path, *, transposed: Sequence[str] = (), embedding: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | Path, reading: Reading) -> None:
         self.checkpoint = open_checkpoint(path)
         if self.checkpoint.quantization:
             remedy = "give the original 16- or 32-bit weights"
             fact = "the base's weights are quantised"
             raise QuantizedError(fact, file=self.checkpoint.path, found=self.checkpoint.quantization, remedy=remedy)
-        self.family = self.checkpoint.family(tuple(embedding), tuple(transposed))
+        self.family = self.checkpoint.family(tuple(reading["embedding"]), tuple(reading["transposed"]))
         self.sources = {name: name for name in self.checkpoint}
         for tied, head in self.family.ties(self.checkpoint):
             self.sources.setdefault(head, tied)
