@@ -27,8 +27,8 @@ from loratools.tensors import read_tensor
 SAME = 2.0**-50  # two ways to compute one scaling differ by a few units in the last place
 
 
-def loaded(adapter: str | Path | Adapter, alpha_in: float | None = None, options: ReadOptions | None = None) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load(adapter, options=options or ReadOptions(alpha=alpha_in))
+def loaded(adapter: str | Path | Adapter, options: ReadOptions) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load(adapter, options=options)
 
 
 def label(adapter: str | Path | Adapter) -> str:

@@ -8,12 +8,13 @@ from typing import Any, TypeAlias
 
 from blake3 import blake3
 
+from loratools.changes import reader
 from loratools.deltas.base import Additive, Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.flat import FlatDoRA
 from loratools.deltas.laid import Turned, TurnedAdditive, Unsettled, turned
 from loratools.deltas.lowrank import LowRank
-from loratools.effect import Effect, Made, reader
+from loratools.effect import Effect, Made
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, UnsupportedError
 from loratools.factors import Factored, How, factor, form_of, reach
 from loratools.families import Family

@@ -2,68 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
-from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import Unsettled
-from loratools.differences import digest
-from loratools.errors import LoratoolsError, MatchError, QuantizedError, raise_all
+from loratools.errors import LoratoolsError, MatchError, raise_all
 from loratools.families import Family
 from loratools.formats.peft_config import CARRIED
 from loratools.ops._algebra import bias_of, scaled_to, shares
+from loratools.ops._base import Base
 from loratools.ops._case import Converted, Job, case_of
 from loratools.ops._convert_options import Options
 from loratools.ops._to_dense import to_dense
 from loratools.ops._to_dora import to_axis, to_dora
 from loratools.ops._to_lora import to_lora
 from loratools.plan import supplied
-from loratools.tensorfile import Ref
 
 _MAKERS = {"lora": to_lora, "dora": to_dora, "dense": to_dense}
-
-
-class Weights(Mapping[str, Ref]):
-    """A base's tensors, the head that is tied to its embedding among them; nothing where there is no base."""
-
-    def __init__(self, base: str | Path | None, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> None:
-        self.checkpoint = Checkpoint(base) if base is not None else None
-        self.family = Family(self.checkpoint.config if self.checkpoint else {}, embeddings, transposed)
-        self._refs: dict[str, Ref] = dict(self.checkpoint or {})
-        if self.checkpoint is not None:
-            if self.checkpoint.quantization:
-                found, remedy = self.checkpoint.quantization, "give the original 16- or 32-bit weights"
-                raise QuantizedError("the base's weights are quantised", file=self.checkpoint.path, found=found, remedy=remedy)
-            tied = self.family.tied(self.checkpoint)
-            if tied:
-                self._refs.setdefault(tied[1], self._refs[tied[0]])
-
-    def __getitem__(self, name: str) -> Ref:
-        return self._refs[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._refs)
-
-    def __len__(self) -> int:
-        return len(self._refs)
 
 
 class Conversion:
     """An adapter, under its base's names if there is one, on its way to other kinds. `run` fills `deltas` and `converted`."""
 
-    def __init__(self, source: Adapter, weights: Weights, options: Options) -> None:
-        self.source, self.weights, self.options = source, weights, options
+    def __init__(self, source: Adapter, base: Base | None, options: Options) -> None:
+        self.source, self.base, self.options = source, base, options
         self.converted: dict[str, Converted] = {}
         self.deltas: dict[str, Delta] = {}
-        self.read: list[str] = []
 
     def run(self) -> None:
         """Every fault that headers tell is raised first, all together; nothing is computed before."""
@@ -94,16 +64,13 @@ class Conversion:
 
     def _job(self, name: str, delta: Delta) -> Job | None:
         """The work to be done, None for none; on a saved tensor, that which comes after it."""
-        weight = self.weights.get(name)
+        weight = self.base.weight(name) if self.base is not None and name in self.base else None
         if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
             weight, delta = delta.first.value, delta.then
-        if delta.beside and self.weights.checkpoint is not None:
-            delta = supplied(name, delta, self.weights.checkpoint)
-        case = case_of(name, delta, weight, self.weights.family)
-        job = (_MAKERS[self.options.kind] if self.options.kind else to_axis)(case, self.options)
-        if job and weight is self.weights.get(name) and weight and (self.options.kind == "dora" or not isinstance(case.delta, Additive)):
-            self.read.append(name)
-        return job
+        if self.base is not None:
+            delta = supplied(name, delta, self.base.checkpoint)
+        case = case_of(name, delta, weight, self.base.family if self.base is not None else Family({}))
+        return (_MAKERS[self.options.kind] if self.options.kind else to_axis)(case, self.options)
 
     def _run(self, name: str, job: Job) -> None:
         try:
@@ -133,13 +100,9 @@ class Conversion:
         pairs = zip(self.converted.items(), share, strict=True)
         return [found.row(name, self.source[name], part) for (name, found), part in pairs]
 
-    def digests(self) -> dict[str, str]:
-        """BLAKE3 of the base's tensors whose data was read, by name."""
-        return {name: digest(self.weights[name]) for name in self.read}
-
     def notes(self) -> list[str]:
         told = [f"{name}: {found.note}" for name, found in self.converted.items() if found.note]
-        flat = [name for name in self.converted if self.weights.checkpoint is None and _flat(self.source[name])]
+        flat = [name for name in self.converted if self.base is None and _flat(self.source[name])]
         if flat:
             told.append(f"{len(flat)} tensors are taken for linear layers' weights: of a convolution's kernel only --base would tell")
         return told

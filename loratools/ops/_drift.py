@@ -29,7 +29,7 @@ def moved(delta: Delta, weight: Ref | None) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     import torch
 
-    from loratools.effect import reader
+    from loratools.changes import reader
     from loratools.tensors import read_tensor
 
     spec = Spec("F64", weight.spec.shape)

@@ -129,8 +129,8 @@ def _refitted(case: Case, axis: str, options: Options) -> Converted:
     _check_lengths(v_v, axis)
     m = _shaped((t_v / v_v.sqrt()).to(torch.float32).cpu(), case, axis)
     made = DoRA(direction=direction, magnitude=to_ref(m))
-    pairs = zip(target.results(), replace(effect, delta=made).results(), strict=True)
-    error = math.sqrt(math.fsum(square(new.sub_(old)) for (_, _, old), (_, _, new) in pairs))
+    pairs = zip(target.differences(), replace(effect, delta=made).differences(), strict=True)
+    error = math.sqrt(math.fsum(square(new.sub_(old)) for old, new in pairs))
     return Converted(delta=made, norm=norm, error=error, optimal=None if plain else 0.0, plain=plain)
 
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.errors import OptionError
-from loratools.formats import encode, load
+from loratools.formats import encode
 from loratools.formats.base import read_options, write_container
-from loratools.ops._algebra import format_of, label, output_rows
+from loratools.formats.reading import Reading, arguments, reads
+from loratools.ops._algebra import format_of, label, loaded, output_rows
+from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
-from loratools.ops._converting import Conversion, Weights
+from loratools.ops._converting import Conversion
 from loratools.output import check_output, whole
 from loratools.plan import split_renames
-from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, checkpoint_input, receipt_path
+from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
 
 
+@reads
 def convert(
     adapter: str | Path | Adapter,
     out: str | Path,
@@ -37,16 +40,10 @@ def convert(
     dtype: str | None = None,
     device: str = "cpu",
     rename: Sequence[str] = (),
-    alpha_in: float | None = None,
-    scale: str | None = None,
-    scratch_dora: str | None = None,
-    enable_lora: str | None = None,
-    conv: Sequence[str] = (),
-    transposed: Sequence[str] = (),
-    embedding: Sequence[str] = (),
     sha256: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Write an adapter in another format, or as another kind; returns the receipt.
 
@@ -61,20 +58,17 @@ def convert(
     >>> max(row["error"] / row["optimal_error"] for row in receipt["tensors"])  # doctest: +SKIP
     1.00003
     """
-    arguments = {name: value for name, value in locals().items() if name not in ("adapter", "out")}
-    options = Options.checked(**{name: arguments[name] for name in Options.GIVEN})
+    words = arguments(locals(), "adapter", "out")
+    options = Options.checked(**{name: words[name] for name in Options.GIVEN})
     paths = [path for path in (adapter, base) if path is not None and not isinstance(path, Adapter)]
     target = check_output(out, overwrite=overwrite, inputs=paths)
-    receipt = Receipt("convert", {"adapter": label(adapter), "out": str(out), **arguments})
+    receipt = Receipt("convert", {"adapter": label(adapter), "out": str(out), **words})
     if rename and base is None:
         raise OptionError("--rename maps names to a base's", found="no --base")
-    given = adapter if isinstance(adapter, Adapter) else load(adapter, options=read_options(arguments))
-    weights = Weights(base, tuple(embedding), tuple(transposed))
-    source = given
-    if weights.checkpoint is not None:
-        specs = {name: ref.spec for name, ref in weights.items()}
-        source = given.resolve(specs, weights.family, renames=split_renames(rename))
-    work = Conversion(source, weights, options)
+    given = loaded(adapter, read_options(reading))
+    on = None if base is None else Base(base, reading)
+    source = given if on is None else given.resolve(on.specs, on.family, renames=split_renames(rename))
+    work, count = Conversion(source, on, options), options.threads
     with workers.single_threaded_blas(options.device == "cpu"):
         if options.changes:
             work.run()
@@ -83,9 +77,7 @@ def convert(
             written = format or ("loratools" if kind == "dense" else None)
             receipt.digests = write_container(encode(made, format_of(written, given)), place)
             receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes()]
-            receipt.inputs = adapter_inputs(given)
-            if weights.checkpoint is not None:
-                receipt.inputs.append(checkpoint_input(weights.checkpoint, "base", work.digests()))
+            receipt.inputs = [*adapter_inputs(given), *([on.input(count)] if on is not None else [])]
             receipt.expected, receipt.applied = len(given) - source.absent, len(made)
             receipt.outputs, receipt.history = output_rows(place), adapter_history(given)
             if sha256:

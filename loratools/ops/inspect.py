@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from loratools.errors import FormatError, OptionError
 from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats.base import CONFIG, open_container, read_options
+from loratools.formats.reading import Reading, reads
 from loratools.ops._drift import moved
 from loratools.pipeline import open_checkpoint
 from loratools.tensorfile import FLOATS, Ref, Spec
@@ -34,19 +35,14 @@ _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\
 _LOCAL = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 
 
+@reads
 def inspect(
     path: str | Path,
     *,
     base: str | Path | None = None,
     values: bool = False,
     spectra: bool = False,
-    alpha_in: float | None = None,
-    scale: str | None = None,
-    scratch_dora: str | None = None,
-    enable_lora: str | None = None,
-    conv: Sequence[str] = (),
-    transposed: Sequence[str] = (),
-    embedding: Sequence[str] = (),
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What a file or folder holds, as plain JSON values; spec/cli.md names the fields.
 
@@ -62,14 +58,14 @@ def inspect(
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
     if not holds_adapter(path):
-        wrong = [word for word, given in (("--base", base), ("--spectra", spectra), ("--alpha-in", alpha_in)) if given not in (None, False)]
+        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"]}
+        wrong = [word for word, given in words.items() if given not in (None, False)]
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
         return _checkpoint(open_checkpoint(path), values=values)
-    words = {"alpha_in": alpha_in, "scale": scale, "scratch_dora": scratch_dora, "enable_lora": enable_lora, "conv": conv}
-    adapter = load(path, options=read_options({**words, "transposed": transposed, "embedding": embedding}))
+    adapter = load(path, options=read_options(reading))
     checkpoint = open_checkpoint(base) if base is not None else None
-    return _adapter(adapter, path, checkpoint, Family({}, tuple(embedding), tuple(transposed)), values, spectra)
+    return _adapter(adapter, path, checkpoint, Family({}, tuple(reading["embedding"]), tuple(reading["transposed"])), values, spectra)
 
 
 def holds_adapter(path: Path) -> bool:
