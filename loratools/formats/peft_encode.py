@@ -108,7 +108,8 @@ def _config(
     alphas = {module: _alpha(low, rslora) for module, low in targeted.items()}
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
     transposed = [low.layer == "transposed" for low in lows.values()]
-    carried = {name: value for name, value in adapter.metadata.get("peft", {}).items() if name in CARRIED}  # another method has its own
+    kept = (*CARRIED, "exclude_modules")  # of another method's config the rest would be no field of a LoRA's
+    carried = {name: value for name, value in adapter.metadata.get("peft", {}).items() if name in kept}
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "task_type": None, "inference_mode": True, "peft_version": WRITTEN_FOR,
         "lora_dropout": 0.0, "revision": None,
