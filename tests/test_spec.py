@@ -52,15 +52,15 @@ def test_every_page_is_in_the_index() -> None:
 
 LAYERS = {
     "Linear": nn.Linear(5, 7), "Conv1D": Conv1D(7, 5), "Conv1d": nn.Conv1d(5, 7, 3), "Conv2d": nn.Conv2d(5, 7, 3),
-    "Conv3d": nn.Conv3d(5, 7, 3), "Embedding": nn.Embedding(11, 13),
+    "Conv3d": nn.Conv3d(5, 7, 3), "Embedding": nn.Embedding(11, 13), "MultiheadAttention": nn.MultiheadAttention(5, 1),
 }  # fmt: skip
-SIZES = {"r": 2, "in": 5, "out": 7, "k": 3, "vocabulary": 11, "dimension": 13, "1": 1}
+SIZES = {"r": 2, "in": 5, "out": 7, "k": 3, "vocabulary": 11, "dimension": 13, "1": 1, "E": 5, "3E": 15}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_table_of_keys_is_what_peft_writes(layer: str) -> None:
     found: dict[str, tuple[int, ...]] = {}
-    for more in ({"use_dora": True}, *([{"lora_bias": True}] if layer == "Linear" else [])):
+    for more in ({"use_dora": layer != "MultiheadAttention"}, *([{"lora_bias": True}] if layer == "Linear" else [])):
         config = peft.LoraConfig(r=2, target_modules=["x"], fan_in_fan_out=layer == "Conv1D", **more)
         model = peft.get_peft_model(nn.ModuleDict({"x": LAYERS[layer]}), config)
         for key, tensor in peft.get_peft_model_state_dict(model).items():

@@ -50,27 +50,27 @@ MEANINGS = {
     "layers_to_transform": "layer numbers among the targets",
     "layers_pattern": "where a path has its layer number",
     "task_type": "adds a task's head to `modules_to_save`",
-    "init_lora_weights": "whether the base changed before training",
+    "init_lora_weights": "whether the base changed before training: [Initialisations](#initialisations)",
     "ensure_weight_tying": "a tied head's LoRA is the embedding's",
     "target_parameters": "tensors that are no layer's weight",
     "lora_B_layout": "how the experts' B is packed",
-    "use_qalora": "A's columns are those of pooled inputs",
-    "qalora_group_size": "how many inputs are pooled",
-    "use_bdlora": "A or B is block-diagonal",
-    "kasa_config": "a diagonal between the factors, on a base without its smallest singular values",
-    "enable_lora": "the slots of a fused matrix that are adapted (peft 0.1 and 0.2)",
-    "merge_weights": "beside `enable_lora`; of training",
-    "trainable_token_indices": "rows of an embedding, which the file's take the place of",
-    "velora_config": "its buffers are read past: plain LoRA",
-    "monteclora_config": "its sampler is read past: plain LoRA",
     "auto_mapping": "class of the model",
     "base_model_name_or_path": "the base",
     "revision": "its revision",
     "peft_version": "who wrote it; where experts are square, how they lie",
+    "use_qalora": "inputs are pooled: [Variants](#variants)",
+    "qalora_group_size": "of `use_qalora`; nothing without it",
+    "use_bdlora": "block-diagonal factors: [Variants](#variants)",
+    "kasa_config": "the base is truncated: [Variants](#variants)",
+    "enable_lora": "of peft 0.1 and 0.2: the slots of merged layers",
+    "merge_weights": "of peft 0.1 and 0.2: true or false; no matter in a file",
+    "trainable_token_indices": "rows of embeddings: [Trained tokens](#trained-tokens)",
     "megatron_config": "parallel layers",
     "megatron_core": "their module",
     "eva_config": "data-driven initialisation",
     "runtime_config": "never saved",
+    "velora_config": "compressed activations, in training only",
+    "monteclora_config": "sampled factors, in training only",
     "loftq_config": "of a quantised base",
     "corda_config": "of `init_lora_weights`",
     "lora_ga_config": "of `init_lora_weights`",
@@ -80,12 +80,13 @@ MEANINGS = {
 def tables() -> str:
     """The fields of a LoRA's config, the other methods, and the fields of theirs, as Markdown."""
     inits = ", ".join(json.dumps(value) for value in peft_config.INITS if value not in ("true", "false"))
+    moving = ", ".join(json.dumps(value) for value in peft_config.MOVING)
     return f"""
 ## Config fields
 
 *used* is read and checked; *training* matters while training or loading, not to what the trained tensors mean, and is carried along;
-*refused* changes the arithmetic: an error, unless null, false or empty. A field this table lacks is refused too. Init values other than
-these of `init_lora_weights` changed the base before training, and are refused: {inits}.
+*refused* changes the arithmetic: an error, unless null, false or empty. A field this table lacks is refused too. These values of
+`init_lora_weights` left the base as it was: {inits}. These moved a part of it: {moving}. Any other is refused.
 
 {_table(("field", "", "meaning"), _lora_fields())}
 
