@@ -21,6 +21,7 @@ from loratools.deltas.laid import Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
 from loratools.families import Family, of_vocabulary
+from loratools.flatnames import meet
 from loratools.tensorfile import Ref, Spec, identity, origin
 
 
@@ -30,7 +31,8 @@ class Adapter(Mapping[str, Delta]):
 
     `metadata` is what its file said beside the weights, by format; `passengers` are tensors that are no weight edit and are
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
-    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none.
+    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none; names
+    of a `flat` one have underscores for dots (`flatnames`).
     """
 
     deltas: Mapping[str, Delta]
@@ -42,6 +44,7 @@ class Adapter(Mapping[str, Delta]):
     expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
     notes: tuple[str, ...] = ()
     absent: int = 0
+    flat: bool = False
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]
@@ -78,7 +81,8 @@ class Adapter(Mapping[str, Delta]):
         """
         family = family or Family({})
         renamed = self._renamed(list(renames))
-        aligned, notes = align(renamed.deltas, [name for name, delta in renamed.items() if delta.needs_base], base)
+        needing = [name for name, delta in renamed.items() if delta.needs_base]
+        aligned, notes = _dotted(renamed.deltas, base) if self.flat else align(renamed.deltas, needing, base)
         faults: list[LoratoolsError] = []
         absent = [name for name, delta in aligned.items() if isinstance(delta, WherePresent) and name not in base]
         aligned = {name: delta for name, delta in aligned.items() if name not in absent}
@@ -104,7 +108,7 @@ class Adapter(Mapping[str, Delta]):
         if not faults and not allow_unmatched:
             faults += renamed._missing(base, settled)
         raise_all(faults)
-        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent))
+        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent), flat=False)
 
     def _renamed(self, renames: list[tuple[str, str]]) -> Adapter:
         if not renames:
@@ -141,6 +145,12 @@ def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
         if f".{old}." in dotted:
             name = dotted.replace(f".{old}.", f".{new}." if new else ".", 1).strip(".")
     return name
+
+
+def _dotted(deltas: Mapping[str, Delta], base: Mapping[str, Spec]) -> tuple[dict[str, Delta], list[str]]:
+    """The deltas under the base's names that flatten to theirs; those the base lacks keep their own."""
+    met = meet(deltas, base)
+    return {met.get(word, word): delta for word, delta in deltas.items()}, []
 
 
 def _nothing_matched(names: list[str], base: Mapping[str, Spec], path: Path | None) -> MatchError:

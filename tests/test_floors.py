@@ -17,7 +17,7 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
-    ("alignment", "families", "quantized", "tensors", "tensorwriter", "weightfiles"),
+    ("alignment", "families", "flatnames", "quantized", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "rounding", "torchfile", "ulps"),
     ("adapter", "checkpoint", "corrections", "record"),
     ("receipt", "stream", "differences", "factors", "pipeline"),

@@ -116,6 +116,17 @@ def require_floating(*specs: Spec) -> None:
             raise UnsupportedError("arithmetic on a dtype that is not a plain floating-point one", found=spec)
 
 
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the axes of 1 at its end: a convolution of kernel 1 is a matrix, and files spell it both ways.
+
+    >>> squeezed((4, 1, 1, 1)), squeezed((4, 3, 1, 2))
+    ((4, 1), (4, 3, 1, 2))
+    """
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
 class Additive(Delta):
     """A delta that is a difference: W′ = W + ΔW, so that it can be scaled and summed.
 
@@ -155,7 +166,7 @@ class Additive(Delta):
     def spec(self, base: Spec | None) -> Spec:
         if base is None:
             raise ShapeError("changes a tensor that the base lacks", expected=f"a weight of shape {list(self.shape())}")
-        if self.shape() != (base.matrix if self.flat else base.shape):
+        if squeezed(self.shape()) != squeezed(base.matrix if self.flat else base.shape):
             raise ShapeError("does not fit the base's weight", found=list(self.shape()), expected=list(base.shape))
         require_floating(base, *(ref.spec for ref in self.refs().values()))
         return base
