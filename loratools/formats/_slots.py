@@ -21,10 +21,22 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeE
 from loratools.formats._scalar import scalar
 from loratools.tensorfile import Ref
 
-SUFFIX = re.compile(
-    r"(?P<module>.+?)\.(?P<slot>lora_(?:down|up|mid)\.weight|alpha|dora_scale|hada_[wt][12](?:_[ab])?|lokr_w[12](?:_[ab])?|lokr_t2"
-    r"|diff|diff_b|w_norm|b_norm|weight|on_input|[ab][12]\.weight|bm\.weight|oft_blocks|oft_diag|rescale|scalar|set_weight|reshape_weight)"
+_OWN = (
+    r"lora_(?:down|up|mid)\.weight|alpha|dora_scale|hada_[wt][12](?:_[ab])?|lokr_w[12](?:_[ab])?|lokr_t2|diff|diff_b|w_norm|b_norm|on_input"
+    r"|[ab][12]\.weight|bm\.weight|oft_blocks|oft_diag|rescale|scalar|set_weight|reshape_weight"
 )
+SUFFIX = re.compile(rf"(?P<module>.+?)\.(?P<slot>{_OWN}|weight)")
+# other spellings of the same things: peft's, those of diffusers' older releases, and bare ones
+_OTHERS = {
+    "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_A.default.weight": "lora_down.weight",
+    "lora_B.default.weight": "lora_up.weight", "lora.down.weight": "lora_down.weight", "lora.up.weight": "lora_up.weight",
+    "lora_linear_layer.down.weight": "lora_down.weight", "lora_linear_layer.up.weight": "lora_up.weight", "lora_A": "lora_down.weight",
+    "lora_B": "lora_up.weight", "lora_B.bias": "lora_bias", "lora_B.default.bias": "lora_bias", "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude", "lora_magnitude_vector.default.weight": "magnitude", "magnitude": "magnitude",
+}  # fmt: skip
+SPELLINGS = re.compile(rf"(?P<module>.+?)\.(?P<slot>{_OWN}|{'|'.join(re.escape(text) for text in _OTHERS)})")
+# diffusers in 2023: attn1.processor.to_q_lora.down.weight is a tensor of attn1.to_q
+_PROCESSOR = re.compile(r"(?P<module>.+)\.processor\.(?P<part>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight")
 
 
 @dataclass
@@ -93,8 +105,9 @@ def _lora(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     if mid is not None:
         _check_tail(down, slots.keys["lora_down.weight"])
         return _decomposed(slots, Tucker(up=_matrix(up), mid=mid, down=_matrix(down), alpha=scale))
-    layer = "conv" if len(down.spec.shape) > 2 else "linear"
-    return _decomposed(slots, LowRank(A=down, B=_matrix(up), alpha=scale, layer=layer))
+    low = LowRank(A=down, B=_matrix(up), alpha=scale, layer="conv" if len(down.spec.shape) > 2 else "linear")
+    bias = slots.get("lora_bias")
+    return {**_decomposed(slots, low), **({} if bias is None else {"bias": Full(diff=bias, scale=low.scaling)})}
 
 
 def _loha(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
@@ -142,7 +155,9 @@ KINDS: dict[str, Callable[[Slots, float | None], Mapping[str, Delta]]] = {
 
 def _decomposed(slots: Slots, direction: Additive) -> Mapping[str, Delta]:
     """The change itself, or, where a `dora_scale` lies beside it, the weight under that magnitude."""
-    magnitude = slots.get("dora_scale")
+    plain, magnitude = slots.get("magnitude"), slots.get("dora_scale")
+    if plain is not None:  # peft's: flat, or (1, out, 1, …) of a convolution; of its outputs always
+        return {"weight": DoRA(direction=direction, magnitude=plain.reshape(plain.spec.numel, 1))}
     if magnitude is None:
         return {"weight": direction}
     shape, (out, width, *_) = magnitude.spec.shape, direction.shape()
@@ -163,27 +178,41 @@ def _check_tail(ref: Ref, key: str) -> None:
         raise ShapeError("not a matrix", tensor=key, found=list(ref.spec.shape), expected="[rows, columns], or with axes of 1 behind")
 
 
-def collect(tensors: Mapping[str, Ref]) -> tuple[dict[str, Slots], dict[str, Ref]]:
-    """The file's tensors by module, and those whose suffix is none of the family's."""
+def collect(tensors: Mapping[str, Ref], grammar: re.Pattern[str] = SUFFIX) -> tuple[dict[str, Slots], dict[str, Ref]]:
+    """The file's tensors by module, and those whose suffix is none of the family's.
+
+    Raises FormatError for a tensor that is there under two spellings.
+    """
     modules: dict[str, Slots] = {}
     others: dict[str, Ref] = {}
     for key, ref in tensors.items():
-        match = SUFFIX.fullmatch(key)
-        if match is None:
+        place = _place(key, grammar)
+        if place is None:
             others[key] = ref
             continue
-        slots = modules.setdefault(match["module"], Slots())
-        slots.refs[match["slot"]], slots.keys[match["slot"]] = ref, key
+        slots = modules.setdefault(place[0], Slots())
+        if place[1] in slots.refs:
+            raise FormatError("the same tensor twice under two spellings", tensor=key, found=slots.keys[place[1]])
+        slots.refs[place[1]], slots.keys[place[1]] = ref, key
     return modules, others
 
 
-def made(modules: Mapping[str, Slots], alpha: float | None) -> tuple[dict[str, Delta], list[LoratoolsError]]:
-    """All modules' deltas by tensor name, and the faults of those that have one."""
+def _place(key: str, grammar: re.Pattern[str]) -> tuple[str, str] | None:
+    """(module, slot) of a key, or None."""
+    if grammar is SPELLINGS and (match := _PROCESSOR.fullmatch(key)):
+        part = "to_out.0" if match["part"] == "to_out" else match["part"]
+        return f"{match['module']}.{part}", f"lora_{match['side']}.weight"
+    match = grammar.fullmatch(key)
+    return None if match is None else (match["module"], _OTHERS.get(match["slot"], match["slot"]))
+
+
+def made(modules: Mapping[str, Slots], alpha: Callable[[str, Slots], float | None]) -> tuple[dict[str, Delta], list[LoratoolsError]]:
+    """All modules' deltas by tensor name, and the faults of those that have one; `alpha` tells a module's where it holds none."""
     deltas: dict[str, Delta] = {}
     faults: list[LoratoolsError] = []
     for module, slots in modules.items():
         try:
-            deltas |= {f"{module}.{leaf}": delta for leaf, delta in deltas_of(slots, alpha).items()}
+            deltas |= {f"{module}.{leaf}": delta for leaf, delta in deltas_of(slots, alpha(module, slots)).items()}
         except LoratoolsError as error:
             faults.append(error.at(tensor=next(iter(slots.keys.values()))))
     return deltas, faults

@@ -42,7 +42,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     spelt = {_FLATTENED.sub(r".\1", key): ref for key, ref in container.tensors.items() if key not in passengers}
     try:
         modules, others = collect(spelt)
-        deltas, faults = made(modules, options.alpha)
+        deltas, faults = made(modules, lambda module, slots: options.alpha)
         faults += _strays(others, modules)
         raise_all(faults)
     except LoratoolsError as error:
