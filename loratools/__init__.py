@@ -16,6 +16,7 @@ _PUBLIC = {
     "LoratoolsError": "loratools.errors",
     "combine": "loratools.ops.combine",
     "compare": "loratools.ops.compare",
+    "convert": "loratools.ops.convert",
     "demo": "loratools.workflows.demo",
     "extract": "loratools.ops.extract",
     "inspect": "loratools.ops.inspect",

@@ -17,9 +17,10 @@ from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
-from loratools.deltas.laid import Unsettled, WherePresent, turned
+from loratools.deltas.laid import Turned, Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, LoratoolsError, MatchError, raise_all
+from loratools.deltas.parameters import moved, settle_parameters
+from loratools.errors import AmbiguousError, LoratoolsError, MatchError, UnsupportedError, raise_all
 from loratools.families import Family, of_vocabulary
 from loratools.flatnames import meet
 from loratools.tensorfile import Ref, Spec, identity, origin
@@ -31,8 +32,9 @@ class Adapter(Mapping[str, Delta]):
 
     `metadata` is what its file said beside the weights, by format; `passengers` are tensors that are no weight edit and are
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
-    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none; names
-    of a `flat` one have underscores for dots (`flatnames`).
+    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none; `initial` are
+    the files of the adapter as it was initialised, where its own do not tell what it means; names of a `flat` one have underscores
+    for dots (`flatnames`).
     """
 
     deltas: Mapping[str, Delta]
@@ -44,6 +46,7 @@ class Adapter(Mapping[str, Delta]):
     expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
     notes: tuple[str, ...] = ()
     absent: int = 0
+    initial: tuple[Path, ...] = ()
     flat: bool = False
 
     def __getitem__(self, name: str) -> Delta:
@@ -82,8 +85,10 @@ class Adapter(Mapping[str, Delta]):
         family = family or Family({})
         renamed = self._renamed(list(renames))
         needing = [name for name, delta in renamed.items() if delta.needs_base]
-        aligned, notes = _dotted(renamed.deltas, base) if self.flat else align(renamed.deltas, needing, base)
-        faults: list[LoratoolsError] = []
+        placed, notes = _dotted(renamed.deltas, base) if self.flat else align(renamed.deltas, needing, base)
+        placed = {place: moved(delta, name, place) for name, (place, delta) in zip(renamed, placed.items(), strict=True)}
+        aligned, unsettled = settle_parameters(placed, base, family.types)
+        faults = [error.at(file=self.path) for error in unsettled]
         absent = [name for name, delta in aligned.items() if isinstance(delta, WherePresent) and name not in base]
         aligned = {name: delta for name, delta in aligned.items() if name not in absent}
         unmatched = [name for name, delta in aligned.items() if delta.needs_base and name not in base]
@@ -99,6 +104,7 @@ class Adapter(Mapping[str, Delta]):
         flagged = bool(self.metadata.get("peft", {}).get("fan_in_fan_out"))
         settled, ambiguous = settle(matched, base, family, flagged=flagged)
         faults += [error.at(file=self.path) for error in ambiguous]
+        faults += self._straight(settled)
         for name, delta in settled.items():
             try:
                 delta.spec(base.get(name))
@@ -106,9 +112,23 @@ class Adapter(Mapping[str, Delta]):
             except LoratoolsError as error:
                 faults.append(error.at(file=self.path, tensor=name))
         if not faults and not allow_unmatched:
-            faults += renamed._missing(base, settled)
+            faults += renamed._missing(family.concerned(base, settled), settled)
+        if allow_unmatched and any(delta.draws and not delta.draws[0].out for name, delta in aligned.items() if name not in matched):
+            what = "random projections as large as all its layers need, and the base lacks some"
+            faults.append(UnsupportedError(what, file=self.path, remedy="give the base that it was trained on"))
         raise_all(faults)
+        try:
+            settled = with_banks(settled)
+        except LoratoolsError as error:
+            raise error.at(file=self.path) from None
         return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent), flat=False)
+
+    def _straight(self, settled: Mapping[str, Delta]) -> list[LoratoolsError]:
+        """peft's OLoRA moves a part of W as it lies, and adds the change to it turned: for a weight stored (in, out) that is no LoRA."""
+        if str(self.metadata.get("peft", {}).get("init_lora_weights")).lower() != "olora":
+            return []
+        fact = "peft's OLoRA changes weights stored (in, out) as if they were (out, in)"
+        return [UnsupportedError(fact, file=self.path, tensor=name) for name, delta in settled.items() if _is_turned(delta)]
 
     def _renamed(self, renames: list[tuple[str, str]]) -> Adapter:
         if not renames:
@@ -118,7 +138,7 @@ class Adapter(Mapping[str, Delta]):
             new = rename(name, renames)
             if new in deltas:
                 raise MatchError("two tensors meet under one name after --rename", file=self.path, tensor=new)
-            deltas[new] = delta
+            deltas[new] = moved(delta, name, new)
         if set(deltas) == set(self.deltas):
             raise MatchError("--rename changed no name", file=self.path, found=", ".join(f"{old}={new}" for old, new in renames))
         return replace(self, deltas=deltas)
@@ -205,6 +225,21 @@ def settle(
     return settled, faults
 
 
+def with_banks(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """Fitted deltas with the banks that they draw on, each as large as all of them need it. Raises what `drawn` raises."""
+    wanted = {name: draws for name, delta in deltas.items() if (draws := delta.draws)}
+    banks = dict.fromkeys(bank for bank, _ in wanted.values())
+    sized = {bank: bank.sized([shape for other, shape in wanted.values() if other == bank]) for bank in banks}
+    found, faults = dict(deltas), list[LoratoolsError]()
+    for name, (bank, _) in wanted.items():
+        try:
+            found[name] = deltas[name].drawn(sized[bank])
+        except LoratoolsError as error:
+            faults.append(error.at(tensor=name))
+    raise_all(faults)
+    return found
+
+
 def _open(delta: Delta) -> bool:
     """Whether it waits for a base to tell how its weight lies, or whether there is one."""
     if isinstance(delta, Chain):
@@ -238,6 +273,11 @@ def oriented(delta: Delta, layer: str) -> Delta:
     if isinstance(made, DoRA) and isinstance(made.direction, LowRank):
         return replace(made, direction=replace(made.direction, layer=layer))
     return replace(made, layer=layer) if isinstance(made, LowRank) else made
+
+
+def _is_turned(delta: Delta) -> bool:
+    inner = delta.direction if isinstance(delta, DoRA) else delta
+    return isinstance(inner, Turned) or (isinstance(inner, LowRank) and inner.layer == "transposed")
 
 
 def is_whole(delta: Delta) -> bool:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loratools.deltas.base import Additive, Delta
+from loratools.deltas.base import Additive, Delta, Read
 from loratools.errors import UnsupportedError
 from loratools.tensorfile import Ref, Spec
 from loratools.tensors import as_tensor
@@ -23,10 +23,27 @@ WRITTEN = "F32"  # how exact a delta must be: products to about 2⁻⁵⁰ of th
 Part = Callable[[slice], "Tensor"]
 
 
+def reader(ref: Ref, columns: int, device: str = "cpu") -> Read:
+    """A tensor's rows of so many columns in float64, for kinds that look at a weight before they change it."""
+    import torch
+
+    flat = ref.reshape(ref.spec.numel // max(1, columns), columns)
+
+    def read(rows: int) -> Iterator[tuple[slice, Tensor]]:
+        total = flat.spec.shape[0]
+        for start in range(0, total, rows):
+            part = slice(start, min(start + rows, total))
+            narrow = as_tensor(bytearray(flat.rows(part.start, part.stop)), Spec(flat.spec.dtype, (part.stop - part.start, columns)))
+            yield part, narrow.to(device=device, dtype=torch.float64)
+
+    return read
+
+
 class Changes:
     """The changes of one weight by `terms`, pairs of a delta and its strength; `weight` may be None where all are additive.
 
-    `spec` is the weight's; rows and columns are those of the matrix that all deltas see. Raises UnsupportedError for deltas that
+    `spec` is the weight's, `written` the dtype that decides how exact a delta must be; rows and columns are those of the matrix
+    that all deltas see, a `block` is of about so many elements. Raises UnsupportedError for deltas that
     need a weight that is not there, or that make a tensor of another shape of it.
 
     >>> import torch
@@ -37,8 +54,11 @@ class Changes:
     [[[0.5, 0.5], [0.5, 0.5]]]
     """
 
-    def __init__(self, terms: Sequence[tuple[Delta, float]], spec: Spec, weight: Ref | None, *, block: int = BLOCK) -> None:
-        self.spec, self.block = Spec(WRITTEN, spec.shape), block
+    def __init__(
+        self, terms: Sequence[tuple[Delta, float]], spec: Spec, weight: Ref | None, *, block: int | None = None, written: str = WRITTEN,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.spec, self.block, self.device = Spec(written, spec.shape), block or BLOCK, device
         views = {delta.matrix(self.spec) for delta, _ in terms}
         self.rows, self.columns = min(views, key=lambda view: view[1])  # the finest rows, of which all views are multiples
         self.weight = None if weight is None else weight.reshape(self.rows, self.columns)
@@ -66,26 +86,20 @@ class Changes:
 
         assert self.weight is not None
         spec = Spec(self.weight.spec.dtype, (part.stop - part.start, self.columns))
-        return as_tensor(bytearray(self.weight.rows(part.start, part.stop)), spec).to(torch.float64)
+        return as_tensor(bytearray(self.weight.rows(part.start, part.stop)), spec).to(device=self.device, dtype=torch.float64)
 
     def _term(self, delta: Delta, strength: float) -> Part:
         if isinstance(delta, Additive):
-            return delta.bind_dense(self.spec, strength)
+            return delta.bind_dense(self.spec, strength, self.device)
         if self.weight is None:
             raise UnsupportedError(f"what a {delta.kind} delta changes depends on the base", remedy="give --base")
         made = delta.spec(self.spec).shape
         if made != self.spec.shape:
             raise UnsupportedError("makes a tensor of another shape", found=list(made), expected=list(self.spec.shape))
-        bound = delta.bind(self.spec, self._read)
+        bound = delta.bind(self.spec, reader(self.weight, self.columns, self.device), self.device)
 
         def term(part: slice) -> Tensor:
             W = self.base(part)
             return bound(part, W.clone()).sub(W).mul_(strength)
 
         return term
-
-    def _read(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """All of W in blocks of `rows` rows, for deltas that look before they change."""
-        for start in range(0, self.rows, rows):
-            part = slice(start, min(start + rows, self.rows))
-            yield part, self.base(part)

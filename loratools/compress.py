@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.deltas.base import Additive
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NonFiniteError
 from loratools.factors import FLOOR, Factored, range_shift
@@ -45,7 +45,7 @@ def style_of(low: LowRank, code: str | None = None) -> Style:
     return Style(code=code or widest([low]), shape=low.shape(), layer=low.layer, scaling=low.scaling, rslora=low.rslora)
 
 
-def widest(deltas: Sequence[Additive]) -> str:
+def widest(deltas: Sequence[Delta]) -> str:
     """The narrowest dtype that holds all of their tensors' numbers.
 
     bfloat16 and float16 meet in float32, as each has numbers that the other lacks.
@@ -54,15 +54,14 @@ def widest(deltas: Sequence[Additive]) -> str:
     return "F64" if "F64" in codes else codes.pop() if len(codes) == 1 else "F32"
 
 
-def as_low(delta: Additive) -> LowRank | None:
-    """A change that is a small product as a LoRA, its factors float64 and its scaling 1; None where no such product is known."""
+def as_low(delta: Additive, shape: tuple[int, ...]) -> LowRank | None:
+    """A change of a weight of that shape as a LoRA, float64 factors and scaling 1; None where it is no small product that is known."""
     if isinstance(delta, LowRank):
         return delta
     found = delta.product()
     if found is None:
         return None
     B, A = found
-    shape = delta.shape()
     layer = "unknown" if len(shape) == 2 else "conv"
     return LowRank(B=to_ref(B), A=to_ref(A.reshape(len(A), *shape[1:])), alpha=float(len(A)), layer=layer)
 

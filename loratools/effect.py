@@ -1,6 +1,5 @@
-"""What a delta does to a weight, W′ − W in float64 by blocks of rows: a matrix to be decomposed, or a tensor to be stored.
+"""What one delta does to a weight, W′ − W as exact as float64 has it: a matrix to be decomposed, or a tensor to be stored.
 
-A difference (LoRA and its kin) is known without W; every other kind is given W's rows, and W is taken off what it makes of them.
 Blocks are of a fixed size and sums in a fixed order, so the same bytes come out for any number of threads.
 """
 
@@ -11,34 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratools.deltas.base import Additive, Delta, Read
+from loratools.changes import Changes, reader
+from loratools.deltas.base import Delta, Read
 from loratools.differences import SMALL
-from loratools.errors import NonFiniteError
+from loratools.errors import LoratoolsError, NonFiniteError
 from loratools.rounding import Rounding
 from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref, Spec
-from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
+from loratools.tensors import tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BLOCK = 1 << 18  # elements
-
-
-def reader(ref: Ref, columns: int, device: str = "cpu") -> Read:
-    """A tensor's rows in float64, for kinds that look at a weight before they change it."""
-    import torch
-
-    flat = ref.reshape(ref.spec.numel // max(1, columns), columns)
-
-    def read(rows: int) -> Iterator[tuple[slice, Tensor]]:
-        total = flat.spec.shape[0]
-        for start in range(0, total, rows):
-            part = slice(start, min(start + rows, total))
-            narrow = as_tensor(bytearray(flat.rows(part.start, part.stop)), Spec(flat.spec.dtype, (part.stop - part.start, columns)))
-            yield part, narrow.to(device=device, dtype=torch.float64)
-
-    return read
-
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -69,42 +50,21 @@ class Effect:
         return Spec("F64", self.spec.shape)
 
     def read(self) -> Read:
+        """W's rows in float64, for a look of one's own."""
         assert self.weight is not None
         return reader(self.weight, self.delta.matrix(self.wide)[1], self.device)
-
-    def step(self) -> int:
-        """Rows of a block."""
-        rows, columns = self.delta.matrix(self.wide)
-        if self.delta.align is None:
-            return max(1, rows)
-        step = max(1, BLOCK // max(1, columns))
-        return max(self.delta.align, step // self.delta.align * self.delta.align)
-
-    def results(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows of W and of W′, both in float64."""
-        read = self.read()
-        bound = self.delta.bind(self.wide, read, self.device)
-        for part, W in read(self.step()):
-            yield part, W, bound(part, W.clone())
 
     def differences(self) -> Iterator[Tensor]:
         """Rows of W′ − W in float64, in order; each may be overwritten, and is valid until the next.
 
         Raises NonFiniteError where W′ is no number: inf or nan in W or the delta, or a DoRA's W + ΔW of no length.
         """
-        for D in self._rows():
+        changes = Changes([(self.delta, 1.0)], self.spec, self.weight, written="F64", device=self.device)
+        for D in changes.one(0):
             if not math.isfinite(square(D)):
                 remedy = "look at adapter and base with inspect --values for inf and nan; a DoRA needs W + ΔW to have a length everywhere"
                 raise NonFiniteError("W' is not finite", remedy=remedy)
             yield D
-
-    def _rows(self) -> Iterator[Tensor]:
-        if not isinstance(self.delta, Additive):
-            yield from (new.sub_(W) for _, W, new in self.results())
-            return
-        dense, rows, step = self.delta.bind_dense(self.wide, 1.0, self.device), self.delta.matrix(self.wide)[0], self.step()
-        for start in range(0, rows, step):
-            yield dense(slice(start, min(start + step, rows)))
 
     def change(self) -> Change:
         """All of W′ − W, held in memory."""
@@ -121,15 +81,21 @@ class Effect:
 class Made(Ref):
     """W′ − W as the tensor that is stored: computed when it is read, a block at a time, rounded once, measured as it passes.
 
-    `norm` is ‖W′ − W‖ and `error` that of the rounding; both are None until it was read through.
+    `norm` is ‖W′ − W‖ and `error` that of the rounding; both are None until it was read through. Errors name `tensor`.
     """
 
-    def __init__(self, effect: Effect, code: str) -> None:
-        self.effect, self.spec = effect, Spec(code, effect.spec.shape)
+    def __init__(self, effect: Effect, code: str, tensor: str | None = None) -> None:
+        self.effect, self.spec, self.tensor = effect, Spec(code, effect.spec.shape), tensor
         self.norm: float | None = None
         self.error: float | None = None
 
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
+        try:
+            yield from self._rounded()
+        except LoratoolsError as error:
+            raise error.at(tensor=self.tensor) from None
+
+    def _rounded(self) -> Iterator[Buffer]:
         import torch
 
         rounded, norm, error = Rounding(), list[float](), list[float]()

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 EMBEDDINGS = (
     "*embed_tokens.weight", "*embed_positions.weight", "*wte.weight", "*wpe.weight", "*word_embeddings.weight",
@@ -35,6 +37,8 @@ TRANSPOSED = {
     "clvp_decoder": ("*.c_attn.weight", "*.mlp.c_proj.weight", "*.mlp.c_fc.weight"),
     "clvp": ("*.c_attn.weight", "*.mlp.c_proj.weight", "*.mlp.c_fc.weight"),
 }
+# models whose experts' matrices are stored (in, out), which transformers says by `is_transposed` of their class
+TURNED_EXPERTS = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 # output head by the ending of the input embedding it may be tied to (transformers' _tied_weights_keys); an ending of one
 # component is the whole name, as a base model saved without its head spells it, and `*` is one component of any name
 HEADS = (
@@ -122,9 +126,14 @@ class Family:
     more_transposed: tuple[str, ...] = ()
 
     @property
+    def types(self) -> tuple[str, ...]:
+        """The model's type and those of its parts, as far as the config names them."""
+        parts = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
+        return tuple(str(part["model_type"]) for part in parts if part.get("model_type"))
+
+    @property
     def _globs(self) -> tuple[str, ...]:
-        types = [self.config, *(value for value in self.config.values() if isinstance(value, Mapping))]
-        return tuple(glob for config in types for glob in TRANSPOSED.get(str(config.get("model_type")), ()))
+        return tuple(glob for kind in self.types for glob in TRANSPOSED.get(kind, ()))
 
     @property
     def tells_transposed(self) -> bool:
@@ -165,6 +174,10 @@ class Family:
         pair = self.tied(names)
         return [pair] if pair else []
 
+    def concerned(self, base: Mapping[str, T], changed: Iterable[str]) -> Mapping[str, T]:
+        """The tensors of the models in which something is changed: of one model, all."""
+        return base
+
 
 @dataclass(frozen=True)
 class Families(Family):
@@ -175,6 +188,10 @@ class Families(Family):
     def _asked(self, name: str) -> tuple[Family, str]:
         prefix = next((prefix for prefix in self.members if name.startswith(prefix)), None)
         return (Family({}), name) if prefix is None else (self.members[prefix], name.removeprefix(prefix))
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        return tuple(kind for member in self.members.values() for kind in member.types)
 
     @property
     def tells_transposed(self) -> bool:
@@ -201,6 +218,11 @@ class Families(Family):
 
     def tied(self, names: Iterable[str]) -> tuple[str, str] | None:
         return next(iter(self.ties(names)), None)
+
+    def concerned(self, base: Mapping[str, T], changed: Iterable[str]) -> Mapping[str, T]:
+        names = list(changed)
+        prefixes = tuple(prefix for prefix in self.members if any(name.startswith(prefix) for name in names))
+        return {name: value for name, value in base.items() if name.startswith(prefixes)}
 
 
 def _pairs(present: set[str]) -> list[tuple[str, str]]:

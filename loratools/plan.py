@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint
-from loratools.deltas.base import Delta
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
@@ -242,10 +242,10 @@ def _follow(plan: Plan, tied: tuple[str, str]) -> None:
         return
     if len(there) == len(following) == len(plan.changes[embedding]) == 1 and _replaces(there[0][0]):
         plan.changes[head] = [(Chain(first=there[0][0], then=following[0][0]), following[0][1])]
-    elif there:
+    elif not all(isinstance(delta, Additive) for delta, _ in there):
         raise UnsupportedError(f"trained rows of {embedding} are also those of {head}, which is changed in another way", tensor=head)
-    else:
-        plan.changes[head] = following
+    else:  # a difference is added to the rows as to the others
+        plan.changes[head] = [*following, *there]
         plan.expected += len(following)
 
 
@@ -324,16 +324,18 @@ def _vocabulary(checkpoint: Checkpoint) -> Any:
     return {**(text if isinstance(text, dict) else {}), **checkpoint.config}.get("vocab_size")
 
 
-def _supplied(name: str, application: tuple[Delta, float], checkpoint: Checkpoint) -> tuple[Delta, float]:
+def supplied(name: str, delta: Delta, checkpoint: Checkpoint) -> Delta:
     """A delta with the base's other tensors that it reads. Raises MatchError where the base lacks one."""
-    delta, strength = application
     if not delta.beside:
-        return application
+        return delta
     others = {leaf: f"{name.rpartition('.')[0]}.{leaf}" for leaf in delta.beside}
     lacking = [other for other in others.values() if other not in checkpoint]
     if lacking:
         raise MatchError(f"its change of {name} reads this tensor, which the base lacks", file=checkpoint.path, tensor=lacking[0])
-    return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()}), strength
+    try:
+        return delta.supplied({leaf: checkpoint[other] for leaf, other in others.items()})
+    except LoratoolsError as error:
+        raise error.at(file=checkpoint.path, tensor=name) from None
 
 
 def changes_of(
@@ -355,7 +357,8 @@ def changes_of(
         assert spec is not None
         target = Spec(dtype, spec.shape) if dtype and spec.floating else spec
         statistics[name] = Statistics(kinds=tuple(delta.kind for delta, _ in applications), full=full)
-        applied = Applied(source, target, tuple(_supplied(name, item, checkpoint) for item in applications), device, block)
+        terms = tuple((supplied(name, delta, checkpoint), strength) for delta, strength in applications)
+        applied = Applied(source, target, terms, device, block)
         place = changes if name in checkpoint else added
         place[name] = Change(target, partial(apply_blocks, applied, statistics[name]))
     if dtype:

@@ -104,9 +104,9 @@ def adapter_inputs(adapter: Adapter) -> list[dict[str, Any]]:
     from loratools.tensorfile import TensorFile
 
     rows = []
-    for path in adapter.files:
+    for path, role in [*((path, "adapter") for path in adapter.files), *((path, "initial") for path in adapter.initial)]:
         header = TensorFile(path).header_sha256 if path.suffix == ".safetensors" else None
-        rows.append({**file_entry(path, str(path)), "role": "adapter", "header_sha256": header})
+        rows.append({**file_entry(path, str(path)), "role": role, "header_sha256": header})
     return rows
 
 

@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import loratools.changes as changes
 import loratools.effect as effects
+from loratools.changes import reader
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.deltas.laid import TurnedAdditive
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
-from loratools.effect import Effect, Made, reader
+from loratools.effect import Effect, Made
 from loratools.errors import NonFiniteError
 from loratools.tensorfile import InMemory, Ref, Spec
 from loratools.tensors import read_tensor, to_ref
@@ -47,7 +49,7 @@ def test_the_same_bytes_in_any_blocks(monkeypatch: pytest.MonkeyPatch, block: in
     some = drawn.delta, dora, TurnedAdditive(delta=drawn.delta.transposed())
     made = [Effect(delta=delta, spec=weight.spec, weight=weight) for delta in some]
     expected = [bytes(Made(one, "F64").read()) for one in made]
-    monkeypatch.setattr(effects, "BLOCK", block)
+    monkeypatch.setattr(changes, "BLOCK", block)
     assert [bytes(Made(one, "F64").read()) for one in made] == expected
 
 
@@ -97,14 +99,13 @@ def test_memory_is_a_few_blocks() -> None:
     weight = Watched(W.spec, W.read())
     for _ in Made(Effect(delta=Scaled(l=to_ref(torch.full((3000,), 2.0))), spec=W.spec, weight=weight), "F32").blocks():
         pass
-    assert max(asked) == effects.BLOCK // 1000
+    assert max(asked) == changes.BLOCK // 1000
 
 
-def test_results_beside_the_weight() -> None:
+def test_the_weights_rows_as_they_are_read() -> None:
     drawn = low_rank((6, 5), 2, 0)
-    for part, W, new in effect(drawn).results():
-        assert torch.equal(W, drawn.W.double()[part]) and torch.allclose(new, drawn.dense(drawn.W.double())[part], rtol=1e-12)
-    assert [part for part, _ in reader(to_ref(drawn.W), 5)(4)] == [slice(0, 4), slice(4, 6)]
+    assert [part for part, _ in effect(drawn).read()(4)] == [slice(0, 4), slice(4, 6)]
+    assert torch.equal(torch.cat([W for _, W in reader(to_ref(drawn.W), 10)(2)]), drawn.W.double().reshape(3, 10))
 
 
 def test_what_is_no_number_is_an_error() -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "extract": "Make an adapter from the difference of two checkpoints.",
     "merge": "Merge adapters into a checkpoint.",
     "unmerge": "Undo a merge, bit for bit.",
+    "convert": "Write an adapter in another format, or as another kind.",
     "rescale": "Change an adapter's alpha, strength or rsLoRA flag.",
     "resize": "Give an adapter other ranks.",
     "combine": "Make one adapter of several.",

@@ -80,9 +80,12 @@ def _scaling(modules: Sequence[Row]) -> str:
 
 def _checkpoint_facts(report: Row) -> list[tuple[str, str]]:
     dtypes = ", ".join(f"{name} ({count(tensors)}×)" if len(report["dtypes"]) > 1 else name for name, tensors in report["dtypes"].items())
-    files = many(report["shards"], "file", "shards")
+    files = many(report["shards"], "file", "files" if report["components"] else "shards")
+    models = [f"{name} ({count(part['parameters'])})" for name, part in (report["components"] or {}).items()]
     return [
         ("checkpoint", report["path"]),
+        *([("pipeline", ", ".join(models))] if models else []),
+        *([("quantised", report["quantization"])] if report["quantization"] else []),
         ("parameters", f"{count(report['parameters'])} in {many(report['tensors'], 'tensor')}"),
         ("on disk", f"{size(report['bytes'])} in {files}, {dtypes}"),
     ]
@@ -104,6 +107,7 @@ def _module_cells(report: Row, each: bool) -> Cells:
     columns |= {field: [_cell(rows[0][field]) for _, rows in lines] for field in ("rank", "alpha", "scaling") if field in varying}
     columns |= {"dtype": [rows[0]["dtype"] for _, rows in lines]} if "dtype" in varying else {}
     columns |= _measured([rows for _, rows in lines]) if spectra else {}
+    columns |= _drift([rows for _, rows in lines])
     return columns | _parameters(lines)
 
 
@@ -145,6 +149,17 @@ def _measured(lines: Sequence[Sequence[Row]]) -> Cells:
         values = [[value for row in rows if (value := pick(row)) is not None] for rows in lines]
         if any(values):
             cells[title] = [span(line, digits=3) if line else "–" for line in values]
+    return cells
+
+
+def _drift(lines: Sequence[Sequence[Row]]) -> Cells:
+    """How far DoRA's magnitudes moved from the base's norms, m/‖W‖ − 1, as ranges over the modules of a line."""
+    cells: Cells = {}
+    for title, word in (("m/‖W‖−1 min", "min"), ("median", "median"), ("max", "max")):
+        told = [[row["magnitudes"]["drift"] for row in rows if (row.get("magnitudes") or {}).get("drift")] for rows in lines]
+        values = [[one[word] for one in line if one[word] is not None] for line in told]
+        if any(told):
+            cells[title] = [span(line, digits=2) if line else "–" for line in values]
     return cells
 
 

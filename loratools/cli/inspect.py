@@ -12,7 +12,7 @@ from loratools.cli._say import say, say_json
 
 @click.command()
 @click.argument("path")
-@click.option("--base", metavar="BASE", help="A checkpoint: join the adapter's names and shapes with it, and show the share.")
+@click.option("--base", metavar="BASE", help="A checkpoint: join names and shapes, show the share, and how far DoRA's magnitudes moved.")
 @click.option("--values", is_flag=True, help="Read the data too, and warn of zero factors and non-finite values.")
 @click.option("--spectra", is_flag=True, help="Singular values, effective rank and norm of each module; implies --values.")
 @click.option("--all", "each", is_flag=True, help="A row for each module, repeated layers not drawn together.")

@@ -17,7 +17,8 @@ from loratools.cli._say import notes, say, say_json
 @click.option("--by", type=float, metavar="F", help="ΔW times F; the factors keep their bytes, alpha moves.")
 @click.option("--rslora/--no-rslora", default=None, help="Set or clear rsLoRA (alpha / √r); without --by ΔW stays.")
 @click.option("--bake", is_flag=True, help="alpha = r everywhere, no rsLoRA, no patterns: the scaling goes into B.")
-@options.together(options.alpha_in, options.format, options.sha256, options.overwrite, options.as_json, options.quiet)
+@options.reading
+@options.together(options.format, options.sha256, options.overwrite, options.as_json, options.quiet)
 def command(adapter: str, out: str, as_json: bool, quiet: bool, **words: Any) -> None:
     """Change an adapter's alpha, strength or rsLoRA flag.
 

@@ -17,7 +17,8 @@ from loratools.cli._say import notes, say, say_json
 @click.option("--energy", type=float, metavar="F", help="The least ranks that keep this share of each squared change, such as 0.99.")
 @click.option("--max-error", type=float, metavar="F", help="The least ranks whose relative error is at most this, such as 0.1.")
 @click.option("--size", metavar="SIZE", help="The least total error that fits a file of this size, such as 40MB.")
-@options.together(options.dtype, options.alpha_in, options.format, options.sha256, options.overwrite, options.threads)
+@options.reading
+@options.together(options.dtype, options.format, options.sha256, options.overwrite, options.threads)
 @options.together(options.as_json, options.quiet)
 def command(adapter: str, out: str, as_json: bool, quiet: bool, **words: Any) -> None:
     """Give an adapter other ranks.

@@ -18,6 +18,8 @@ from loratools.tensorfile import Ref, Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loratools.deltas.seeded import Bank
+
 Read: TypeAlias = "Callable[[int], Iterator[tuple[slice, Tensor]]]"  # rows a block -> W's blocks in order
 Bound: TypeAlias = "Callable[[slice, Tensor | None], Tensor]"  # may overwrite and return the block it is given
 Dense: TypeAlias = "Callable[[slice], Tensor]"  # valid until the next call
@@ -71,6 +73,15 @@ class Delta(ABC):
 
     def supplied(self, others: Mapping[str, Ref]) -> Self:
         """The same delta with the base's tensors that `beside` names at hand."""
+        return self
+
+    @property
+    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
+        """A bank of random numbers that its file lacks, and the (out, in) it takes of it, once fitted; `drawn` gives it the whole."""
+        return None
+
+    def drawn(self, bank: Bank) -> Self:
+        """The same delta with the bank that `draws` names, as large as all weights of its adapter need it."""
         return self
 
     def facts(self) -> dict[str, Any]:
@@ -131,12 +142,13 @@ class Additive(Delta):
     """A delta that is a difference: W′ = W + ΔW, so that it can be scaled and summed.
 
     `reproducible` kinds promise the same bits of ΔW on any machine; `flat` ones tell a convolution's as (out, in·kernel); of
-    `factored` ones the norm costs less than a look at ΔW.
+    `factored` ones the norm costs less than a look at ΔW. `indices` names the fields that hold places, not numbers.
     """
 
     reproducible: ClassVar[bool] = False
     factored: ClassVar[bool] = False
     flat: ClassVar[bool] = False
+    indices: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
@@ -168,7 +180,7 @@ class Additive(Delta):
             raise ShapeError("changes a tensor that the base lacks", expected=f"a weight of shape {list(self.shape())}")
         if squeezed(self.shape()) != squeezed(base.matrix if self.flat else base.shape):
             raise ShapeError("does not fit the base's weight", found=list(self.shape()), expected=list(base.shape))
-        require_floating(base, *(ref.spec for ref in self.refs().values()))
+        require_floating(base, *(ref.spec for name, ref in self.refs().items() if name not in self.indices))
         return base
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:

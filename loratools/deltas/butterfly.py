@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Butterfly(Turning):
-    """W′ = scale ∘ (W·F₁·F₂…) for side "in", scale ∘ (…F₂·F₁·W) for "out", Fᵢ = Gᵢᵀ·diag(blocks)·Gᵢ, Gᵢ a change of places.
+    """W′ = scale ∘ (W·F₁·F₂…) for side "in", scale ∘ (…F₂·F₁·W) for "out", Fᵢ = Gᵢᵀ·diag(rotations)·Gᵢ, Gᵢ a change of places.
 
-    numbers (factors, blocks, b, b); `turn` makes each block a rotation. Before factor i two neighbouring groups of 2ⁱ·b/2 are dealt
+    numbers (factors, blocks, b, b). Before factor i two neighbouring groups of 2ⁱ·b/2 are dealt
     out in turn, half a block at a time (`halves`, peft) or one by one (lycoris). scale: a number for each row. Raises ShapeError for
     numbers that are not such blocks.
     """
@@ -62,7 +62,7 @@ class Butterfly(Turning):
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         assert base is not None
         shape = self.numbers.spec.shape
-        R = self.turn.rotations(self.numbers).reshape(shape).to(device)
+        R = self.rotations().reshape(shape).to(device)
         scale, slices = self.factors(device), exactness(base)
         stage = self._columns if self.side == "in" else self._rows
         stages = [stage(factor, R[factor], slices) for factor in range(shape[0])]

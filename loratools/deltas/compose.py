@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,6 +12,8 @@ from loratools.tensorfile import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loratools.deltas.seeded import Bank
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,6 +37,13 @@ class Chain(Delta):
 
     def matrix(self, base: Spec) -> tuple[int, int]:
         return self.then.matrix(base)
+
+    @property
+    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
+        return self.then.draws
+
+    def drawn(self, bank: Bank) -> Self:
+        return replace(self, then=self.then.drawn(bank))
 
     def facts(self) -> dict[str, Any]:
         return self.then.facts()
@@ -208,20 +217,7 @@ class Stacked(Delta):
 
     def affine(self, base: Spec, read: Read, keep: Keep, strength: float = 1.0, device: str = "cpu") -> Affine | None:
         flat = replace(base, shape=self.matrix(base))
-        found = [part.affine(flat, read, keep, strength, device) for part in self._parts(base)]
-        bound = [affine for affine in found if affine is not None]
-        if not bound or len(bound) < len(found):
-            return None
-
-        def rows(part: slice) -> tuple[Tensor | None, Tensor]:
-            a, d = bound[0](part)
-            for affine in bound[1:]:  # the members' rows are apart: elsewhere a is 1 and d is 0
-                factor, more = affine(part)
-                a = factor if a is None else a if factor is None else a * factor
-                d = d.add_(more)
-            return a, d
-
-        return rows
+        return apart([part.affine(flat, read, keep, strength, device) for part in self._parts(base)])
 
     def refs(self) -> dict[str, Ref]:
         pairs = [(index, delta) for index, delta in enumerate(self.members) if delta is not None]
@@ -229,3 +225,20 @@ class Stacked(Delta):
 
     def map(self, fn: Callable[[Ref], Ref]) -> Self:
         return replace(self, members=tuple(delta and delta.map(fn) for delta in self.members))
+
+
+def apart(found: Sequence[Affine | None]) -> Affine | None:
+    """The maps of parts whose rows lie apart as one: elsewhere each has a = 1 and d = 0. None where one of them, or all, are lacking."""
+    bound = [affine for affine in found if affine is not None]
+    if not bound or len(bound) < len(found):
+        return None
+
+    def rows(part: slice) -> tuple[Tensor | None, Tensor]:
+        a, d = bound[0](part)
+        for affine in bound[1:]:
+            factor, more = affine(part)
+            a = factor if a is None else a if factor is None else a * factor
+            d = d.add_(more)
+        return a, d
+
+    return rows

@@ -42,12 +42,13 @@ class Full(Additive):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Replacement(Delta):
-    """W′ = value; the rows may differ in number (a resized vocabulary), and if `new` the base may lack the tensor (a head)."""
+    """W′ = value; if `new` the base may lack the tensor (a head), unless `alike` the rows may be more or less (a resized vocabulary)."""
 
     kind = "replacement"
 
     value: Ref
     new: bool = True
+    alike: bool = False
 
     def spec(self, base: Spec | None) -> Spec:
         found = self.value.spec
@@ -57,7 +58,8 @@ class Replacement(Delta):
             raise ShapeError("replaces a tensor that the base lacks", found=list(found.shape))
         if base is None:
             return found
-        if found.shape != base.shape and (len(found.shape) != len(base.shape) or not found.shape or found.shape[1:] != base.shape[1:]):
+        resized = not self.alike and bool(found.shape) and len(found.shape) == len(base.shape) and found.shape[1:] == base.shape[1:]
+        if found.shape != base.shape and not resized:
             raise ShapeError("the saved tensor does not fit the base's", found=list(found.shape), expected=list(base.shape))
         return Spec(base.dtype, found.shape, base.encoding)
 

@@ -19,6 +19,8 @@ from loratools.tensorfile import Ref, Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loratools.deltas.seeded import Bank
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Wrapped(Delta):
@@ -39,6 +41,13 @@ class _Wrapped(Delta):
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         raise AssertionError("resolve the adapter first")
+
+    @property
+    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
+        return self.delta.draws
+
+    def drawn(self, bank: Bank) -> Self:
+        return replace(self, delta=self.delta.drawn(bank))
 
     def facts(self) -> dict[str, Any]:
         return self.delta.facts()
@@ -171,6 +180,13 @@ class TurnedAdditive(Additive):
     def product(self, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
         found = self.delta.product(device)
         return None if found is None else (found[1].T.contiguous(), found[0].T.contiguous())
+
+    @property
+    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
+        return self.delta.draws
+
+    def drawn(self, bank: Bank) -> Self:
+        return replace(self, delta=self.delta.drawn(bank))
 
     def facts(self) -> dict[str, Any]:
         return self.delta.facts()

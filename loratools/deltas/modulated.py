@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Spread(Additive):
-    """W′ = W + value, one number for each row, value (out) or (out, 1), or one for all. Raises ShapeError for other values."""
+    """W′ = W + value, a number for each row, value (out) or (out, 1), or a `single` one for all. Raises ShapeError for other values."""
 
     kind = "spread"
     reproducible = True
 
     value: Ref
+    single: bool = False
     size: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -37,9 +38,9 @@ class Spread(Additive):
         return self.size or self.value.spec.shape
 
     def spec(self, base: Spec | None) -> Spec:
-        if base is None or self.value.spec.numel not in (1, base.matrix[0]):
-            found = None if base is None else base.matrix[0]
-            raise ShapeError("holds a number for other rows than the weight has", found=self.value.spec.numel, expected=found)
+        expected = 1 if self.single else None if base is None else base.matrix[0]
+        if base is None or self.value.spec.numel != expected:
+            raise ShapeError("holds numbers for other rows than the weight has", found=self.value.spec.numel, expected=expected)
         require_floating(base, self.value.spec)
         return base
 

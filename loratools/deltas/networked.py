@@ -17,6 +17,10 @@ from loratools.tensors import read_tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+KNOWN = (
+    "gelu", "gelu_python", "gelu_10", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "quick_gelu",
+    "hardswish", "laplace", "leaky_relu", "linear", "mish", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "sqrtsoftplus", "tanh",
+)  # fmt: skip
 OWN_PARAMETERS = ("prelu", "xielu")  # activations that would have to be saved with the adapter, and are not
 
 
@@ -45,6 +49,9 @@ class Networked(Delta):
         if not met or not a[0] or len(self.encoders) != len(self.decoders):
             found = f"A {list(a)}, B {list(b)}, " + ", ".join(str(list(shape)) for shape in inner)
             raise ShapeError("the layers do not meet", found=found, expected="A [r, out], B [out, r], as many [r, r] in as out")
+        if self.activation not in KNOWN:
+            why = "has parameters that the adapter does not save" if self.activation in OWN_PARAMETERS else "is not known"
+            raise UnsupportedError(f"the activation {self.activation} {why}", expected=", ".join(KNOWN))
 
     def spec(self, base: Spec | None) -> Spec:
         rows = self.B.spec.shape[0]
@@ -77,11 +84,13 @@ class Networked(Delta):
         """h, (r, columns), of A·W."""
         import torch
 
+        from loratools.linalg.activations import ACTIVATIONS
         from loratools.linalg.exact import ExactProduct
 
-        f = activation(self.activation)
+        f = ACTIVATIONS[self.activation]
         weights = [read_tensor(ref, torch.float64, first.device.type) for ref in (*self.encoders, *self.decoders)]
-        given, h = list[Tensor](), f(first)
+        given: list[Tensor] = []
+        h = f(first)
         for E in weights[: len(self.encoders)]:
             given.append(h)
             h = f(ExactProduct(E, h, slices=3).rows(0, len(E)))
@@ -96,13 +105,3 @@ class Networked(Delta):
     def map(self, fn: Callable[[Ref], Ref]) -> Self:
         encoders, decoders = (tuple(fn(ref) for ref in refs) for refs in (self.encoders, self.decoders))
         return replace(self, A=fn(self.A), B=fn(self.B), encoders=encoders, decoders=decoders)
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """A function by its name. Raises UnsupportedError for one that is not known, or has parameters of its own."""
-    from loratools.linalg.activations import ACTIVATIONS
-
-    if name not in ACTIVATIONS:
-        why = "has parameters that the adapter does not save" if name in OWN_PARAMETERS else "is not known"
-        raise UnsupportedError(f"the activation {name} {why}", expected=", ".join(sorted(ACTIVATIONS)))
-    return ACTIVATIONS[name]

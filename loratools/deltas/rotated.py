@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rotated(Turning):
-    """W′ = scale ∘ (W·R) for side "in", scale ∘ (R·W) for "out"; R has `turn` of the numbers' blocks along its diagonal.
+    """W′ = scale ∘ (W·R) for side "in", scale ∘ (R·W) for "out"; R has the rotations along its diagonal.
 
     numbers (blocks, b·(b − 1)/2) or (blocks, b, b); `shared`: one block for all. scale: a number for each row. `pointwise`: only for
     kernels of size 1. Raises ShapeError where the blocks do not cover the weight, UnsupportedError for kernels where they must not.
@@ -33,7 +33,7 @@ class Rotated(Turning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shared and self.turn.blocks(self.numbers)[0] != 1:
+        if self.shared and self.blocks()[0] != 1:
             raise ShapeError("one block is shared by all", found=list(self.numbers.spec.shape), expected="one block")
 
     def covers(self, found: int) -> bool:
@@ -49,11 +49,11 @@ class Rotated(Turning):
 
     @property
     def align(self) -> int | None:
-        return 1 if self.side == "in" else self.turn.blocks(self.numbers)[1]
+        return 1 if self.side == "in" else self.blocks()[1]
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         assert base is not None
-        R = self.turn.rotations(self.numbers).to(device)
+        R = self.rotations().to(device)
         scale, size, slices = self.factors(device), R.shape[-1], exactness(base)
         count = base.matrix[1 if self.side == "in" else 0] // size
         R = R.expand(count, size, size)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BACKWARD = 4 * 2.0**-24  # what a float32 decomposition, in which adapters are trained, may be off by, as a share of the largest value
 TOLERATED = 0.05  # as a share of the change, and below LEAST of the weight in any case
-LEAST = 1e-6
+LEAST = 1e-5
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,14 +22,19 @@ if TYPE_CHECKING:
 SIDES = ("in", "out")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """How numbers become a rotation: R = (I + Q)(I − Q)⁻¹ of a skew-symmetric Q or, up to a `degree`, I + 2Q + 2Q² + … + last·Q^degree.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Turning(Delta):
+    """What block-diagonal rotations have in common: the numbers that make them, the side they act on, a factor for each row afterwards.
 
-    Q is `factor` times what stands above the diagonal and its negative below, or `factor`·(X − Xᵀ) of a square X. A Q of a norm above
-    `bound` is scaled down to it, each block's or that of all blocks `together`; `floor` is added to the norm.
+    numbers (count, b·(b − 1)/2) are what stands above the diagonals of skew-symmetric blocks X, its negative below, and of (…, b, b) the
+    blocks are X − Xᵀ. Q is `factor` times that; one of a norm above `bound` is scaled down to it, each block's or that of all blocks
+    `together`, `floor` added to the norm. A rotation is (I + Q)(I − Q)⁻¹ or, up to a `degree`, I + 2Q + 2Q² + … + last·Q^degree. `side`
+    is "in", for W's columns, a convolution's in·kernel, or "out", for its rows; scale: a number for each row.
     """
 
+    numbers: Ref
+    side: str = "in"
+    scale: Ref | None = None
     factor: float = 1.0
     degree: int | None = None
     last: float = 2.0
@@ -37,51 +42,38 @@ class Turn:
     together: bool = False
     floor: float = 0.0
 
-    def blocks(self, numbers: Ref) -> tuple[int, int]:
-        """(count, size) of the blocks that numbers (count, b·(b − 1)/2) or (…, b, b) make. Raises ShapeError where they make none."""
-        shape = numbers.spec.shape
+    def __post_init__(self) -> None:
+        self.blocks()
+        if self.side not in SIDES:
+            raise OptionError("side", found=self.side, expected="in or out")
+
+    def blocks(self) -> tuple[int, int]:
+        """(count, size) of the blocks. Raises ShapeError where the numbers make none."""
+        shape = self.numbers.spec.shape
         size = triangle(shape[1]) if len(shape) == 2 else shape[-1] if len(shape) in (3, 4) and shape[-1] == shape[-2] else None
         if not size or 0 in shape[:-1]:
             raise ShapeError("makes no square blocks", found=list(shape), expected="[blocks, b·(b − 1)/2] or [..., b, b]")
-        return (shape[0] if len(shape) == 2 else numbers.spec.numel // size**2), size
+        return (shape[0] if len(shape) == 2 else math.prod(shape[:-2])), size
 
-    def rotations(self, numbers: Ref) -> Tensor:
+    def rotations(self) -> Tensor:
         """(count, b, b) in float64, on the CPU. Raises NonFiniteError for numbers that hold inf or nan."""
         import torch
 
         from loratools.linalg import blocks
 
-        count, size = self.blocks(numbers)
-        X = read_tensor(numbers, torch.float64)
+        count, size = self.blocks()
+        X = read_tensor(self.numbers, torch.float64)
         Q = blocks.skew(X, size) if X.ndim == 2 else (X - X.transpose(-1, -2)).reshape(count, size, size)
         Q = Q * self.factor
         if not torch.isfinite(Q).all():
-            raise NonFiniteError("the numbers of a rotation hold inf or nan", file=file_of(numbers))
+            raise NonFiniteError("the numbers of a rotation hold inf or nan", file=file_of(self.numbers))
         if self.bound is not None:
             Q = blocks.bounded(Q, self.bound, together=self.together, floor=self.floor)
         return blocks.cayley(Q) if self.degree is None else blocks.series(Q, self.degree, self.last)
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Turning(Delta):
-    """What block-diagonal rotations have in common: numbers, the side they act on, and a factor for each row afterwards.
-
-    `side` is "in", for W's columns, a convolution's in·kernel, or "out", for its rows.
-    """
-
-    numbers: Ref
-    turn: Turn
-    side: str = "in"
-    scale: Ref | None = None
-
-    def __post_init__(self) -> None:
-        self.turn.blocks(self.numbers)
-        if self.side not in SIDES:
-            raise OptionError("side", found=self.side, expected="in or out")
-
     def extent(self) -> int:
         """The columns, or rows, that the blocks cover."""
-        count, size = self.turn.blocks(self.numbers)
+        count, size = self.blocks()
         return count * size
 
     def covers(self, found: int) -> bool:
@@ -100,7 +92,7 @@ class Turning(Delta):
         return base
 
     def facts(self) -> dict[str, Any]:
-        return {"block": self.turn.blocks(self.numbers)[1]}
+        return {"block": self.blocks()[1]}
 
     def factors(self, device: str) -> Tensor | None:
         """(rows, 1) in float64, or None where nothing is scaled."""

@@ -45,7 +45,10 @@ def load(path: str | Path, *, format: str | None = None, options: ReadOptions | 
     container = open_container(path)
     if not container.tensors:
         raise FormatError("no tensors in it", file=container.path)
-    return _format_of(container, format).decode(container, options or ReadOptions())
+    row, options = _format_of(container, format), options or ReadOptions()
+    if options.initial is not None and row.name != peft.NAME:
+        raise OptionError("--initial is for peft's LoRA", file=container.path, found=row.name)
+    return row.decode(container, options)
 
 
 def save(adapter: Adapter, out: str | Path, *, format: str = "peft", overwrite: bool = False) -> None:

@@ -43,7 +43,8 @@ class ReadOptions:
     """What a user adds where a file does not say enough.
 
     `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output") are for the tutorials' files, `enable_lora` (the
-    slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their convolution) for loralib's.
+    slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their convolution) for loralib's, `initial` (the path of
+    the adapter as it was initialised) for peft's whose initialisation changed the base.
     """
 
     alpha: float | None = None
@@ -53,6 +54,7 @@ class ReadOptions:
     scratch_dora: str | None = None
     enable_lora: tuple[bool, ...] | None = None
     kernels: tuple[tuple[str, int], ...] = ()
+    initial: str | None = None
 
 
 def read_options(words: Mapping[str, Any]) -> ReadOptions:
@@ -75,6 +77,7 @@ def read_options(words: Mapping[str, Any]) -> ReadOptions:
         scratch_dora=words.get("scratch_dora"),
         enable_lora=None if slots is None else tuple(slot == "1" for slot in slots.split(",")),
         kernels=tuple(_kernel(text) for text in words.get("conv") or ()),
+        initial=None if words.get("initial") is None else str(words["initial"]),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 from loratools import deltas as kinds
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
+from loratools.deltas.seeded import Bank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
 from loratools.formats._typed import described, fits
 from loratools.formats.base import Container, ReadOptions
@@ -36,11 +37,12 @@ def detect(container: Container) -> bool:
 
 
 @cache
-def classes() -> dict[str, type[Delta]]:
-    """Every kind of delta there is, by the name of its class, which is the one spec/deltas.md gives it."""
+def classes() -> dict[str, type[Delta | Bank]]:
+    """Every kind of delta, and of bank they draw on, by the name of its class, which is the one spec/deltas.md gives it."""
     modules = [importlib.import_module(f"{kinds.__name__}.{module.name}") for module in pkgutil.iter_modules(kinds.__path__)]
     found = {name: value for module in modules for name, value in vars(module).items() if isinstance(value, type)}
-    return {name: kind for name, kind in found.items() if issubclass(kind, Delta) and not isabstract(kind) and not name.startswith("_")}
+    own = {name: kind for name, kind in found.items() if issubclass(kind, Delta | Bank) and not name.startswith("_")}
+    return {name: kind for name, kind in own.items() if not isabstract(kind)}
 
 
 # -- writing
@@ -82,7 +84,7 @@ class _Writing:
             self.faults.append(error.at(tensor=name))
             return None
 
-    def delta(self, delta: Delta, path: str) -> dict[str, Any]:
+    def delta(self, delta: Delta | Bank, path: str) -> dict[str, Any]:
         name = type(delta).__name__
         if classes().get(name) is not type(delta):
             raise NotExpressible("a kind of delta that is not loratools' own", found=name)
@@ -91,7 +93,7 @@ class _Writing:
     def value(self, value: Any, path: str) -> Any:
         if isinstance(value, Ref):
             return {"tensor": self.tensor(value, path)}
-        if isinstance(value, Delta):
+        if isinstance(value, Delta | Bank):
             return self.delta(value, f"{path}.")
         if isinstance(value, tuple):
             return [self.value(item, f"{path}.{index}") for index, item in enumerate(value)]
@@ -198,7 +200,7 @@ class _Reading:
             return {name: self.value(item) for name, item in value["table"].items()}
         return self._delta(value)
 
-    def _delta(self, said: Mapping[str, Any]) -> Delta:
+    def _delta(self, said: Mapping[str, Any]) -> Delta | Bank:
         kind = classes().get(said["type"]) if isinstance(said.get("type"), str) else None
         if kind is None:
             raise UnsupportedError("a kind of delta that this version does not know", found=repr(said.get("type"))[:60])

@@ -19,9 +19,13 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats.base import Container
+from loratools.formats.peft_attention import apart, target_of
+from loratools.formats.peft_config import CARRIED
 from loratools.formats.peft_keys import ROOT, SAVED
+from loratools.formats.peft_tokens import MARKER
 from loratools.tensorfile import Ref
 
 WRITTEN_FOR = "0.21.2"
@@ -34,14 +38,21 @@ def encode(adapter: Adapter) -> Container:
     magnitudes: dict[str, Ref] = {}
     whole: dict[str, Ref] = {}
     biases: dict[str, Full] = {}
-    for name, delta in adapter.items():
+    tokens: dict[str, Rows] = {}
+    for name, delta in apart(adapter).items():
+        if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
+            whole[name], delta = delta.first.value, delta.then
+        if isinstance(delta, Rows) and name.endswith(".weight"):
+            tokens[name.removesuffix(".weight")] = delta
+            continue
         fault = _take(name, delta, lows, magnitudes, whole, biases)
         faults += [fault] if fault else []
     faults += _mixed(lows, magnitudes, biases)
     raise_all(faults)
-    config = _config(adapter, lows, magnitudes, biases)
+    config = _config(adapter, lows, magnitudes, biases, tokens)
     tensors = _tensors(lows, magnitudes, biases)
-    tensors |= _saved(whole, lows, config)
+    tensors |= {f"{ROOT}{module}.{MARKER}": rows.values for module, rows in tokens.items()}
+    tensors |= _saved(whole, lows, tokens, config)
     metadata = dict(adapter.metadata.get("safetensors", {})) | {"format": "pt"}
     metadata.pop(SAVED, None)
     return Container(tensors, metadata | ({SAVED: json.dumps(sorted(whole))} if whole else {}), config)
@@ -50,9 +61,6 @@ def encode(adapter: Adapter) -> Container:
 def _take(
     name: str, delta: Delta, lows: dict[str, LowRank], magnitudes: dict[str, Ref], whole: dict[str, Ref], biases: dict[str, Full]
 ) -> LoratoolsError | None:
-    if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
-        whole[name] = delta.first.value
-        delta = delta.then
     module, _, leaf = name.rpartition(".")
     direction = delta.direction if isinstance(delta, DoRA) else delta
     if isinstance(direction, LowRank) and leaf == "weight":
@@ -68,6 +76,8 @@ def _take(
     if isinstance(delta, Full) and leaf == "bias":
         biases[module] = delta
         return None
+    if delta.kind in ("parameter", "experts"):
+        return NotExpressible("peft's LoRA on parameters is read and merged, not written", tensor=name)
     return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy="convert it first")
 
 
@@ -89,13 +99,17 @@ def _mixed(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: M
     return faults
 
 
-def _config(adapter: Adapter, lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full], tokens: Mapping[str, Rows]
+) -> dict[str, Any]:
     rslora = Counter(low.rslora for low in lows.values()).most_common(1)[0][0] if lows else False
-    ranks = {module: low.rank for module, low in lows.items()}
-    alphas = {module: _alpha(low, rslora) for module, low in lows.items()}
+    targeted = {module: low for module, low in lows.items() if target_of(module) == module}
+    ranks = {module: low.rank for module, low in targeted.items()}
+    alphas = {module: _alpha(low, rslora) for module, low in targeted.items()}
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
     transposed = [low.layer == "transposed" for low in lows.values()]
-    carried = dict(adapter.metadata.get("peft", {}))
+    kept = (*CARRIED, "exclude_modules")  # of another method's config the rest would be no field of a LoRA's
+    carried = {name: value for name, value in adapter.metadata.get("peft", {}).items() if name in kept}
     config: dict[str, Any] = {
         "peft_type": "LORA", "base_model_name_or_path": None, "task_type": None, "inference_mode": True, "peft_version": WRITTEN_FOR,
         "lora_dropout": 0.0, "revision": None,
@@ -103,10 +117,11 @@ def _config(adapter: Adapter, lows: Mapping[str, LowRank], magnitudes: Mapping[s
         "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": bool(magnitudes), "lora_bias": bool(biases), "bias": "none",
         "fan_in_fan_out": any(transposed) if any(low.layer != "unknown" for low in lows.values()) else bool(carried.get("fan_in_fan_out")),
         "init_lora_weights": True,
-        "target_modules": sorted(lows),
+        "target_modules": sorted(targeted),
         "modules_to_save": None,
         "rank_pattern": {_exactly(module): value for module, value in sorted(ranks.items()) if value != rank},
         "alpha_pattern": {_exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
+        **({"trainable_token_indices": {module: list(rows.indices) for module, rows in sorted(tokens.items())}} if tokens else {}),
     }  # fmt: skip
     return dict(sorted(config.items()))
 
@@ -147,18 +162,21 @@ def _tensors(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases:
     return tensors
 
 
-def _saved(whole: Mapping[str, Ref], lows: Mapping[str, LowRank], config: dict[str, Any]) -> dict[str, Ref]:
+def _saved(
+    whole: Mapping[str, Ref], lows: Mapping[str, LowRank], tokens: Mapping[str, Rows], config: dict[str, Any]
+) -> dict[str, Ref]:
     """Whole tensors under peft's keys, their modules entered in the config: biases as `bias`, others as `modules_to_save`."""
     tensors: dict[str, Ref] = {}
     modules: set[str] = set()
+    wrapped = {path.replace(".base_layer.", "."): f"{path}.base_layer" for path in lows}
+    wrapped |= {path: f"{path}.token_adapter.base_layer" for path in tokens}
     loose = [name for name in whole if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" not in whole]
     for name, ref in whole.items():
         module, _, leaf = name.rpartition(".")
-        place = f"{module}.base_layer.{leaf}" if module in lows else name
-        tensors[ROOT + place] = ref
-        if name not in loose and module not in lows and leaf in ("weight", "bias"):
+        tensors[f"{ROOT}{wrapped.get(module, module)}.{leaf}" if module else ROOT + name] = ref
+        if name not in loose and module not in wrapped and leaf in ("weight", "bias"):
             modules.add(module)
     if loose:
-        config["bias"] = "lora_only" if all(name.removesuffix(".bias") in lows for name in loose) else "all"
+        config["bias"] = "lora_only" if all(name.removesuffix(".bias") in wrapped for name in loose) else "all"
     config["modules_to_save"] = sorted(modules) or None
     return tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -128,7 +128,7 @@ def check_targeted(path: str, module: Module, config: Targets, *, nested: bool) 
 
 def _whole(path: str, key: str, ref: Ref) -> tuple[str, _Whole]:
     """The base's name for a whole tensor, and how it was spelt."""
-    name = path
+    name = path = path.replace(".token_adapter.base_layer.", ".base_layer.")
     if ".modules_to_save." in path:
         tail = path.partition(".modules_to_save.")[2]
         name = path.replace(".modules_to_save.", ".", 1) if "." not in tail else re.sub(r"\.modules_to_save\.[^.]+\.", ".", path)
@@ -144,12 +144,13 @@ def _keep_whole(spellings: Mapping[str, list[_Whole]], config: Targets, listed: 
     """
     faults: list[LoratoolsError] = []
     dead: list[str] = []
+    adapted = {path.replace(".base_layer.", ".") for path in found.modules}
     for name, all_of_them in spellings.items():
         first, *others = sorted((item for item in all_of_them if not item.original), key=lambda item: len(item.key)) or all_of_them
         if first.original:
             remedy = "save the adapter with save_pretrained"
             faults.append(FormatError("the base's own tensor from a live state dict", tensor=first.key, remedy=remedy))
-        elif not _covered(name, all_of_them, config, listed, found.modules):
+        elif not _covered(name, all_of_them, config, listed, adapted):
             remedy = "list its module in modules_to_save if it was trained, else remove it"
             faults += [
                 MatchError("neither a tensor of the method nor one that the config says was saved", tensor=item.key, remedy=remedy)
@@ -168,7 +169,7 @@ def _keep_whole(spellings: Mapping[str, list[_Whole]], config: Targets, listed: 
     return faults
 
 
-def _covered(name: str, spelt: Iterable[_Whole], config: Targets, listed: list[str], modules: Mapping[str, Module]) -> bool:
+def _covered(name: str, spelt: Iterable[_Whole], config: Targets, listed: list[str], modules: Set[str]) -> bool:
     module, _, leaf = name.rpartition(".")
     return (
         config.saves(module)

@@ -7,11 +7,13 @@ row lacks, a setting that the config should give and does not, are each an error
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratools.deltas.base import Delta
+from loratools.deltas.full import Replacement
 from loratools.deltas.laid import Unsettled
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.rows import Rows
@@ -20,18 +22,20 @@ from loratools.families import matches
 from loratools.formats import peft_targets
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
-from loratools.formats.peft_targets import Targets, pattern_key, selected, targets_of
+from loratools.formats.peft_targets import Targets, dotted_key, pattern_key, selected, targets_of
 from loratools.formats.peft_values import Values, finite, given, short, unknown
 from loratools.tensorfile import Ref, same_bytes
 
 
 class Found(NamedTuple):
-    """What reading a file gave: its config, its tensors by what they are, their deltas, and what a person should be told."""
+    """What reading a file gave: its config, its tensors by what they are, their deltas, what a person should be told, and the files of
+    the adapter as it was initialised, where they were needed."""
 
     config: Targets
     tensors: Sorted
     deltas: dict[str, Delta]
     notes: tuple[str, ...]
+    initial: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +43,12 @@ class Method:
     """A row: `slots` are what follows a module's path in its keys, `shared` what follows `base_model.` in the adapter's own.
 
     Both are regular expressions. `settings` are the config's fields that decide the arithmetic, `training` those that do not;
-    `refused` fields change it in ways that are not done here, unless null, false or empty. `make` gives a module's deltas by the
-    last component of their tensor's name; a lone delta is its weight's. A weight's delta is that of a linear layer's (out, in)
-    or a convolution's (out, in, *kernel); where the base stores the transpose it is turned. `conv1d`: whether peft puts the method on
-    such layers, transformers' `Conv1D`, at all. With `tying`, modules that the config does not target may repeat a targeted one's
-    tensors: they are tied to it.
+    `refused` fields change it in ways that are not done here, unless null, false or empty; `needed` ones have to be true, or the file
+    lacks what the formula needs. `make` gives a module's deltas by the last component of their tensor's name; a lone delta is its
+    weight's. A weight's delta is that of a linear layer's (out, in) or a convolution's (out, in, *kernel); where the base stores the
+    transpose it is turned. `conv1d`: whether peft puts the method on such layers, transformers' `Conv1D`, at all. With `tying`, modules
+    that the config does not target may repeat a targeted one's tensors: they are tied to it. Keys of the `dotted` patterns fit only what
+    stands behind a dot. `tensor` is the one of a targeted module that the method changes, `*` all of them.
     """
 
     peft_type: str
@@ -54,9 +59,12 @@ class Method:
     settings: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    needed: Mapping[str, str] = field(default_factory=dict)
     own_biases: str | None = None
     tying: bool = False
     conv1d: bool = True
+    dotted: tuple[str, ...] = ()
+    tensor: str = "weight"
     notes: tuple[str, ...] = ()
 
     def grammar(self) -> Callable[[str], Key | None]:
@@ -75,12 +83,18 @@ class Method:
 
 @dataclass
 class Part:
-    """One module's tensors and settings, as a row's `make` asks for them; what it takes is remembered."""
+    """One module's tensors and settings, as a row's `make` asks for them; what it takes is remembered, and what it notes.
+
+    `paths` are those of all modules that the file adapts.
+    """
 
     path: str
     module: Module
     bank: Module
     config: Mapping[str, Any]
+    paths: Collection[str] = ()
+    dotted: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     banked: set[str] = field(default_factory=set)
 
@@ -161,7 +175,8 @@ class Part:
         table = self.config.get(pattern) if pattern else None
         if table is not None and not isinstance(table, dict):
             raise _wrong(str(pattern), table, "regular expressions mapped to values")
-        return (table or {}).get(pattern_key(table or {}, self.path), self.config.get(name))
+        key = dotted_key if pattern in self.dotted else pattern_key
+        return (table or {}).get(key(table or {}, self.path), self.config.get(name))
 
     def _setting(self, name: str, pattern: str | None) -> Any:
         value = self._stated(name, pattern)
@@ -181,12 +196,12 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
     config = _config(stated, method)
     found = sort_keys(container, config, method.grammar())
     bank = found.modules.pop("", Module())
-    notes = method.notes + (_without_copies(found, config) if method.tying else ())
+    notes = dict.fromkeys(method.notes + (_without_copies(found, config) if method.tying else ()))
     deltas: dict[str, Delta] = {}
     banked: set[str] = set()
     faults: list[LoratoolsError] = []
     for path, module in found.modules.items():
-        part = Part(path, module, bank, stated)
+        part = Part(path, module, bank, stated, found.modules, method.dotted)
         try:
             check_targeted(path, module, config, nested=False)
             for leaf, delta in _made(method, part).items():
@@ -195,10 +210,11 @@ def read(container: Container, options: ReadOptions, method: Method) -> Found:
         except LoratoolsError as error:
             faults.append(error.at(tensor=next(iter(module.keys.values()))))
         banked |= part.banked
+        notes |= dict.fromkeys(part.notes)
     if found.modules and not faults:
         faults += [_unused(bank.keys[slot]) for slot in bank.refs if slot not in banked]
     raise_all(faults)
-    return Found(config, found, deltas, notes)
+    return Found(config, found, deltas, tuple(notes))
 
 
 def _without_copies(found: Sorted, config: Targets) -> tuple[str, ...]:
@@ -221,14 +237,19 @@ def _unused(key: str) -> FormatError:
 def _config(stated: Mapping[str, Any], method: Method) -> Targets:
     """The fields all methods have, once every field is known to the row."""
     faults: list[LoratoolsError] = []
-    known = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.refused}
+    known = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.refused, *method.needed}
     faults += [unknown(name, method.peft_type) for name, value in stated.items() if name not in known and given(value)]
     faults += [
         UnsupportedError(f"{name}: {why}", found=short(stated[name])) for name, why in method.refused.items() if given(stated.get(name))
     ]
     values = Values(stated, faults)
-    carried = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training}
-    result = Targets(**targets_of(values, own_biases=method.own_biases, carried=carried))
+    faults += [
+        UnsupportedError(f"{name} is not set: {why}", remedy=f"load it with peft, set {name} in its config, and save it again")
+        for name, why in method.needed.items()
+        if not values.flag(name)
+    ]
+    carried = {*peft_targets.USED, *peft_targets.TRAINING, *method.settings, *method.training, *method.needed}
+    result = Targets(**targets_of(values, own_biases=method.own_biases, carried=carried), tensor=method.tensor)
     raise_all(faults)
     return result
 
@@ -240,6 +261,6 @@ def _made(method: Method, part: Part) -> Mapping[str, Delta]:
 
 def _laid(name: str, delta: Delta, method: Method, options: ReadOptions) -> Delta:
     """A weight's delta, turned where the user says its weight is stored transposed, open where nothing tells yet."""
-    if not name.endswith(".weight") or isinstance(delta, LowRank | Rows | Unsettled):
+    if not name.endswith(".weight") or isinstance(delta, LowRank | Replacement | Rows | Unsettled):
         return delta
     return Unsettled(delta=delta, transposed=True if matches(name, options.transposed) else None if method.conv1d else False)

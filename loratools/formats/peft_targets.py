@@ -41,7 +41,9 @@ class Targets:
     bias: str
     carried: Mapping[str, Any]
     tying: bool = False
+    tensor: str = "weight"
     lora_bias: bool = False
+    parameters: tuple[str, ...] = ()
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` (or the task's own head) covers a module, by peft's rule: a path that ends with an entry."""
@@ -66,6 +68,10 @@ class Targets:
         """Whether peft would tie this head's LoRA to the embedding's (`ensure_weight_tying`), listed as a target or not."""
         return self.tying and of_head(f"{module}.weight")
 
+    def parameter(self, name: str) -> bool:
+        """Whether `target_parameters` has a tensor's name, or an ending of it."""
+        return selected(self.parameters, name)
+
     def _layer_chosen(self, module: str) -> bool:
         if not self.layers or isinstance(self.target, str) or module in self.target:
             return True
@@ -89,13 +95,23 @@ def pattern_key(patterns: Iterable[str], module: str) -> str:
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), module)
 
 
+def dotted_key(patterns: Iterable[str], module: str) -> str:
+    """As `pattern_key`, by the older rule of some methods: a pattern fits what stands behind a dot, or the whole name literally.
+
+    >>> dotted_key(["k_proj", "q_.*"], "self_attn.q_proj"), dotted_key(["q_proj"], "q_proj"), dotted_key(["q_.*"], "q_proj")
+    ('q_.*', 'q_proj', 'q_proj')
+    """
+    return next((pattern for pattern in patterns if re.match(rf".*\.{pattern}$", module)), module)
+
+
 def targets_of(values: Values, *, own_biases: str | None, carried: Iterable[str]) -> dict[str, Any]:
     """The fields of `Targets` from a config; `own_biases` is the method's word for the biases of the modules it adapts, if any."""
     config = values.config
     saved = values.names("modules_to_save")
     saved += tuple(head for head in HEADS.get(str(config.get("task_type")), ()) if head not in saved)
     bias = config.get("bias") or "none"
-    if bias not in ("none", "all", own_biases):
+    own = own_biases is not None and str(bias).lower() == own_biases  # peft looks for `_only` alone, and spells MiSS_only in its help
+    if bias not in ("none", "all") and not own:
         known = ["none", "all", *([own_biases] if own_biases else [])]
         values.faults.append(FormatError("bias", found=short(bias), expected=" or ".join(known)))
     return {
@@ -104,6 +120,6 @@ def targets_of(values: Values, *, own_biases: str | None, carried: Iterable[str]
         "layers": values.layers("layers_to_transform"),
         "layers_pattern": tuple(name for name in values.names("layers_pattern") if values.compiles("layers_pattern", name)),
         "saved": saved,
-        "bias": "own" if bias == own_biases else bias,
+        "bias": "own" if own else bias,
         "carried": {name: value for name, value in config.items() if name in carried},
     }

@@ -13,13 +13,24 @@ from loratools.errors import FormatError, LoratoolsError, UnsupportedError
 
 @dataclass(frozen=True)
 class Values:
-    """A config, its values read by name and type; faults are gathered, not raised."""
+    """A config, or a table `within` one, its values read by name and type; faults are gathered, not raised."""
 
     config: Mapping[str, Any]
     faults: list[LoratoolsError]
+    within: str = ""
 
     def fault(self, name: str, expected: str) -> None:
-        self.faults.append(FormatError(f"adapter_config.json: {name}", found=short(self.config.get(name)), expected=expected))
+        self.faults.append(FormatError(f"adapter_config.json: {self.within}{name}", found=short(self.config.get(name)), expected=expected))
+
+    def known(self, *names: str) -> None:
+        """A fault for every other field that says something."""
+        self.faults.extend(unknown(self.within + name) for name, value in self.config.items() if name not in names and given(value))
+
+    def needed(self, name: str) -> int:
+        """A whole number of at least 1 that has to be stated."""
+        if self.config.get(name) is None:
+            self.fault(name, "a whole number of at least 1")
+        return self.rank(name) or 1
 
     def flag(self, name: str) -> bool:
         value = self.config.get(name)

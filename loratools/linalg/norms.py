@@ -42,11 +42,15 @@ def row_sums(X: Tensor) -> Tensor:
 
 def column_squares(blocks: Iterable[Tensor]) -> Tensor:
     """Σᵢ X[i, j]² for each column, (n,), of a matrix that comes in blocks of ROWS rows (the last may be shorter)."""
+    return column_sums(block * block for block in blocks)
+
+
+def column_sums(blocks: Iterable[Tensor]) -> Tensor:
+    """Σᵢ X[i, j] for each column, (n,), of a matrix that comes in blocks of ROWS rows (the last may be shorter)."""
     total: Tensor | None = None
     for block in blocks:
-        squares = block * block
-        padded = squares.new_zeros(ROWS, squares.shape[1])
-        padded[: len(squares)] = squares
+        padded = block.new_zeros(ROWS, block.shape[1])
+        padded[: len(block)] = block
         folded = _halve(padded.T)
         total = folded if total is None else total + folded
     if total is None:

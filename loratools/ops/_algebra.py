@@ -27,8 +27,8 @@ from loratools.tensors import read_tensor
 SAME = 2.0**-50  # two ways to compute one scaling differ by a few units in the last place
 
 
-def loaded(adapter: str | Path | Adapter, alpha_in: float | None = None, options: ReadOptions | None = None) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load(adapter, options=options or ReadOptions(alpha=alpha_in))
+def loaded(adapter: str | Path | Adapter, options: ReadOptions) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load(adapter, options=options)
 
 
 def label(adapter: str | Path | Adapter) -> str:
@@ -46,7 +46,7 @@ def low_of(delta: Delta) -> LowRank | None:
         return low_of(delta.direction)
     if isinstance(delta, Chain):
         return low_of(delta.then)
-    if delta.kind in ("full", "replacement"):
+    if delta.kind in ("full", "replacement", "rows"):
         return None
     raise UnsupportedError(f"a {delta.kind} delta has no LoRA to work on", remedy="convert it first")
 
@@ -115,13 +115,18 @@ def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target:
     with whole(target) as place:
         receipt.digests = write_container(encoded, place)
         receipt.inputs += [row for one in inputs for row in adapter_inputs(one)]
-        receipt.outputs = [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
+        receipt.outputs = output_rows(place)
         receipt.history = [entry for one in inputs for entry in adapter_history(one)]
         if sha256:
             add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
             add_sha256(receipt.inputs, None)
         receipt.write(receipt_path(place, folder=place.is_dir()))
     return receipt.as_json()
+
+
+def output_rows(place: Path) -> list[dict[str, Any]]:
+    """A row for each file of an output, before its receipt is written."""
+    return [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
 
 
 def _output(path: Path) -> dict[str, Any]:

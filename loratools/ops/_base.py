@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,29 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
 from loratools.differences import digest
 from loratools.errors import QuantizedError
-from loratools.families import Family
+from loratools.formats.reading import Reading
+from loratools.pipeline import open_checkpoint
+from loratools.plan import supplied
 from loratools.receipt import checkpoint_input
 from loratools.tensorfile import Ref
 
 
 class Base:
-    """A checkpoint and what its config tells; a head that is tied and not on disk is there under its name.
+    """A checkpoint or pipeline and what its config tells; a head that is tied and not on disk is there under its name.
 
-    Raises QuantizedError for weights that are quantised, and what `Checkpoint` raises.
+    Raises QuantizedError for weights that are quantised, and what opening it raises.
     """
 
-    def __init__(self, path: str | Path, *, transposed: Sequence[str] = (), embedding: Sequence[str] = ()) -> None:
-        self.checkpoint = Checkpoint(path)
+    def __init__(self, path: str | Path, reading: Reading) -> None:
+        self.checkpoint = open_checkpoint(path)
         if self.checkpoint.quantization:
             remedy = "give the original 16- or 32-bit weights"
             fact = "the base's weights are quantised"
             raise QuantizedError(fact, file=self.checkpoint.path, found=self.checkpoint.quantization, remedy=remedy)
-        self.family = Family(self.checkpoint.config, tuple(embedding), tuple(transposed))
+        self.family = self.checkpoint.family(tuple(reading["embedding"]), tuple(reading["transposed"]))
         self.sources = {name: name for name in self.checkpoint}
-        tied = self.family.tied(self.checkpoint)
-        if tied is not None:
-            self.sources.setdefault(tied[1], tied[0])
+        for tied, head in self.family.ties(self.checkpoint):
+            self.sources.setdefault(head, tied)
         self.specs = {name: self.checkpoint[source].spec for name, source in self.sources.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -45,7 +46,7 @@ class Base:
 
     def resolve(self, adapter: Adapter) -> Adapter:
         """The adapter under the base's names, every delta known to fit."""
-        return adapter.resolve(self.specs, self.family)
+        return adapter.resolve(self.specs, self.family).map(lambda name, delta: supplied(name, delta, self.checkpoint))
 
     def input(self, threads: int) -> dict[str, Any]:
         """Its row among a receipt's inputs: all of it is read, for its identity is its content."""

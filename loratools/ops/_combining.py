@@ -21,7 +21,7 @@ from loratools.ops._combine_options import Options
 from loratools.ops._core_sum import summed
 from loratools.ops._dense_sum import factored, whole
 from loratools.ops._meeting import Terms, own_layer, rank_needed, routes
-from loratools.tensorfile import Spec
+from loratools.tensorfile import Ref, Spec
 from loratools.tensors import read_tensor, to_ref, torch_dtype
 
 Progress = Callable[[int, int], None]  # of the changes that are made dense, bytes done and in all
@@ -32,7 +32,7 @@ class Combination:
 
     def __init__(self, terms: Mapping[str, Terms], options: Options, base: Base | None = None, progress: Progress | None = None) -> None:
         self.terms, self.options, self.base, self.progress = terms, options, base, progress
-        self.routes = routes(terms, options, lambda name: base is not None and name in base)
+        self.routes = routes(terms, options, self._weight)
         self.deltas: dict[str, Delta] = {}
         self.factored: dict[str, Factored] = {}
         self.errors: dict[str, float] = {}
@@ -64,7 +64,7 @@ class Combination:
 
     def _core(self, name: str) -> None:
         terms = [(term.delta, term.weight) for term in self.terms[name] if isinstance(term.delta, Additive)]
-        found = summed(terms, self.options, self._layer(name))
+        found = summed(terms, self.options, self._spec(name).shape, self._layer(name))
         if found is not None:
             self.factored[name] = found
         elif not self.options.chosen:
@@ -74,27 +74,25 @@ class Combination:
 
     def _dense(self, name: str) -> None:
         terms = [(term.delta, term.weight, term.order) for term in self.terms[name]]
-        refs = [delta for delta, _, _ in terms if isinstance(delta, Additive)]
-        code = self.options.code or ("F64" if refs and widest(refs) == "F64" else "F32")
-        weight = self.base.weight(name) if self.base is not None and name in self.base else None
-        self.factored[name] = factored(name, terms, self._spec(name), weight, self.options, code=code, layer=self._layer(name))
+        how = {"code": self._code(name), "layer": self._layer(name)}
+        self.factored[name] = factored(name, terms, self._spec(name), self._weight(name), self.options, **how)
         with self.lock:
             self.done += self.dense.get(name, 0)
             if self.progress and self.dense:
                 self.progress(self.done, sum(self.dense.values()))
 
     def _full(self, name: str) -> None:
-        """Differences that are stored whole, under the scaling of their module's LoRA."""
+        """What is stored whole, under the scaling of its module's LoRA."""
         low = bias_of(name, {key: found.delta for key, found in self.factored.items()})
-        full = [(term.delta, term.weight, term.order) for term in self.terms[name] if isinstance(term.delta, Full)]
+        terms = [(term.delta, term.weight, term.order) for term in self.terms[name]]
         scaling = low.scaling if low is not None else 1.0
-        first, weight, _ = full[0]
-        same = self.options.code in (None, first.diff.spec.dtype) and not self.options.sparse
-        if len(full) == 1 and same and first.scale * weight == scaling:
+        first, times, _ = terms[0]
+        same = len(terms) == 1 and not self.options.sparse and isinstance(first, Full) and first.scale * times == scaling
+        if same and isinstance(first, Full) and self.options.code in (None, first.diff.spec.dtype):
             self.errors[name], self.deltas[name] = 0.0, replace(first, scale=scaling)
             return
-        exact = whole(name, full, self.options)
-        code = self.options.code or ("F64" if widest([delta for delta, _, _ in full]) == "F64" else "F32")
+        exact = whole(name, terms, self._spec(name), self._weight(name), self.options)
+        code = self._code(name)
         if scaling == 0 and bool(exact.any()):
             raise UnsupportedError("a bias difference under a scaling of 0", tensor=name)
         stored = rounded(exact / (scaling or 1.0), code)
@@ -115,6 +113,13 @@ class Combination:
         self.deltas[name] = Replacement(value=to_ref(out.reshape(weight.spec.shape)))
 
     # -- what is known of it
+
+    def _code(self, name: str) -> str:
+        """The dtype that a sum is written in."""
+        return self.options.code or ("F64" if widest([term.delta for term in self.terms[name]]) == "F64" else "F32")
+
+    def _weight(self, name: str) -> Ref | None:
+        return self.base.weight(name) if self.base is not None and name in self.base else None
 
     def _spec(self, name: str) -> Spec:
         if self.base is not None and name in self.base:

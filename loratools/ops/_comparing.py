@@ -11,6 +11,7 @@ from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.laid import Unsettled
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import UnsupportedError
 from loratools.tensorfile import Ref, Spec, same_bytes
@@ -38,10 +39,12 @@ def pair_row(one: Delta, other: Delta, weight: Ref | None) -> Row:
         return kinds | {"reason": f"a {one.kind} beside a {other.kind}"}
     first, second = difference_of(one), difference_of(other)
     if first is None or second is None:
-        return kinds | {"reason": f"no measure for a {one.kind}"}
-    if first.shape() != second.shape():
-        return kinds | {"reason": f"shapes differ: {list(first.shape())} and {list(second.shape())}"}
-    row = kinds | _of_differences(first, second)
+        open_ = isinstance(one, Unsettled) or isinstance(other, Unsettled)
+        return kinds | {"reason": f"no measure for a {one.kind}" + (": how its weight lies only --base tells" if open_ else "")}
+    shapes = [_matrix(delta) if first.flat or second.flat else delta.shape() for delta in (first, second)]
+    if shapes[0] != shapes[1]:
+        return kinds | {"reason": f"shapes differ: {list(shapes[0])} and {list(shapes[1])}"}
+    row = kinds | _of_differences(first, second, shapes[0])
     if isinstance(one, DoRA) and isinstance(other, DoRA):
         row["magnitude_distance"] = stored_row(one.magnitude, other.magnitude)["relative_distance"]
     return row
@@ -68,7 +71,7 @@ def norm_of(delta: Delta, weight: Ref | None) -> float | None:
     found = difference_of(delta)
     if found is None:
         return None
-    low = as_low(found)
+    low = as_low(found, found.shape())
     return found.norm() if low is None else _norm(known_of([(low, 1.0)])[0])
 
 
@@ -123,11 +126,15 @@ def stored_row(one: Ref, other: Ref, scale_a: float = 1.0, scale_b: float = 1.0)
     return {"equal": distance == 0, "relative_distance": distance / norm if norm else None}
 
 
-def _of_differences(one: Additive, other: Additive) -> Row:
-    lows = as_low(one), as_low(other)
+def _of_differences(one: Additive, other: Additive, shape: tuple[int, ...]) -> Row:
+    lows = as_low(one, shape), as_low(other, shape)
     if lows[0] is not None and lows[1] is not None:
         return {"rank_a": lows[0].rank, "rank_b": lows[1].rank} | low_rank_row(lows[0], lows[1])
-    return {"rank_a": None, "rank_b": None} | dense_row(Changes([(one, 1.0), (other, 1.0)], Spec("F32", one.shape()), None))
+    return {"rank_a": None, "rank_b": None} | dense_row(Changes([(one, 1.0), (other, 1.0)], Spec("F32", shape), None))
+
+
+def _matrix(delta: Additive) -> tuple[int, ...]:
+    return Spec("F32", delta.shape()).matrix
 
 
 def _on_weight(one: Delta, other: Delta, weight: Ref) -> Row:

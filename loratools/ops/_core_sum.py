@@ -28,19 +28,19 @@ from loratools.ops._combine_options import Options
 from loratools.tensors import read_tensor
 
 
-def summed(terms: Sequence[tuple[Additive, float]], options: Options, layer: str) -> Factored | None:
-    """Σ wᵢ·ΔWᵢ as one LoRA: alone its own factors, else the exact concatenation or the core's, whichever is nearer as stored.
+def summed(terms: Sequence[tuple[Additive, float]], options: Options, shape: tuple[int, ...], layer: str) -> Factored | None:
+    """Σ wᵢ·ΔWᵢ as one LoRA of a weight of that shape; None where one of them has no product smaller than its change.
 
-    None where one of them has no product smaller than its change.
+    Alone it keeps its own factors, else it is the exact concatenation or the core's, whichever is nearer as stored.
     """
     first, weight = terms[0]
     if len(terms) == 1 and isinstance(first, LowRank):
         return _alone(first, weight, options)
-    lows = [(low, weight) for delta, weight in terms if (low := as_low(delta)) is not None]
+    lows = [(low, weight) for delta, weight in terms if (low := as_low(delta, shape)) is not None]
     if len(lows) < len(terms):
         return None
     written = options.code or ("F64" if widest([delta for delta, _ in terms]) == "F64" else "F32")
-    style = Style(code=written, shape=first.shape(), layer=layer)
+    style = Style(code=written, shape=shape, layer=layer)
     known, noise = known_of(lows)
     needed, whole = lossless_rank(known, noise, written), sum(low.rank for low, _ in lows)
     if options.limit is not None:

@@ -14,13 +14,11 @@ from blake3 import blake3
 
 from loratools.changes import Changes
 from loratools.deltas.base import Delta
-from loratools.deltas.full import Full
 from loratools.differences import SMALL
 from loratools.errors import NonFiniteError, OptionError, UnsupportedError
 from loratools.factors import Factored, How, factor, reach
 from loratools.ops._combine_options import WAYS, Options
 from loratools.tensorfile import Ref, Spec
-from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,16 +57,16 @@ def factored(name: str, terms: Weighted, spec: Spec, weight: Ref | None, options
     return found
 
 
-def whole(name: str, terms: Weighted, options: Options) -> Tensor:
-    """The method's change of differences that are stored whole, in float64 in their own shape; a vector counts as one row."""
+def whole(name: str, terms: Weighted, spec: Spec, weight: Ref | None, options: Options) -> Tensor:
+    """The method's change as it is, in float64 in the weight's shape; a vector counts as one row."""
     import torch
 
+    changes = Changes([(delta, 1.0) for delta, _, _ in terms], spec, weight)
     parts = []
-    for delta, _, index in terms:
-        assert isinstance(delta, Full)
-        D = read_tensor(delta.diff, torch.float64).mul_(delta.scale)
-        rows = D.reshape(1, -1) if D.ndim < 2 else D.flatten(1)
-        parts.append(pruner(name, partial(_once, rows), rows.numel(), index, options)(rows).reshape(D.shape))
+    for place, (_, _, index) in enumerate(terms):
+        D = torch.cat([rows.clone() for rows in changes.one(place)])
+        rows = D.reshape(1, -1) if len(spec.shape) < 2 else D
+        parts.append(pruner(name, partial(_once, rows), rows.numel(), index, options)(rows).reshape(spec.shape))
     return fold_of(options)(parts, [weight for _, weight, _ in terms])
 
 

@@ -58,7 +58,8 @@ def draw(target: Path, panels: Sequence[Panel], *, title: str, names: Iterable[s
     import matplotlib
 
     rows, columns, cells = grid(names)
-    style: dict[Any, Any] = {"svg.hashsalt": "loratools", "svg.fonttype": "none", "pdf.fonttype": 42, "font.size": 8, "font.family": "DejaVu Sans"}
+    fonts = {"font.size": 8, "font.family": "DejaVu Sans", "svg.fonttype": "none", "pdf.fonttype": 42}
+    style: dict[Any, Any] = {"svg.hashsalt": "loratools", **fonts}
     with matplotlib.rc_context(style):
         figure = _figure(panels, rows, columns, cells, title)
         dated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(target.suffix.lower(), {})

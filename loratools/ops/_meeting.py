@@ -2,7 +2,7 @@
 
     kept    alone at weight 1, or saved tensors of the same bytes: as it is
     whole   a saved tensor at another weight: W + w·(V − W), saved whole again
-    full    differences stored whole, such as those of biases: added (and pruned) element by element
+    full    differences stored whole, and any change of a vector: added (and pruned) element by element
     core    differences that are small products: through the core of their concatenated factors, exactly
     dense   everything else: Σ wᵢ·(applyᵢ(W) − W), or what a method makes of these changes, truncated
 """
@@ -17,10 +17,11 @@ from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.laid import Unsettled, WherePresent
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError, raise_all
 from loratools.ops._combine_options import WAYS, Options
-from loratools.tensorfile import same_bytes
+from loratools.tensorfile import Ref, Spec, same_bytes
 
 
 class Term(NamedTuple):
@@ -33,10 +34,10 @@ class Term(NamedTuple):
 
 
 Terms: TypeAlias = list[Term]
-Based: TypeAlias = Callable[[str], bool]  # whether the base has a tensor of this name
+Base: TypeAlias = Callable[[str], Ref | None]  # the base's tensor of this name, if there are a base and a tensor
 
 
-def routes(terms: Mapping[str, Terms], options: Options, based: Based) -> dict[str, str]:
+def routes(terms: Mapping[str, Terms], options: Options, base: Base) -> dict[str, str]:
     """The way of every tensor. Raises, all together, MatchError, ShapeError, UnsupportedError and OptionError for what has none.
 
     What could be kept because it is alone is still computed where the rest becomes LoRA: formats have one kind for all.
@@ -45,14 +46,14 @@ def routes(terms: Mapping[str, Terms], options: Options, based: Based) -> dict[s
     faults: list[LoratoolsError] = []
     for name, listed in terms.items():
         try:
-            found[name] = _route(listed, options, based(name))
+            found[name] = _route(listed, options, base(name))
         except LoratoolsError as error:
             faults.append(error.at(file=listed[-1].file, tensor=name))
     if "core" in found.values() or "dense" in found.values():
         for name, way in found.items():
             delta = terms[name][0].delta
             if way == "kept" and not replaces(delta) and not isinstance(delta, Full):
-                found[name] = "core" if isinstance(delta, Additive) else "dense" if based(name) else "kept"
+                found[name] = "core" if isinstance(delta, Additive) else "dense" if base(name) is not None else "kept"
     needing = [name for name, way in found.items() if way == "dense" and not options.chosen and not _additive(terms[name])]
     faults += [rank_needed().at(file=terms[name][-1].file, tensor=name) for name in needing]
     raise_all(faults)
@@ -68,7 +69,8 @@ def replaces(delta: Delta) -> bool:
     return isinstance(delta, Replacement) or (isinstance(delta, Chain) and replaces(delta.first))
 
 
-def _route(terms: Terms, options: Options, based: bool) -> str:
+def _route(terms: Terms, options: Options, weight: Ref | None) -> str:
+    based = weight is not None
     alone = len(terms) == 1 and terms[0].weight == 1
     if all(isinstance(term.delta, Replacement) for term in terms):
         return _saved(terms, based)
@@ -85,9 +87,9 @@ def _route(terms: Terms, options: Options, based: bool) -> str:
     if not _additive(terms):
         if not options.sparse and alone:
             return "kept"
-        if not based:
+        if weight is None:
             raise _needs_base(terms)
-        return "dense"
+        return "full" if len(weight.spec.shape) < 2 else "dense"
     if options.sparse:
         return "dense"
     return "kept" if alone and not isinstance(terms[0].delta, LowRank) else "core"
@@ -114,6 +116,8 @@ def _only_at_1(terms: Terms) -> UnsupportedError:
 def _needs_base(terms: Terms) -> UnsupportedError:
     names = {"dora": "DoRA"}
     kind = next(term.delta.kind for term in terms if not isinstance(term.delta, Additive))
+    if any(isinstance(term.delta, Unsettled | WherePresent) for term in terms):
+        return UnsupportedError(f"how the weight of this {kind} delta lies, and its shape, only the base tells", remedy="give --base")
     fact = f"{names.get(kind, f'a {kind} delta')} is no difference that could be scaled, pruned or summed: W' depends on the base"
     return UnsupportedError(fact, remedy=f"give --base, and {WAYS}")
 
@@ -121,7 +125,8 @@ def _needs_base(terms: Terms) -> UnsupportedError:
 def _check_shapes(terms: Terms) -> None:
     """Raise where the deltas cannot be of one weight: other shapes, or other layers."""
     known = [term.delta for term in terms if isinstance(term.delta, Additive)]
-    shapes = list(dict.fromkeys(delta.shape() for delta in known))
+    flat = any(delta.flat for delta in known)
+    shapes = list(dict.fromkeys(Spec("F32", delta.shape()).matrix if flat else delta.shape() for delta in known))
     if len(shapes) > 1:
         raise ShapeError("the adapters change weights of different shapes", found=list(shapes[1]), expected=list(shapes[0]))
     layers = {layer for term in terms if (layer := own_layer(term.delta)) is not None}

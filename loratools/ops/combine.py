@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import MatchError, OptionError
 from loratools.formats.base import read_options
+from loratools.formats.reading import Reading, arguments, reads
 from loratools.ops._algebra import format_of, label, loaded, low_of, rank_of, write
 from loratools.ops._base import Base, resolved
 from loratools.ops._combine_options import DEFAULTS, checked
@@ -31,6 +32,7 @@ from loratools.receipt import Receipt
 from loratools.tensorfile import Ref
 
 
+@reads
 def combine(
     adapters: Sequence[str | Path | Adapter | tuple[str | Path | Adapter, float]],
     out: str | Path,
@@ -45,18 +47,12 @@ def combine(
     epsilon: float | None = None,
     seed: int | None = None,
     dtype: str | None = None,
-    alpha_in: float | None = None,
-    scale: str | None = None,
-    scratch_dora: str | None = None,
-    enable_lora: str | None = None,
-    conv: Sequence[str] = (),
-    transposed: Sequence[str] = (),
-    embedding: Sequence[str] = (),
     format: str | None = None,
     sha256: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Write what a method makes of adapters (`path`, `path:weight` or (adapter, weight)) as one adapter; returns the receipt.
 
@@ -77,18 +73,18 @@ def combine(
     >>> receipt["applied"] == receipt["expected"]  # doctest: +SKIP
     True
     """
-    arguments = {name: value for name, value in locals().items() if name not in ("adapters", "out", "progress")}
-    options = checked(arguments)
+    words = arguments(locals(), "adapters", "out", "progress")
+    options = checked(words)
     given = [_weighted(item) for item in ([adapters] if isinstance(adapters, str | Path | Adapter) else adapters)]
     _check(given, threads)
     paths = [item for item, _ in given if not isinstance(item, Adapter)] + ([base] if base is not None else [])
     target = check_output(out, overwrite=overwrite, inputs=paths)
     said = [label(item) + (f":{weight:g}" if weight != 1 else "") for item, weight in given]
     used = {word: getattr(options, word) for word in DEFAULTS if options.takes(word)}
-    receipt = Receipt("combine", {"adapters": said, "out": str(out), **arguments, **used})
-    reading, count = read_options(arguments), threads or workers.default_threads()
-    on = None if base is None else Base(base, transposed=transposed, embedding=embedding)
-    sources = [loaded(item, options=reading) for item, _ in given]
+    receipt = Receipt("combine", {"adapters": said, "out": str(out), **words, **used})
+    read_as, count = read_options(reading), threads or workers.default_threads()
+    on = None if base is None else Base(base, reading)
+    sources = [loaded(item, read_as) for item, _ in given]
     read = list(zip(resolved(sources, on), [weight for _, weight in given], strict=True))
     terms = _terms(read)
     with workers.single_threaded_blas():

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
@@ -19,6 +19,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.errors import LoratoolsError, OptionError
 from loratools.formats.base import read_options
+from loratools.formats.reading import Reading, arguments, reads
 from loratools.ops import _heatmap
 from loratools.ops._algebra import label, loaded
 from loratools.ops._base import Base, resolved
@@ -27,6 +28,7 @@ from loratools.ops._intruders import EPSILON, TOP_K, intruders
 from loratools.ops._layers import place_of
 
 
+@reads
 def compare(
     a: str | Path | Adapter,
     b: str | Path | Adapter,
@@ -35,15 +37,9 @@ def compare(
     top_k: int | None = None,
     epsilon: float | None = None,
     plot: str | Path | None = None,
-    alpha_in: float | None = None,
-    scale: str | None = None,
-    scratch_dora: str | None = None,
-    enable_lora: str | None = None,
-    conv: Sequence[str] = (),
-    transposed: Sequence[str] = (),
-    embedding: Sequence[str] = (),
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """How far two adapters are apart, per module, per layer and in total, as a dictionary of plain values.
 
@@ -62,12 +58,12 @@ def compare(
     >>> compare("adapter/", "adapter/")["total"]["cosine"]  # doctest: +SKIP
     1.0
     """
-    words = {name: value for name, value in locals().items() if name not in ("a", "b", "progress")}
+    words = arguments(locals(), "a", "b", "progress")
     check(words)
     target = None if plot is None else _heatmap.checked(plot, [item for item in (a, b, base) if isinstance(item, str | Path)])
-    reading, count = read_options(words), threads or workers.default_threads()
-    on = None if base is None else Base(base, transposed=transposed, embedding=embedding)
-    one, other = resolved([loaded(item, options=reading) for item in (a, b)], on)
+    read_as, count = read_options(reading), threads or workers.default_threads()
+    on = None if base is None else Base(base, reading)
+    one, other = resolved([loaded(item, read_as) for item in (a, b)], on)
     found: dict[str, Row] = {}
     alone: dict[str, float] = {}
     names = [*one, *(name for name in other if name not in one)]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
@@ -24,6 +24,8 @@ from loratools.errors import FormatError, OptionError
 from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats.base import CONFIG, open_container, read_options
+from loratools.formats.reading import Reading, reads
+from loratools.ops._drift import moved
 from loratools.pipeline import open_checkpoint
 from loratools.tensorfile import FLOATS, Ref, Spec
 from loratools.weightfiles import SINGLE, is_index
@@ -33,25 +35,21 @@ _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\
 _LOCAL = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 
 
+@reads
 def inspect(
     path: str | Path,
     *,
     base: str | Path | None = None,
     values: bool = False,
     spectra: bool = False,
-    alpha_in: float | None = None,
-    scale: str | None = None,
-    scratch_dora: str | None = None,
-    enable_lora: str | None = None,
-    conv: Sequence[str] = (),
-    transposed: Sequence[str] = (),
-    embedding: Sequence[str] = (),
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What a file or folder holds, as plain JSON values; spec/cli.md names the fields.
 
     Only headers are read, without torch, unless `values` (zero factors, non-finite values) or `spectra` (singular values and norms,
-    which implies `values`) ask for the data. `base` joins the adapter's names and shapes with a checkpoint's. Raises what
-    reading raises, OptionError for `base` or `spectra` on a checkpoint.
+    which implies `values`) ask for the data. `base` joins the adapter's names and shapes with a checkpoint's; of a DoRA it is read,
+    to tell how far the magnitudes moved from the base's norms and which norms they fit. Raises what reading raises, OptionError for
+    `base` or `spectra` on a checkpoint.
 
     >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
     0.06
@@ -60,14 +58,14 @@ def inspect(
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
     if not holds_adapter(path):
-        wrong = [word for word, given in (("--base", base), ("--spectra", spectra), ("--alpha-in", alpha_in)) if given not in (None, False)]
+        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"]}
+        wrong = [word for word, given in words.items() if given not in (None, False)]
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
         return _checkpoint(open_checkpoint(path), values=values)
-    words = {"alpha_in": alpha_in, "scale": scale, "scratch_dora": scratch_dora, "enable_lora": enable_lora, "conv": conv}
-    adapter = load(path, options=read_options({**words, "transposed": transposed, "embedding": embedding}))
+    adapter = load(path, options=read_options(reading))
     checkpoint = open_checkpoint(base) if base is not None else None
-    return _adapter(adapter, path, checkpoint, Family({}, tuple(embedding), tuple(transposed)), values, spectra)
+    return _adapter(adapter, path, checkpoint, Family({}, tuple(reading["embedding"]), tuple(reading["transposed"])), values, spectra)
 
 
 def holds_adapter(path: Path) -> bool:
@@ -88,18 +86,22 @@ def holds_adapter(path: Path) -> bool:
 
 def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool) -> dict[str, Any]:
     warnings = _as_a_whole(adapter)
-    specs: Mapping[str, Spec] = {}
+    weights: Mapping[str, Ref] = {}
     if base is not None:
-        adapter, specs, more = _joined(adapter, base, family)
+        adapter, weights, more = _joined(adapter, base, family)
         warnings += more
     warnings += adapter.notes
-    rows = {name: _row(name, delta, specs.get(name)) for name, delta in adapter.items()}
+    rows = {name: _row(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
         warnings += [f"{name}: {text}" for text in _oddities(delta)]
         if values or spectra:
             warnings += [f"{name}: {text}" for text in _faulty_values(delta)]
         if spectra:
             rows[name] |= _spectrum(delta)
+        if base is not None and not base.quantization:
+            told, odd = moved(delta, weights.get(name))
+            rows[name] |= told
+            warnings += [f"{name}: {text}" for text in odd]
     base_parameters = sum(spec.numel for spec in base.specs.values()) if base is not None else None
     return {
         "path": str(path),
@@ -118,13 +120,13 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
     }
 
 
-def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Spec], list[str]]:
-    """The adapter under the base's names, the specs they meet, and what a merge of the two would stumble over."""
+def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Ref], list[str]]:
+    """The adapter under the base's names, the weights they meet, and what a merge of the two would stumble over."""
     family = base.family(globs.more_embeddings, globs.more_transposed)
-    ties, specs, warnings = family.ties(base), dict(base.specs), list[str]()
+    ties, weights, warnings = family.ties(base), dict(base), list[str]()
     for embedding, head in ties:
-        specs.setdefault(head, specs[embedding])
-    joined = adapter.resolve(specs, family)
+        weights.setdefault(head, weights[embedding])
+    joined = adapter.resolve({name: ref.spec for name, ref in weights.items()}, family)
     if base.quantization:
         warnings.append(f"the base is quantised ({base.quantization}): merge refuses it, and its parameters are counted as stored")
     for tied in ties:
@@ -132,7 +134,7 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
         if len(touched) == 1 and not joined[touched[0]].follows_tie:
             other = tied[1 - tied.index(touched[0])]
             warnings.append(f"{touched[0]} is changed alone, and tied to {other} in the base: merge needs --untie")
-    return joined, specs, warnings
+    return joined, weights, warnings
 
 
 def _row(name: str, delta: Delta, base: Spec | None) -> dict[str, Any]:
@@ -279,8 +281,15 @@ def _checkpoint(checkpoint: Checkpoint, *, values: bool) -> dict[str, Any]:
         "bytes": sum(file.size for file in checkpoint.files.values()),
         "dtypes": dict(Counter(spec.dtype for spec in specs.values())),
         "shards": len(checkpoint.files),
+        "quantization": checkpoint.quantization,
+        "components": {prefix.rstrip("."): _component(part) for prefix, part in checkpoint.parts.items() if prefix} or None,
         "warnings": warnings,
     }
+
+
+def _component(part: Checkpoint) -> dict[str, Any]:
+    parameters = sum(spec.numel for spec in part.specs.values())
+    return {"tensors": len(part), "parameters": parameters, "quantization": part.quantization}
 
 
 def tensors(path: str | Path) -> list[dict[str, Any]]:

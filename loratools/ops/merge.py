@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools import threads
 from loratools.adapter import Adapter
@@ -17,6 +17,7 @@ from loratools.checkpoint import Change, Checkpoint, Rewritten
 from loratools.errors import OptionError
 from loratools.formats import load
 from loratools.formats.base import read_options
+from loratools.formats.reading import DEFAULTS, Reading, arguments, reads
 from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
@@ -29,10 +30,11 @@ from loratools.tensors import dtype_code
 
 # the words that decide what an adapter means, kept with a record so that it can be read again
 REPLAYED = (
-    "untie", "rename", "allow_unmatched", "alpha_in", "scale", "scratch_dora", "enable_lora", "conv", "transposed", "embedding",
+    "untie", "rename", "allow_unmatched", *DEFAULTS,
 )  # fmt: skip
 
 
+@reads
 def merge(
     base: str | Path,
     adapters: str | Path | Adapter | Sequence[str | Path | Adapter],
@@ -43,19 +45,13 @@ def merge(
     untie: bool = False,
     rename: Sequence[str] = (),
     allow_unmatched: bool = False,
-    alpha_in: float | None = None,
-    scale: str | None = None,
-    scratch_dora: str | None = None,
-    enable_lora: str | None = None,
-    conv: Sequence[str] = (),
-    transposed: Sequence[str] = (),
-    embedding: Sequence[str] = (),
     full_report: bool = False,
     reversible: bool = False,
     sha256: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Merge adapters (`path` or `path:strength`) into a base checkpoint; returns the receipt.
 
@@ -68,18 +64,18 @@ def merge(
     >>> receipt["applied"] == receipt["expected"]  # doctest: +SKIP
     True
     """
-    arguments = {name: value for name, value in locals().items() if name not in ("base", "adapters", "out", "progress")}
+    words = arguments(locals(), "base", "adapters", "out", "progress")
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     given = [split_strength(item) for item in listed]
     paths = [item for item, _ in given if not isinstance(item, Adapter)]
     target = check_output(out, overwrite=overwrite, inputs=[base, *paths])
-    receipt = Receipt("merge", {"base": str(base), "adapters": [_label(item) for item in listed], "out": str(out), **arguments})
-    options = read_options(arguments)
+    receipt = Receipt("merge", {"base": str(base), "adapters": [_label(item) for item in listed], "out": str(out), **words})
+    options = read_options(words)
     checkpoint = open_checkpoint(base)
     loaded = [(item if isinstance(item, Adapter) else load(item, options=options), strength) for item, strength in given]
     plan = make_plan(
         checkpoint, loaded, untie=untie, renames=split_renames(rename), allow_unmatched=allow_unmatched,
-        transposed=tuple(transposed), embeddings=tuple(embedding),
+        transposed=tuple(reading["transposed"]), embeddings=tuple(reading["embedding"]),
     )  # fmt: skip
     if reversible:
         check_recordable(checkpoint, loaded)
@@ -92,7 +88,7 @@ def merge(
     with whole(target) as place:
         done = _rewrite(checkpoint, place, changes, added, plan, device, threads, progress)
         if reversible:
-            kept = {name: arguments[name] for name in REPLAYED}
+            kept = {name: words[name] for name in REPLAYED}
             receipt.unmerge = _record(Recording(checkpoint, place, plan, changes, added, done, loaded, kept), threads)
         else:
             _note_lost_record(checkpoint, done)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools.adapter import Adapter
 from loratools.compress import alpha_for, rounded
@@ -18,12 +18,15 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, OptionError, UnsupportedError, raise_all
+from loratools.formats.base import read_options
+from loratools.formats.reading import Reading, arguments, reads
 from loratools.ops._algebra import bias_of, format_of, label, loaded, low_of, scaled_to, with_low, write
 from loratools.output import check_output
 from loratools.receipt import Receipt
 from loratools.tensors import read_tensor
 
 
+@reads
 def rescale(
     adapter: str | Path | Adapter,
     out: str | Path,
@@ -32,10 +35,10 @@ def rescale(
     by: float | None = None,
     rslora: bool | None = None,
     bake: bool = False,
-    alpha_in: float | None = None,
     format: str | None = None,
     sha256: bool = False,
     overwrite: bool = False,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Write an adapter with another alpha, strength or rsLoRA flag; returns the receipt.
 
@@ -49,11 +52,11 @@ def rescale(
     >>> receipt["tensors"][0]["scaling"] / receipt["tensors"][0]["scaling_before"]  # doctest: +SKIP
     1.5
     """
-    arguments = {name: value for name, value in locals().items() if name not in ("adapter", "out")}
+    words = arguments(locals(), "adapter", "out")
     change = _Rescaling(alpha=alpha, by=by, rslora=rslora, bake=bake)
-    source = loaded(adapter, alpha_in)
+    source = loaded(adapter, read_options(reading))
     target = check_output(out, overwrite=overwrite, inputs=[] if isinstance(adapter, Adapter) else [adapter])
-    receipt = Receipt("rescale", {"adapter": label(adapter), "out": str(out), **arguments})
+    receipt = Receipt("rescale", {"adapter": label(adapter), "out": str(out), **words})
     try:
         deltas, receipt.tensors = change.apply(source)
     except LoratoolsError as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
@@ -21,13 +21,15 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, MatchError, OptionError, raise_all
 from loratools.factors import Factored
 from loratools.formats import encode
-from loratools.formats.base import Container
+from loratools.formats.base import Container, read_options
+from loratools.formats.reading import Reading, arguments, reads
 from loratools.ops._algebra import bias_of, format_of, label, loaded, low_of, scaled_to, shares, with_low, write
 from loratools.ops._resizing import Policy, ranks_within, reached, resized, squares
 from loratools.output import check_output
 from loratools.receipt import Receipt
 
 
+@reads
 def resize(
     adapter: str | Path | Adapter,
     out: str | Path,
@@ -37,11 +39,11 @@ def resize(
     max_error: float | None = None,
     size: str | int | None = None,
     dtype: str | None = None,
-    alpha_in: float | None = None,
     format: str | None = None,
     sha256: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Write an adapter at other ranks; returns the receipt.
 
@@ -55,13 +57,13 @@ def resize(
     >>> max(row["error"] / row["optimal_error"] for row in receipt["tensors"])  # doctest: +SKIP
     1.0000001
     """
-    arguments = {name: value for name, value in locals().items() if name not in ("adapter", "out")}
+    words = arguments(locals(), "adapter", "out")
     policy = Policy.checked(rank=rank, energy=energy, max_error=max_error, size=size, dtype=dtype)
     if threads is not None and threads < 1:
         raise OptionError("--threads", found=threads, expected="at least 1")
-    source = loaded(adapter, alpha_in)
+    source = loaded(adapter, read_options(reading))
     target = check_output(out, overwrite=overwrite, inputs=[] if isinstance(adapter, Adapter) else [adapter])
-    receipt = Receipt("resize", {"adapter": label(adapter), "out": str(out), **arguments})
+    receipt = Receipt("resize", {"adapter": label(adapter), "out": str(out), **words})
     written = format_of(format, source)
     lows = _lows(source)
     try:

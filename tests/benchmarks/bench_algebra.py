@@ -1,6 +1,6 @@
 """resize and combine of a Llama-8B-shaped all-linear adapter beside the dense routes, in one process.
 
-Run by hand: python tests/benchmarks/bench_algebra.py [--layers N] [--rank 64] [--to 16] [--sampled N] [--svd N]
+Run by hand: python tests/benchmarks/bench_algebra.py [--layers N] [--rank 64] [--to 16] [--sampled N] [--svd N] [--ties]
 32 layers are the whole model: 224 modules. The operations run on files, reading, digests and writing counted. The dense routes,
 torch.svd_lowrank(B @ A) and with --svd torch.linalg.svd(B @ A), run in memory on one module of each of the N smallest shapes and
 are scaled up. All times are CPU seconds of one thread, which other work on the machine disturbs least.
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--to", type=int, default=16)
     parser.add_argument("--sampled", type=int, default=3, help="shapes on which torch.svd_lowrank runs; 3 are all")
+    parser.add_argument("--ties", action="store_true", help="TIES of the two as well, on their dense changes; peak memory is what counts")
     parser.add_argument("--svd", type=int, default=0, help="shapes on which torch.linalg.svd runs: k_proj takes seconds, others minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -117,13 +118,17 @@ def main() -> None:
             f"combine to {given.to}": (f"combine(['{folder}/a', '{folder}/b'], '{folder}/out', rank={given.to}, {common})", 2),
             "combine, lossless": (f"combine(['{folder}/a', '{folder}/b'], '{folder}/out', {common})", 2),
         }
+        if given.ties:
+            words = f"method='ties', density=0.2, rank={given.to}, {common}"
+            jobs[f"ties to {given.to}"] = (f"combine(['{folder}/a', '{folder}/b'], '{folder}/out', {words})", 2)
         for name, (arguments, count) in jobs.items():
             found = operation(arguments)
             error, best = found["errors"]
             memory = found["memory"] / sum(sizes[:count])
-            print(f"{name:20} {found['seconds']:8.2f} s  error {error:.7f}, best {best:.7f}; memory {memory:.2f} × the input", flush=True)
+            peak = f"memory {found['memory'] / 1e6:.0f} MB, {memory:.2f} × the input"
+            print(f"{name:20} {found['seconds']:8.2f} s  error {error:.7f}, best {best:.7f}; {peak}", flush=True)
             routes = [("svd_lowrank(B @ A)", given.sampled, False), ("linalg.svd(B @ A)", given.svd, True)]
-            for route, shapes, exact in routes if "lossless" not in name else []:
+            for route, shapes, exact in routes if name.endswith(f"to {given.to}") and "ties" not in name else []:
                 if shapes:
                     spent, lost = dense(tensors[:count], given.to, given.layers, shapes, exact)
                     ratio = spent / found["seconds"]

@@ -17,7 +17,7 @@ import loratools
 from loratools.cli._inspected import shown
 from tests.cli._adapters import ROOT, command, environment, llama_adapter
 from tests.cli._adapters import loratools as run
-from tests.files import peft_config, write_adapter, write_checkpoint
+from tests.files import peft_config, write_adapter, write_checkpoint, write_pipeline
 
 
 def test_the_table_of_an_adapter(tmp_path: Path, base: Path) -> None:
@@ -138,3 +138,10 @@ def test_python_m_and_the_function_main_are_one(tmp_path: Path) -> None:
     code = f"import sys; sys.argv = ['loratools', 'inspect', {str(adapter)!r}]; from loratools.cli import main; main()"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT)
     assert found.stdout == run("inspect", adapter).stdout
+
+
+def test_a_pipeline_is_told_by_its_models(tmp_path: Path) -> None:
+    quantised = {"quantization_config": {"quant_method": "x"}}
+    models = {"unet": ({"a.weight": torch.ones(4, 4)}, {}), "vae": ({"b.weight": torch.ones(5)}, quantised)}
+    lines = run("inspect", write_pipeline(tmp_path / "base", models)).stdout.splitlines()
+    assert lines[1:4] == ["pipeline    unet (16), vae (5)", "quantised   vae: x", "parameters  21 in 2 tensors"]

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.deltas.vera import VeRA
+from loratools.deltas.seeded import Projections
+from loratools.deltas.vera import PVeRA, VeRA
 from loratools.errors import ShapeError
 from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
@@ -46,3 +47,24 @@ def test_what_does_not_meet() -> None:
     assert delta.fits(Spec("F32", (7, 19))) and not delta.fits(Spec("F32", (7, 20))) and not delta.fits(Spec("F32", (8, 19)))
     with pytest.raises(ShapeError, match=r"found \[8, 19\], expected \[7, at most 19\]"):
         delta.spec(Spec("F32", (8, 19)))
+
+
+def test_a_mean_is_in_the_first_halves() -> None:
+    B, A, b, d = randn(9, 3, seed=0), randn(6, 8, seed=1), randn(7, seed=2), randn(6, seed=3)
+    delta = PVeRA(B=to_ref(B), A=to_ref(A), b=to_ref(b), d=to_ref(d))
+    expected = (b[:, None] * B[:7]).double() @ (d[:3, None].double() * A[:3, :5])
+    W = randn(7, 5, seed=4)
+    assert torch.allclose(applied(delta, W), W.double() + expected, rtol=1e-6, atol=1e-6)  # b∘B is rounded here
+    assert blocks_agree(delta, W) and delta.facts() == {"rank": 3} and delta.reproducible
+    for wrong in ({"d": to_ref(randn(5, seed=3))}, {"A": to_ref(randn(3, 8, seed=1))}, {"B": to_ref(randn(9, 6, seed=0))}):
+        with pytest.raises(ShapeError, match=r"expected A \[2·r, in\], B \[out, r\], b \[out\], d \[2·r\]"):
+            PVeRA(**{**delta.refs(), **wrong})
+
+
+def test_drawn_projections_promise_no_bits_to_other_machines() -> None:
+    delta = VeRA(b=to_ref(randn(7, seed=2)), d=to_ref(randn(3, seed=3)), bank=Projections(seed=0, rank=3, out=9, width=8))
+    fitted, W = delta.fitted(Spec("F32", (7, 5))), randn(7, 5, seed=4)
+    A, B = Projections(seed=0, rank=3, out=9, width=8).tensors
+    stored = VeRA(A=to_ref(A), B=to_ref(B), b=delta.b, d=delta.d)
+    assert torch.equal(applied(fitted, W), applied(stored, W)) and blocks_agree(fitted, W)
+    assert stored.reproducible and not fitted.reproducible and set(fitted.refs()) == {"b", "d"} and fitted.parameters == 10

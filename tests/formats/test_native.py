@@ -21,6 +21,7 @@ from loratools.deltas.laid import Turned, TurnedAdditive, Unsettled, WherePresen
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
+from loratools.deltas.seeded import Projections
 from loratools.deltas.vera import VeRA
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError
 from loratools.formats import FORMATS, encode, load, save
@@ -120,6 +121,7 @@ SOME = {
     "bias": WherePresent(delta=Scaled(l=vector(4))),
     "vera 1": VeRA(A=BANK[0], B=BANK[1], b=vector(8), d=vector(2), width=9),
     "vera 2": VeRA(A=BANK[0], B=BANK[1], b=vector(6), d=vector(2)),
+    "vera, drawn": VeRA(bank=Projections(seed=-3, rank=2, out=8, width=9), b=vector(6), d=vector(2)),
 }
 
 
@@ -130,7 +132,7 @@ def test_one_of_each_kind_with_what_comes_along(tmp_path: Path) -> None:
     assert list(found) == list(SOME) and all(same(found[name], delta) for name, delta in SOME.items())
     assert found.metadata == metadata and same(found.passengers["<token>/1"], given.passengers["<token>/1"])
     assert found.parameters == given.parameters < sum(delta.parameters for delta in given.values())  # the bank once
-    assert sum("vera" in key for key in open_container(tmp_path / "one.safetensors").tensors) == 6
+    assert sum("vera" in key for key in open_container(tmp_path / "one.safetensors").tensors) == 8
 
 
 def test_every_kind_of_delta_has_fields_that_can_be_said() -> None:

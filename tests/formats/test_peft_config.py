@@ -59,10 +59,41 @@ def test_initialisations_that_leave_the_base_alone(init: Any) -> None:
     assert parse(CONFIG | {"init_lora_weights": init}).r == 2
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "unheard of", 3])
-def test_initialisations_that_change_it(init: Any) -> None:
-    with pytest.raises(UnsupportedError, match="init_lora_weights"):
+@pytest.mark.parametrize("init", ["pissa", "PiSSA", "olora"])
+def test_initialisations_that_the_base_tells(init: str) -> None:
+    config = CONFIG | {"init_lora_weights": init}
+    assert parse(config).init == parse(config, initial=True).init == init.lower()
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
+def test_initialisations_that_the_adapter_at_its_start_tells(init: str) -> None:
+    said = rf"in a way that neither file tells: found {init}; give the adapter .* with --initial, or save"
+    with pytest.raises(UnsupportedError, match=said):
         parse(CONFIG | {"init_lora_weights": init})
+    assert parse(CONFIG | {"init_lora_weights": init}, initial=True).init == init
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_initialisations_that_nothing_tells(initial: bool) -> None:
+    with pytest.raises(UnsupportedError, match=r"LoftQ quantised the base .*; merge into the base that LoftQ left"):
+        parse(CONFIG | {"init_lora_weights": "loftq"}, initial=initial)
+    for value in ("unheard of", "pissa_niter_", "pissa_niter_x", 3, ["pissa"]):
+        with pytest.raises(FormatError, match=r"init_lora_weights: found .*, expected True, False, gaussian"):
+            parse(CONFIG | {"init_lora_weights": value}, initial=initial)
+
+
+def test_an_initial_adapter_where_the_base_is_as_it_was() -> None:
+    for init in (None, True, "true"):  # peft's documentation says to set true before saving it, and the trained one may have that too
+        assert parse(CONFIG | {"init_lora_weights": init}, initial=True).init is None
+    for init in (False, "gaussian", "eva", "orthogonal", "mica"):
+        with pytest.raises(FormatError, match="--initial is for adapters whose initialisation changed the base"):
+            parse(CONFIG | {"init_lora_weights": init}, initial=True)
+
+
+def test_olora_on_weights_stored_transposed() -> None:
+    with pytest.raises(UnsupportedError, match=r"peft's OLoRA changes weights stored \(in, out\) as if they were \(out, in\)"):
+        parse(CONFIG | {"init_lora_weights": "olora", "fan_in_fan_out": True})
+    assert parse(CONFIG | {"init_lora_weights": "pissa", "fan_in_fan_out": True}).init == "pissa"
 
 
 BAD = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from tests.interop.zoo import new_base
+from tests.interop.zoo import TRANSPOSED, new_base
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Case:
     `random` fills one trainable tensor with values that change its weight by about its own size; by default 0.3 times normal
     numbers. `flips` are other values of settings, each with which peft loads the same tensors as another adapter; `refused` are
     values that must be an error; `harmless` are changes of a tensor, by a key's ending, that leave another good adapter, each for a
-    reason told beside it. `tolerance` is of ‖output‖, in float32.
+    reason told beside it. `tolerance` is of ‖output‖, in float32. `transposed` names the weights of which nothing in a file tells that
+    they are stored so.
     """
 
     config: Callable[..., Any]
@@ -35,6 +36,7 @@ class Case:
     refused: dict[str, Any] = field(default_factory=dict)
     harmless: tuple[tuple[str, str], ...] = ()
     tolerance: float = 1e-5
+    transposed: tuple[str, ...] = TRANSPOSED
 
     def wrapped(self, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> PeftModel:
         """The zoo under this adapter, its tensors random; base and adapter are saved below the folder."""
@@ -61,7 +63,7 @@ CONVS = ("conv1", "conv2", "point2")
 
 
 def all_cases() -> dict[str, Case]:
-    from tests.interop import cases_additive, cases_banked, cases_multiplicative
+    from tests.interop import cases_additive, cases_banked, cases_lora, cases_multiplicative
 
-    return {**cases_additive.CASES, **cases_banked.CASES, **cases_multiplicative.CASES}
+    return {**cases_additive.CASES, **cases_banked.CASES, **cases_lora.CASES, **cases_multiplicative.CASES}
 

@@ -16,7 +16,7 @@ from loratools.errors import LoratoolsError
 from loratools.formats.peft_methods import METHODS
 from tests.files import read_adapter, write_adapter
 from tests.interop.methods import Case, all_cases
-from tests.interop.zoo import TRANSPOSED, difference, merged_outputs, new_base, outputs
+from tests.interop.zoo import difference, merged_outputs, new_base, outputs
 
 CASES = all_cases()
 TENSORS: dict[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
@@ -32,11 +32,11 @@ TENSORS: dict[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
 }
 
 
-def merged(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], base: Path) -> dict[str, Tensor] | str:
+def merged(case: Case, folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], base: Path) -> dict[str, Tensor] | str:
     """The outputs of what merge makes of an adapter, or its error."""
     write_adapter(folder / "adapter", tensors, config)
     try:
-        merge(base, folder / "adapter", folder / "out", transposed=TRANSPOSED)
+        merge(base, folder / "adapter", folder / "out", transposed=case.transposed)
     except LoratoolsError as error:
         assert not (folder / "out").exists()
         return str(error)
@@ -50,7 +50,7 @@ def test_every_change_of_a_tensor_is_an_error(tmp_path: Path, name: str) -> None
     silent = []
     for word, change in TENSORS.items():
         for number, key in enumerate(tensors):
-            if isinstance(merged(tmp_path / word / str(number), change(tensors, key), config, tmp_path / "base"), dict):
+            if isinstance(merged(CASES[name], tmp_path / word / str(number), change(tensors, key), config, tmp_path / "base"), dict):
                 silent.append((word, key))
     harmless = CASES[name].harmless
     assert [(word, key) for word, key in silent if not any(word == known and key.endswith(end) for known, end in harmless)] == []
@@ -71,7 +71,7 @@ def test_another_setting_is_what_peft_reads(tmp_path: Path, name: str) -> None:
 
 def merged_of(case: Case, folder: Path, change: dict[str, Any]) -> dict[str, Tensor]:
     tensors, config = read_adapter(folder / "adapter")
-    found = merged(folder / "".join(change or ["before"]), tensors, config | change, folder / "base")
+    found = merged(case, folder / "".join(change or ["before"]), tensors, config | change, folder / "base")
     assert isinstance(found, dict), found
     return found
 
@@ -81,7 +81,7 @@ def test_a_setting_that_does_not_fit_is_an_error(tmp_path: Path, name: str) -> N
     CASES[name].wrapped(tmp_path)
     tensors, config = read_adapter(tmp_path / "adapter")
     for setting, value in CASES[name].refused.items():
-        found = merged(tmp_path / setting, tensors, config | {setting: value}, tmp_path / "base")
+        found = merged(CASES[name], tmp_path / setting, tensors, config | {setting: value}, tmp_path / "base")
         assert isinstance(found, str), setting
 
 

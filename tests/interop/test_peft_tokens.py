@@ -109,8 +109,17 @@ def test_rows_beside_another_change_of_the_tied_head(tmp_path: Path) -> None:
     tensors = {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 16), "base_model.model.lm_head.lora_B.weight": torch.ones(48, 2)}
     write_adapter(tmp_path / "lora", tensors, peft_config(target_modules=["lm_head"]))
     less(tmp_path)
-    with pytest.raises(UnsupportedError, match=r"are also those of lm_head\.weight, which is changed in another way"):
+    with pytest.raises(UnsupportedError, match="--untie"):
         merge(tmp_path / "base", [tmp_path / "less", tmp_path / "lora"], tmp_path / "out")
+    merge(tmp_path / "base", [tmp_path / "less", tmp_path / "lora"], tmp_path / "out", untie=True)
+    merged, new = read_checkpoint(tmp_path / "out"), read_adapter(tmp_path / "less")[0]
+    expected = merged["model.embed_tokens.weight"] + 4.0  # alpha 4 over rank 2, times two ones
+    assert torch.equal(merged["model.embed_tokens.weight"][INDICES], next(iter(new.values())))
+    assert torch.allclose(merged["lm_head.weight"], expected, atol=1e-6)
+    tensors["base_model.model.lm_head.lora_magnitude_vector"] = torch.ones(48)
+    write_adapter(tmp_path / "dora", tensors, peft_config(target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(UnsupportedError, match=r"are also those of lm_head\.weight, which is changed in another way"):
+        merge(tmp_path / "base", [tmp_path / "less", tmp_path / "dora"], tmp_path / "none", untie=True)
 
 
 def test_a_copy_that_differs_is_an_error(tmp_path: Path) -> None:

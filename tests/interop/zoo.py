@@ -39,6 +39,7 @@ class Zoo(nn.Module):
         self.table = nn.Embedding(50, 12, padding_idx=3)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 5)
+        self.even2 = nn.Conv2d(6, 10, 3, stride=2, padding=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: getattr(self, name)(x) for name, x in inputs.items()}
@@ -49,7 +50,7 @@ def inputs(seed: int) -> dict[str, Tensor]:
     shapes = {
         "linear": (3, 24), "square": (3, 20), "gpt": (3, 20), "gpt_square": (3, 20), "conv1": (2, 6, 9), "conv2": (2, 6, 7, 8),
         "point2": (2, 6, 5, 4), "conv3": (1, 4, 4, 5, 3), "point3": (1, 4, 3, 2, 3), "long3": (1, 4, 2, 2, 5),
-        "norm": (3, 8), "head": (3, 8),
+        "norm": (3, 8), "head": (3, 8), "even2": (2, 6, 7, 8),
     }  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     found = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}

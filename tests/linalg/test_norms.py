@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.linalg.norms import ROWS, WIDTH, column_squares, row_squares, row_sums
+from loratools.linalg.norms import ROWS, WIDTH, column_squares, column_sums, row_squares, row_sums
 from tests.files import raw
 from tests.strategies import randn, seeds
 
@@ -30,6 +30,14 @@ def test_columns_from_blocks_of_their_own_height(rows: int, columns: int, seed: 
     assert torch.allclose(found, X.square().sum(0), rtol=1e-14, atol=0)
     one = torch.cat([column_squares(X[start : start + ROWS, j : j + 1] for start in range(0, rows, ROWS)) for j in range(columns)])
     assert raw(found) == raw(one)
+
+
+def test_column_sums_keep_their_signs() -> None:
+    X = randn(300, 7, seed=2).double()
+    found = column_sums(X[start : start + ROWS] for start in range(0, 300, ROWS))
+    assert torch.allclose(found, X.sum(0), rtol=0, atol=1e-13)  # 300 terms of about 1, each half a unit off
+    blocks = [X[start : start + ROWS] for start in range(0, 300, ROWS)]
+    assert raw(column_sums(block * block for block in blocks)) == raw(column_squares(blocks))
 
 
 def test_against_exact_fractions() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratools import extract, inspect, merge, unmerge, verify
-from loratools.errors import FormatError, OptionError, UnsupportedError
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, OptionError, UnsupportedError
 from tests.files import (
     llama_config,
     llama_tensors,
@@ -22,6 +22,7 @@ from tests.files import (
     write_adapter,
     write_checkpoint,
     write_pickled,
+    write_pipeline,
 )
 from tests.ops._lora import checked
 from tests.strategies import randn
@@ -36,7 +37,7 @@ def lora(folder: Path, names: dict[str, tuple[int, int]], extra: dict[str, Tenso
     for seed, (name, (rows, columns)) in enumerate(names.items()):
         tensors[f"{ROOT}{name}.lora_A.weight"] = randn(2, columns, seed=seed)
         tensors[f"{ROOT}{name}.lora_B.weight"] = randn(rows, 2, seed=seed + 100)
-    return write_adapter(folder, tensors, peft_config(target_modules=sorted({name.rpartition(".")[2] for name in names})) | config)
+    return write_adapter(folder, tensors, peft_config(target_modules=sorted(names) or ["none"]) | config)
 
 
 def llama_lora(folder: Path) -> Path:
@@ -165,3 +166,200 @@ def test_transformers_loads_what_was_a_pickle(tmp_path: Path) -> None:
     expected = (W.double() + 2 * (B @ A).T).float()  # alpha 4 / rank 2
     assert torch.equal(merged.transformer.h[0].attn.c_proj.weight, expected)
     assert torch.equal(merged.lm_head.weight, model.transformer.wte.weight)
+
+
+# -- variants
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_variant_keeps_its_names(tmp_path: Path, shards: int) -> None:
+    base = write_checkpoint(tmp_path / "base", llama_tensors(torch.float16), llama_config(), shards=shards)
+    variants = {"model-": "model.fp16-", "model.safetensors.index.json": "model.safetensors.index.fp16.json"}
+    variants["model.safetensors"] = "model.fp16.safetensors"
+    names = {path.name: path.name for path in base.iterdir()}
+    for name in names:
+        old = next((old for old in variants if name.startswith(old)), "")
+        names[name] = name.replace(old, variants.get(old, ""), 1)
+    for name, variant in names.items():
+        (base / name).rename(base / variant)
+        if variant.endswith(".index.fp16.json"):
+            (base / variant).write_text((base / variant).read_text().replace("model-", "model.fp16-"))
+    adapter = llama_lora(tmp_path / "adapter")
+    receipt = merge(base, adapter, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names.values(), "loratools.json"} and receipt["left_out"] == []
+    assert verify(tmp_path / "out", base=base, adapters=adapter)["ok"]
+    # beside the plain weights those win, as in transformers; the variant's own path opens it
+    write_checkpoint(base, llama_tensors(), llama_config())
+    receipt = merge(base, adapter, tmp_path / "plain")
+    weights = {name for name in names.values() if name != "config.json"}
+    assert {row["name"] for row in receipt["left_out"]} == weights and (tmp_path / "plain" / "model.safetensors").is_file()
+    chosen = "model.safetensors.index.fp16.json" if shards > 1 else "model.fp16.safetensors"
+    out = tmp_path / ("chosen" if shards > 1 else "chosen.safetensors")
+    merge(base / chosen, adapter, out)
+    assert same(out, tmp_path / "out")
+    with pytest.raises(LoratoolsError, match="is, holds or lies inside the input"):
+        merge(base / chosen, adapter, base / "out.safetensors" if shards > 1 else base / chosen, overwrite=True)
+
+
+# -- pipelines
+
+UNET = {"mid.attn.to_q.weight": randn(8, 8, seed=1), "mid.attn.to_k.weight": randn(8, 8, seed=2), "conv.weight": randn(4, 3, 3, 3, seed=3)}
+CLIP = {f"text_model.layers.{layer}.q_proj.weight": randn(8, 8, seed=layer) for layer in (0, 1)}
+
+
+def pipeline(folder: Path) -> Path:
+    models = {
+        "unet": (UNET, {"_class_name": "UNet2DConditionModel"}),
+        "vae": ({"conv.weight": randn(4, 3, 3, 3, seed=9)}, {"_class_name": "AutoencoderKL"}),
+        "text_encoder": (CLIP, {"model_type": "clip_text_model"}),
+        "text_encoder_2": (CLIP | {"text_projection.weight": randn(4, 8, seed=5)}, {"model_type": "clip", "torch_dtype": "float32"}),
+        "text_encoder_3": (llama_tensors(head=False), llama_config(tie_word_embeddings=True)),
+    }
+    return write_pipeline(folder, models)
+
+
+def test_an_adapter_of_several_models_of_a_pipeline(tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base")
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"stale")
+    names = {"unet.mid.attn.to_q": (8, 8), "text_encoder.text_model.layers.0.q_proj": (8, 8)}
+    adapter = lora(tmp_path / "adapter", names)
+    receipt = checked(merge(base, adapter, tmp_path / "out"), tmp_path / "out")
+    assert receipt["applied"] == receipt["expected"] == 2 and receipt["notes"] == []
+    assert [row["name"] for row in receipt["left_out"]] == ["unet/diffusion_pytorch_model.fp16.safetensors"]
+    assert [row["name"] for row in receipt["tensors"]] == [f"{name}.weight" for name in sorted(names)]
+    # each model as it were merged by itself
+    for seed, (name, shape) in enumerate(names.items()):
+        model, _, module = name.partition(".")
+        pair = {"lora_A.weight": randn(2, shape[1], seed=seed), "lora_B.weight": randn(shape[0], 2, seed=seed + 100)}
+        tensors = {f"{ROOT}{module}.{key}": tensor for key, tensor in pair.items()}
+        alone = write_adapter(tmp_path / f"{model}_adapter", tensors, peft_config(target_modules=[module]))
+        merge(base / model, alone, tmp_path / model)
+        assert same(tmp_path / "out" / model, tmp_path / model)
+    changed = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "loratools.json"}
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file() and (name := path.relative_to(tmp_path / "out").as_posix()) not in changed:
+            assert path.read_bytes() == (base / name).read_bytes()
+    report = verify(tmp_path / "out", base=base, adapters=adapter, forward=True)
+    assert report["ok"] and report["max_ulp"] == 0 and report["digests"] == report["replayed"] == len(receipt["digests"])
+    joined, told = inspect(adapter, base=base), inspect(base)
+    assert joined["modules_total"] == 2 and joined["base_parameters"] == told["parameters"]
+    assert told["components"]["vae"] == {"tensors": 1, "parameters": 108, "quantization": None} and told["shards"] == 5
+
+
+def test_verify_finds_what_was_changed_in_a_pipeline(tmp_path: Path) -> None:
+    merge(pipeline(tmp_path / "base"), lora(tmp_path / "adapter", {"unet.mid.attn.to_q": (8, 8)}), tmp_path / "out")
+    write_checkpoint(tmp_path / "out" / "text_encoder", CLIP | {"text_model.layers.0.q_proj.weight": torch.zeros(8, 8)})
+    (tmp_path / "out" / "vae" / "other.safetensors").write_bytes(b"")
+    faults = "\n".join(verify(tmp_path / "out")["faults"])
+    assert "text_encoder.text_model.layers.0.q_proj.weight: not the bytes that were written" in faults
+    assert "text_encoder/model.safetensors: " in faults and "vae/other.safetensors: weights that the receipt does not know" in faults
+
+
+def test_an_adapter_without_the_models_name(tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base")
+    receipt = merge(base, lora(tmp_path / "one", {"mid.attn.to_q": (8, 8), "mid.attn.to_k": (8, 8)}), tmp_path / "out")
+    assert receipt["notes"] == ["names aligned for the whole adapter: prefix 'unet.' added"] and receipt["applied"] == 2
+    # in two models alike: refused, until a name decides
+    both = lora(tmp_path / "both", {"text_model.layers.1.q_proj": (8, 8)})
+    with pytest.raises(AmbiguousError, match=r"'text_encoder\.' or 'text_encoder_2\.'; give --rename OLD=NEW"):
+        merge(base, both, tmp_path / "which")
+    receipt = merge(base, both, tmp_path / "which", rename=["text_model=text_encoder_2.text_model"])
+    assert [row["name"] for row in receipt["tensors"]] == ["text_encoder_2.text_model.layers.1.q_proj.weight"]
+    # in one, and a stray
+    stray = lora(tmp_path / "stray", {"mid.attn.to_q": (8, 8), "text_model.layers.9.q_proj": (8, 8)})
+    with pytest.raises(MatchError, match=r"unet\.text_model\.layers\.9\.q_proj\.weight: the base has no such weight"):
+        merge(base, stray, tmp_path / "not")
+    new = lora(tmp_path / "new", {"unet.mid.attn.to_q": (8, 8)}, {"score.weight": torch.ones(2, 2)}, modules_to_save=["score"])
+    with pytest.raises(MatchError, match=r"score\.weight: new, and of no model of the pipeline: expected unet\., "):
+        merge(base, new, tmp_path / "not")
+    assert not (tmp_path / "not").exists()
+
+
+def test_the_models_of_a_pipeline_have_ties_and_dtypes_of_their_own(tmp_path: Path) -> None:
+    base = pipeline(tmp_path / "base")
+    tied = lora(tmp_path / "tied", {}, {f"text_encoder_3.{HEAD}": randn(17, 8, seed=1)}, modules_to_save=["lm_head"], target_modules=["x"])
+    with pytest.raises(UnsupportedError, match=r"text_encoder_3: lm_head\.weight: model\.embed_tokens\.weight and lm_head\.weight are one"):
+        merge(base, tied, tmp_path / "out")
+    assert any(text.startswith("text_encoder_3.lm_head.weight is changed alone") for text in inspect(tied, base=base)["warnings"])
+    receipt = merge(base, tied, tmp_path / "out", untie=True, dtype="bfloat16")
+    assert receipt["notes"][-1] == "text_encoder_3: untied: lm_head.weight is written beside model.embed_tokens.weight"
+    assert sorted(receipt["changed_files"]) == ["text_encoder_2/config.json", "text_encoder_3/config.json"]
+    assert read_config(tmp_path / "out" / "text_encoder_2")["torch_dtype"] == "bfloat16"
+    assert not read_config(tmp_path / "out" / "text_encoder_3")["tie_word_embeddings"]
+    for model in ("unet", "vae", "text_encoder", "text_encoder_3"):
+        assert {tensor.dtype for tensor in read_checkpoint(tmp_path / "out" / model).values()} == {torch.bfloat16}
+    assert verify(tmp_path / "out", base=base, adapters=tied)["ok"]
+
+
+def test_what_is_not_done_on_pipelines_is_refused(tmp_path: Path) -> None:
+    base, adapter = pipeline(tmp_path / "base"), lora(tmp_path / "adapter", {"unet.mid.attn.to_q": (8, 8)})
+    with pytest.raises(OptionError, match=r"--reversible needs a base whose files.*a pipeline of several models"):
+        merge(base, adapter, tmp_path / "out", reversible=True)
+    with pytest.raises(UnsupportedError, match=r"a pipeline of several models, and an adapter is of one; name the same folder of both"):
+        extract(base, base, tmp_path / "out", rank=1)
+    merge(base, adapter, tmp_path / "merged")
+    unmerge(tmp_path / "merged", tmp_path / "back", adapters=adapter, approximate=True)
+    after = read_checkpoint(tmp_path / "back" / "unet")
+    assert float((after["mid.attn.to_q.weight"] - UNET["mid.attn.to_q.weight"]).abs().max()) < 1e-5  # a rounding each way
+
+
+def test_history_and_records_of_a_pipelines_models(tmp_path: Path) -> None:
+    """A model that was merged by itself keeps its receipt and record where it does not change; else the receipt is history."""
+    base = pipeline(tmp_path / "base")
+    for name, module in (("unet", "mid.attn.to_q"), ("text_encoder", "text_model.layers.0.q_proj")):
+        adapter = lora(tmp_path / f"{name}_adapter", {module: (8, 8)})
+        merge(base / name, adapter, tmp_path / name, reversible=True)
+        for path in (tmp_path / name).iterdir():
+            path.replace(base / name / path.name)
+    receipt = merge(base, lora(tmp_path / "a", {"unet.mid.attn.to_k": (8, 8)}), tmp_path / "out")
+    assert [entry["operation"] for entry in receipt["history"]] == ["merge", "merge"]
+    assert [row["name"] for row in receipt["left_out"]] == ["unet/unmerge.safetensors"]
+    assert (tmp_path / "out" / "text_encoder" / "unmerge.safetensors").is_file()
+    assert not (tmp_path / "out" / "unet" / "loratools.json").exists()
+    unmerge(tmp_path / "out" / "text_encoder", tmp_path / "back")
+    assert same(tmp_path / "back", pipeline(tmp_path / "first") / "text_encoder")
+
+
+# -- names
+
+
+def test_a_base_saved_without_its_head(tmp_path: Path) -> None:
+    """GPT-2 on the Hub has `h.0…`, an adapter of GPT2LMHeadModel `transformer.h.0…` and its head `lm_head`; and the other way round."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=11, n_positions=6, architectures=["GPT2LMHeadModel"]))
+    model.save_pretrained(tmp_path / "base")
+    config = {**read_config(tmp_path / "base"), "architectures": ["GPT2LMHeadModel"]}
+    write_checkpoint(tmp_path / "base", read_checkpoint(tmp_path / "base"), config)
+    W = read_checkpoint(tmp_path / "base")
+    adapter = lora(tmp_path / "adapter", {"transformer.h.0.attn.c_proj": (8, 8), "lm_head": (11, 8)}, fan_in_fan_out=True)
+    receipt = merge(tmp_path / "base", adapter, tmp_path / "out", untie=True)
+    assert receipt["applied"] == 2
+    assert "names aligned for the whole adapter: prefix 'transformer.' removed; as they are: lm_head.weight" in receipt["notes"]
+    found = read_checkpoint(tmp_path / "out")
+    tensors, _ = read_adapter(adapter)
+    for name, old, turned in (("h.0.attn.c_proj", W["h.0.attn.c_proj.weight"], True), ("lm_head", W["wte.weight"], False)):
+        A, B = (next(tensor.double() for key, tensor in tensors.items() if f"{name}.lora_{part}" in key) for part in "AB")
+        delta = 2 * (B @ A)  # alpha 4 / rank 2
+        assert torch.equal(found[f"{name}.weight"], (old.double() + (delta.T if turned else delta)).float())
+
+
+def test_an_old_bert(tmp_path: Path) -> None:
+    """`LayerNorm.gamma` and `beta` in a pickle, as Google's BERT was converted; the adapter says `weight` and `bias`."""
+    base = {
+        "bert.encoder.layer.0.output.dense.weight": randn(8, 8, seed=0), "bert.encoder.layer.0.output.dense.bias": randn(8, seed=1),
+        "bert.encoder.layer.0.output.LayerNorm.gamma": randn(8, seed=2), "bert.encoder.layer.0.output.LayerNorm.beta": randn(8, seed=3),
+    }  # fmt: skip
+    write_pickled(tmp_path / "base", base, {"model_type": "bert"})
+    saved = {"encoder.layer.0.output.LayerNorm.weight": torch.ones(8), "encoder.layer.0.output.LayerNorm.bias": torch.zeros(8)}
+    adapter = lora(tmp_path / "adapter", {"encoder.layer.0.output.dense": (8, 8)}, saved, modules_to_save=["LayerNorm"])
+    receipt = merge(tmp_path / "base", adapter, tmp_path / "out")
+    aligned, spelt = (note for note in receipt["notes"] if "align" in note or "spells" in note)
+    assert aligned == "names aligned for the whole adapter: prefix 'bert.' added"
+    assert spelt.startswith("names as the base spells them: encoder.layer.0.output.LayerNorm.") and spelt.endswith(", and 1 more alike")
+    found = read_checkpoint(tmp_path / "out")
+    assert found.keys() == base.keys() and receipt["applied"] == receipt["expected"] == 3
+    assert torch.equal(found["bert.encoder.layer.0.output.LayerNorm.gamma"], torch.ones(8))
+    assert torch.equal(found["bert.encoder.layer.0.output.LayerNorm.beta"], torch.zeros(8))
+    assert verify(tmp_path / "out", base=tmp_path / "base", adapters=adapter)["ok"]

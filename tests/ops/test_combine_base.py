@@ -40,7 +40,8 @@ WEIGHTS = {name: randn(*shape, seed=len(name)).float() for name, (shape, _) in S
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "base", {**WEIGHTS, "h.0.up.bias": torch.ones(20), "head.weight": torch.ones(4, 7)})
+    others = {"h.0.up.bias": torch.ones(20), "head.weight": torch.ones(4, 7), "experts.up.weight": torch.ones(2, 3, 4)}
+    return write_checkpoint(tmp_path / "base", {**WEIGHTS, **others})
 
 
 def dora(name: str, seed: int) -> DoRA:
@@ -158,6 +159,15 @@ def test_a_kind_of_its_own(tmp_path: Path, base: Path) -> None:
         combine(given, tmp_path / "other", rank=2)
 
 
+def test_a_bias_that_is_no_difference_becomes_one(tmp_path: Path, base: Path) -> None:
+    """b′ = 1.5·b is b + 0.5·b exactly: a vector needs no factors."""
+    given = Adapter(deltas={NAME: Scaled(factor=1.5), "h.0.up.bias": Scaled(factor=1.5)})
+    receipt = checked(combine([(given, -0.4)], tmp_path / "out", base=base, rank=FULL), tmp_path / "out")
+    found = load(tmp_path / "out")["h.0.up.bias"]
+    assert isinstance(found, Full) and torch.allclose(dense(found), torch.full((20,), -0.2, dtype=torch.float64), atol=1e-8)
+    assert receipt["applied"] == 2 and rows_of(receipt)["h.0.up.bias"]["rank"] is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_tensor_at_another_weight(tmp_path: Path, base: Path, dtype: torch.dtype) -> None:
     """W + w·(V − W), saved whole again in V's dtype; with LoRA on it too."""
@@ -205,11 +215,11 @@ def test_a_tied_head_that_is_not_on_disk(tmp_path: Path) -> None:
 
 
 def refused() -> list[tuple[list[tuple[Adapter, float]], dict[str, Any], type[LoratoolsError], str]]:
-    stack = Adapter(deltas={"h.0.up.bias": Scaled(factor=2.0)})
+    stack = Adapter(deltas={"experts.up.weight": Scaled(factor=2.0)})
     return [
         ([(Adapter(deltas={NAME: dora(NAME, 0)}), 0.5)], {}, OptionError, r"h\.0\.up\.weight: this change has no small factors.*--rank"),
         ([(Adapter(deltas={"nowhere.weight": low((20, 7), 2, 0)}), 1.0)], {}, MatchError, r"none of the adapter's 1 weights"),
-        ([(stack, 0.5)], {"rank": 2}, UnsupportedError, r"h\.0\.up\.bias: what becomes of it has no low-rank form: not a matrix"),
+        ([(stack, 0.5)], {"rank": 2}, UnsupportedError, r"experts\.up\.weight: what becomes of it has no low-rank form: a stack"),
     ]
 
 

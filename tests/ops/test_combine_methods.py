@@ -23,6 +23,7 @@ from loratools.formats import load
 from loratools.linalg.merging import at_random, by_rank
 from loratools.ops._dense_sum import key_of
 from loratools.ops.combine import combine
+from loratools.tensorfile import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.ops._lora import SHAPES, adapters, checked, dense, low, rows_of
 
@@ -125,7 +126,8 @@ def test_another_adapter_and_another_module_draw_otherwise(tmp_path: Path) -> No
 
     words = dict.fromkeys(("energy", "max_error", "majority_sign", "epsilon", "dtype"))
     options = options_of({**words, "method": "dare-linear", "rank": 1, "density": 0.5, "seed": 3})
-    drawn = [whole(name, [(given[name], 1.0, place)], options) for name in ("a.bias", "b.bias") for place in (0, 1)]
+    spec = Spec("F32", (1, 400))
+    drawn = [whole(name, [(given[name], 1.0, place)], spec, None, options) for name in ("a.bias", "b.bias") for place in (0, 1)]
     assert len({tuple(part.flatten().tolist()) for part in drawn}) == 4
 
 

@@ -342,7 +342,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path, shards: int) -> None:
     assert inspect(base) == {
         "path": str(base), "format": "checkpoint", "tensors": len(tensors), "parameters": sum(map(torch.numel, tensors.values())),
         "bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")), "dtypes": {"F32": len(tensors) - 2, "I64": 1, "F16": 1},
-        "shards": shards, "warnings": [],
+        "shards": shards, "quantization": None, "components": None, "warnings": [],
     }  # fmt: skip
 
 
@@ -412,3 +412,70 @@ def test_an_adapter_whose_decoding_fails_is_an_error_that_names_it(tmp_path: Pat
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no such file or folder"):
         inspect(tmp_path / "none", base=tmp_path / "none too")
+
+
+# -- a DoRA's magnitudes beside the base
+
+
+def drifted(folder: Path, axis: int = 1, size: int = 48, drift: float = 0.02) -> tuple[Path, Path, torch.Tensor]:
+    """A square weight, a peft DoRA whose magnitudes are the norms of its rows (or columns) moved evenly up to `drift`, and W."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(size, size, generator=generator) * (1 + torch.rand(size, 1, generator=generator) * 3)
+    W = W * (1 + torch.rand(1, size, generator=generator) * 3)
+    moved = torch.linspace(-drift, drift, size)
+    tensors = lora("m", 0.01 * torch.ones(1, size), torch.ones(size, 1), lora_magnitude_vector=W.norm(dim=axis) * (1 + moved))
+    config = peft_config(r=1, lora_alpha=1, use_dora=True, target_modules=["m"])
+    return write_adapter(folder / "dora", tensors, config), write_checkpoint(folder / "base", {"m.weight": W}), W
+
+
+def test_how_far_magnitudes_moved(tmp_path: Path) -> None:
+    adapter, base, W = drifted(tmp_path)
+    report = inspect(adapter, base=base)
+    (row,) = report["modules"]
+    assert report["warnings"] == [] and "magnitudes" not in inspect(adapter)["modules"][0]
+    told = row["magnitudes"]
+    assert told["axis"] == "out"
+    assert told["drift"] == {name: pytest.approx(value, abs=1e-3) for name, value in (("min", -0.02), ("median", 0), ("max", 0.02))}
+    best, other = told["fits"]
+    V = W.double() + 0.01
+    m = W.norm(dim=1).double() * (1 + torch.linspace(-0.02, 0.02, 48))
+    for fit, side in ((best, 1), (other, 0)):
+        assert fit["axis"] == ("out" if side else "in")
+        for norm, key in ((W.double().norm(dim=side), "base"), (V.norm(dim=side), "changed")):
+            assert fit[key] == pytest.approx(float((m / norm - 1).square().mean().sqrt()), rel=1e-5)  # m is stored in float32
+
+
+def test_warns_of_magnitudes_that_fit_the_other_axis(tmp_path: Path) -> None:
+    adapter, base, _ = drifted(tmp_path, axis=0)
+    (warning,) = inspect(adapter, base=base)["warnings"]
+    assert warning.startswith("m.weight: its magnitudes are read as one for each row, off ‖W‖ by ")
+    assert "read as one for each column they are off by 0.01" in warning
+
+
+def test_magnitudes_of_turned_layers_and_saved_tensors(tmp_path: Path) -> None:
+    """`out` is the layer's own, however its weight lies; on a saved embedding the norms are that tensor's."""
+    tensors = {f"{ROOT}m.lora_embedding_A": torch.zeros(1, 9), f"{ROOT}m.lora_embedding_B": torch.zeros(4, 1)}
+    W = torch.rand(9, 4) + 1
+    tensors |= {f"{ROOT}m.lora_magnitude_vector": 1.5 * W.norm(dim=0), f"{ROOT}m.base_layer.weight": W}
+    adapter = write_adapter(tmp_path / "a", tensors, peft_config(r=1, use_dora=True, target_modules=["m"]))
+    base = write_checkpoint(tmp_path / "base", {"m.weight": torch.ones(9, 4)})
+    (row,) = inspect(adapter, base=base)["modules"]
+    assert row["magnitudes"]["axis"] == "out" and row["magnitudes"]["drift"]["median"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_bare_vector_of_magnitudes(tmp_path: Path) -> None:
+    from loratools.adapter import Adapter
+    from loratools.deltas.flat import FlatDoRA
+    from loratools.deltas.lowrank import LowRank
+    from loratools.formats import save
+    from loratools.tensors import to_ref
+
+    _, base, W = drifted(tmp_path)
+    low = LowRank(A=to_ref(torch.zeros(1, 48)), B=to_ref(torch.zeros(48, 1)), alpha=1.0, layer="linear")
+    for name, m, axis in (("rows", W.norm(dim=1), "out"), ("columns", W.norm(dim=0), "in"), ("neither", torch.ones(48), None)):
+        path = tmp_path / f"{name}.safetensors"
+        save(Adapter({"m.weight": FlatDoRA(direction=low, magnitude=to_ref(m))}), path, format="loratools")
+        report = inspect(path, base=base)
+        told = report["modules"][0]["magnitudes"]
+        assert told["axis"] == axis and (told["drift"] is None) == (axis is None)
+        assert [("without an axis" in text) for text in report["warnings"]] == ([] if axis else [True])

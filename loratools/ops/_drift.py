@@ -1,0 +1,66 @@
+"""DoRA's magnitudes beside the base: how far they moved from the norms that training began with, and which norms they fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loratools.deltas.base import Delta
+from loratools.deltas.compose import Chain
+from loratools.deltas.dora import DoRA
+from loratools.deltas.flat import FlatDoRA
+from loratools.deltas.full import Replacement
+from loratools.deltas.laid import TurnedAdditive
+from loratools.deltas.lowrank import LowRank
+from loratools.deltas.magnitudes import AXES, Norms, axis_of, clear, drift, fits, named, norms
+from loratools.errors import AmbiguousError
+from loratools.tensorfile import Ref, Spec
+
+
+def moved(delta: Delta, weight: Ref | None) -> tuple[dict[str, Any], list[str]]:
+    """What a report says of a DoRA's magnitudes on a weight, read for it, and what is odd about them; nothing of other kinds.
+
+    `axis` is `out` for one magnitude an output of the layer, `in` for one an input, None where nothing tells; `drift` the least,
+    median and greatest of m/‖W‖ − 1 along it; `fits` each axis that has as many norms, with the root mean squares of m/‖W‖ − 1
+    (`base`) and of m/‖W + ΔW‖ − 1 (`changed`), the nearest first.
+    """
+    if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
+        weight, delta = delta.first.value, delta.then
+    if not isinstance(delta, DoRA | FlatDoRA) or weight is None:
+        return {}, []
+    import torch
+
+    from loratools.changes import reader
+    from loratools.tensors import read_tensor
+
+    spec = Spec("F64", weight.spec.shape)
+    found = norms(spec, reader(weight, delta.matrix(spec)[1]), delta.direction)
+    m = read_tensor(delta.magnitude, torch.float64).reshape(-1)
+    readings, warnings = fits(m, found), list[str]()
+    axis = delta.axis if isinstance(delta, DoRA) else None
+    if axis is None:
+        try:
+            axis = axis_of(m, found) if len(readings) > 1 and m.numel() > 1 else readings[0].axis
+        except AmbiguousError as error:
+            warnings.append(str(error))
+    elif odd := other_axis(axis, m, found):
+        warnings.append(odd)
+    names = {"out": "in", "in": "out"} if _turned(delta) else {"out": "out", "in": "in"}
+    told: dict[str, Any] = {"axis": axis and names[axis], "drift": drift(m, found.base[axis]) if axis else None}
+    told["fits"] = [{**one, "axis": names[str(one["axis"])]} for one in named(readings)]
+    return {"magnitudes": told}, warnings
+
+
+def other_axis(axis: str, m: Any, found: Norms) -> str | None:
+    """What is odd about magnitudes that clearly fit the norms of the axis they are not of: a square's vector, read another way."""
+    readings = fits(m, found)
+    if readings[0].axis == axis or not clear(readings, m.numel()):
+        return None
+    own = next(fit for fit in readings if fit.axis == axis)
+    better = readings[0]
+    return f"its magnitudes are read as {own}; read as one for each {AXES[better.axis]} they are off by {better.best:.3g} only"
+
+
+def _turned(delta: DoRA | FlatDoRA) -> bool:
+    """Whether the columns of the weight as it is stored are the layer's outputs."""
+    inner = delta.direction
+    return isinstance(inner, TurnedAdditive) or (isinstance(inner, LowRank) and inner.layer in ("embedding", "transposed"))

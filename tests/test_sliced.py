@@ -1,0 +1,49 @@
+"""Sliced: rows and columns of a stored matrix, the bytes of torch's own indexing, read no further than asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loratools.sliced import Sliced
+from loratools.tensorfile import Buffer, Ref, Spec, identity, origin
+from loratools.tensors import read_tensor, to_ref
+
+WHOLE = slice(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(0, 3), st.integers(1, 3))
+def test_it_is_an_index(dtype: torch.dtype, start: int, count: int, first: int, step: int) -> None:
+    held = torch.arange(54).reshape(9, 6).to(dtype)
+    rows, columns = slice(start, start + count), slice(first, None, step)
+    found = Sliced(to_ref(held), rows, columns)
+    expected = held.view(torch.uint8 if dtype == torch.float8_e4m3fn else dtype)[rows, columns].view(dtype)
+    assert found.spec == Spec(to_ref(held).spec.dtype, tuple(expected.shape))
+    assert torch.equal(read_tensor(found).float(), expected.float())
+    middle = found.spec.shape[0] // 2
+    assert bytes(found.rows(middle, found.spec.shape[0])) == bytes(found.read())[middle * found.spec.row_bytes() :]
+    assert torch.equal(read_tensor(found.T).float(), expected.float().T)
+
+
+def test_a_slice_of_a_slice_knows_what_it_is_of() -> None:
+    held = to_ref(torch.arange(54.0).reshape(9, 6))
+    inner = Sliced(Sliced(held, slice(2, 8)), slice(1, 3), slice(1, None, 2))
+    assert read_tensor(inner).tolist() == [[19, 21, 23], [25, 27, 29]]
+    assert origin(inner) is held and identity(inner) == identity(held)
+
+
+def test_only_its_rows_are_read() -> None:
+    class Watched(Ref):
+        spec = Spec("F32", (9, 6))
+
+        def rows(self, start: int, stop: int) -> Buffer:
+            asked.append((start, stop))
+            return bytes((stop - start) * 24)
+
+    asked: list[tuple[int, int]] = []
+    Sliced(Watched(), slice(3, 7)).rows(1, 3)
+    Sliced(Watched(), slice(3, 7), slice(0, 2)).read()
+    assert asked == [(4, 6), (3, 7)]
