@@ -128,14 +128,12 @@ def require_floating(*specs: Spec) -> None:
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the axes of 1 at its end: a convolution of kernel 1 is a matrix, and files spell it both ways.
+    """A convolution of kernel 1 as the matrix it is, for files spell it both ways; any other shape as it is.
 
-    >>> squeezed((4, 1, 1, 1)), squeezed((4, 3, 1, 2))
-    ((4, 1), (4, 3, 1, 2))
+    >>> squeezed((4, 3, 1, 1)), squeezed((4, 3, 1, 2))
+    ((4, 3), (4, 3, 1, 2))
     """
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
 
 
 class Additive(Delta):

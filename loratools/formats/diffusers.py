@@ -16,9 +16,9 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
+from loratools.formats._patterns import pattern_key
 from loratools.formats._slots import SPELLINGS, Slots, collect, made
 from loratools.formats.base import Container, ReadOptions
-from loratools.formats.peft_targets import pattern_key
 
 NAME = "diffusers"
 METADATA = "lora_adapter_metadata"
