@@ -22,6 +22,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parameters import moved, settle_parameters
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, UnsupportedError, raise_all
 from loratools.families import Family, of_vocabulary
+from loratools.flatnames import meet
 from loratools.tensorfile import Ref, Spec, identity, origin
 
 
@@ -32,7 +33,8 @@ class Adapter(Mapping[str, Delta]):
     `metadata` is what its file said beside the weights, by format; `passengers` are tensors that are no weight edit and are
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
     are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none; `initial` are
-    the files of the adapter as it was initialised, where its own do not tell what it means.
+    the files of the adapter as it was initialised, where its own do not tell what it means; names of a `flat` one have underscores
+    for dots (`flatnames`).
     """
 
     deltas: Mapping[str, Delta]
@@ -45,6 +47,7 @@ class Adapter(Mapping[str, Delta]):
     notes: tuple[str, ...] = ()
     absent: int = 0
     initial: tuple[Path, ...] = ()
+    flat: bool = False
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]
@@ -81,7 +84,8 @@ class Adapter(Mapping[str, Delta]):
         """
         family = family or Family({})
         renamed = self._renamed(list(renames))
-        placed, notes = align(renamed.deltas, [name for name, delta in renamed.items() if delta.needs_base], base)
+        needing = [name for name, delta in renamed.items() if delta.needs_base]
+        placed, notes = _dotted(renamed.deltas, base) if self.flat else align(renamed.deltas, needing, base)
         placed = {place: moved(delta, name, place) for name, (place, delta) in zip(renamed, placed.items(), strict=True)}
         aligned, unsettled = settle_parameters(placed, base, family.types)
         faults = [error.at(file=self.path) for error in unsettled]
@@ -117,7 +121,7 @@ class Adapter(Mapping[str, Delta]):
             settled = with_banks(settled)
         except LoratoolsError as error:
             raise error.at(file=self.path) from None
-        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent))
+        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent), flat=False)
 
     def _straight(self, settled: Mapping[str, Delta]) -> list[LoratoolsError]:
         """peft's OLoRA moves a part of W as it lies, and adds the change to it turned: for a weight stored (in, out) that is no LoRA."""
@@ -161,6 +165,12 @@ def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
         if f".{old}." in dotted:
             name = dotted.replace(f".{old}.", f".{new}." if new else ".", 1).strip(".")
     return name
+
+
+def _dotted(deltas: Mapping[str, Delta], base: Mapping[str, Spec]) -> tuple[dict[str, Delta], list[str]]:
+    """The deltas under the base's names that flatten to theirs; those the base lacks keep their own."""
+    met = meet(deltas, base)
+    return {met.get(word, word): delta for word, delta in deltas.items()}, []
 
 
 def _nothing_matched(names: list[str], base: Mapping[str, Spec], path: Path | None) -> MatchError:

@@ -127,6 +127,15 @@ def require_floating(*specs: Spec) -> None:
             raise UnsupportedError("arithmetic on a dtype that is not a plain floating-point one", found=spec)
 
 
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A convolution of kernel 1 as the matrix it is, for files spell it both ways; any other shape as it is.
+
+    >>> squeezed((4, 3, 1, 1)), squeezed((4, 3, 1, 2))
+    ((4, 3), (4, 3, 1, 2))
+    """
+    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+
+
 class Additive(Delta):
     """A delta that is a difference: W′ = W + ΔW, so that it can be scaled and summed.
 
@@ -167,7 +176,7 @@ class Additive(Delta):
     def spec(self, base: Spec | None) -> Spec:
         if base is None:
             raise ShapeError("changes a tensor that the base lacks", expected=f"a weight of shape {list(self.shape())}")
-        if self.shape() != (base.matrix if self.flat else base.shape):
+        if squeezed(self.shape()) != squeezed(base.matrix if self.flat else base.shape):
             raise ShapeError("does not fit the base's weight", found=list(self.shape()), expected=list(base.shape))
         require_floating(base, *(ref.spec for name, ref in self.refs().items() if name not in self.indices))
         return base

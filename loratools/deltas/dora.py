@@ -1,7 +1,8 @@
 """DoRA: W′ = m ∘ V / ‖V‖, V = W + ΔW (Liu et al. 2024, arXiv:2402.09353, equation 5).
 
 The norm runs over the axes where `magnitude` has size 1, so (out, 1) (peft, newer LyCORIS) and (1, in) (peft's embeddings,
-the from-scratch tutorial, older LyCORIS) need no flag. No epsilon is added: peft 0.21 has none (`tuners/lora/dora.py`).
+the from-scratch tutorial, older LyCORIS) need no flag; (1, in, 1, …) is one for each input channel of a convolution. No epsilon is
+added: peft 0.21 has none (`tuners/lora/dora.py`), and LyCORIS' 1e-7 is far below what its float32 shows.
 """
 
 from __future__ import annotations
@@ -32,13 +33,8 @@ class DoRA(Delta):
         found = self.direction.spec(base)
         require_floating(self.magnitude.spec)
         shape = self.magnitude.spec.shape
-        if self.axis == "in" and len(found.shape) > 2:
-            raise UnsupportedError(
-                "a magnitude per input channel of a convolution", found=list(shape), expected=f"[{found.shape[0]}, 1, ...]"
-            )
-        rows, columns = found.matrix
-        expected = (rows,) + (1,) * (len(found.shape) - 1) if self.axis == "out" else (1, columns)
-        if shape != expected:
+        expected = (found.shape[0], 1) if self.axis == "out" else (1, found.shape[1])
+        if shape[:2] != expected or any(size != 1 for size in shape[2:]):
             raise ShapeError("the magnitude does not fit the weight", found=list(shape), expected=list(expected))
         return found
 
@@ -46,7 +42,13 @@ class DoRA(Delta):
     def axis(self) -> str:
         """`out`: one norm for each output row; `in`: one for each input column; of a single number, the axis there is."""
         shape, rows = self.magnitude.spec.shape, self.direction.shape()[0]
-        return "in" if len(shape) == 2 and shape[0] == 1 and (shape[1] > 1 or rows > 1) else "out"
+        return "in" if len(shape) >= 2 and shape[0] == 1 and (shape[1] > 1 or rows > 1) else "out"
+
+    def fitted(self, base: Spec) -> Self:
+        size = self.magnitude.spec.numel
+        sides = (size, 1) if self.axis == "out" else (1, size)
+        magnitude = self.magnitude.reshape(*sides, *(1,) * (len(base.shape) - 2))
+        return replace(self, direction=self.direction.fitted(base), magnitude=magnitude)
 
     def matrix(self, base: Spec) -> tuple[int, int]:
         return self.direction.matrix(base)
@@ -84,15 +86,14 @@ class DoRA(Delta):
         """g for each row or column, from a pass over W."""
         import torch
 
-        from loratools.linalg.norms import ROWS, column_squares, row_squares
+        from loratools.linalg.norms import ROWS, row_squares
 
         magnitude = read_tensor(self.magnitude, torch.float64, device).reshape(-1)
         direct = self.direction.bind(base, read, device)
         if self.axis == "out":
             squares = torch.cat([row_squares(direct(part, W)) for part, W in read(ROWS)])
-        else:
-            squares = column_squares(direct(part, W) for part, W in read(ROWS))
-        return magnitude / squares.sqrt_()
+            return magnitude / squares.sqrt_()
+        return _column_factors(magnitude, direct, read)
 
     def refs(self) -> dict[str, Ref]:
         return {**self.direction.refs(), "magnitude": self.magnitude}
@@ -118,8 +119,15 @@ def _by_rows(magnitude: Tensor, direct: Bound) -> Bound:
 
 
 def _by_columns(magnitude: Tensor, direct: Bound, read: Read) -> Bound:
-    from loratools.linalg.norms import ROWS, column_squares
+    factor = _column_factors(magnitude.reshape(-1), direct, read)
+    return lambda part, W: direct(part, W).mul_(factor)
+
+
+def _column_factors(magnitude: Tensor, direct: Bound, read: Read) -> Tensor:
+    """m/‖V‖ for each column; a convolution's are (in, kernel), and an input channel has one norm over all of its kernel."""
+    from loratools.linalg.norms import ROWS, column_squares, row_sums
 
     squares = column_squares(direct(part, W) for part, W in read(ROWS))
-    factor = magnitude / squares.sqrt_()
-    return lambda part, W: direct(part, W).mul_(factor)
+    kernel = squares.numel() // magnitude.numel()
+    channels = row_sums(squares.reshape(-1, kernel)) if kernel > 1 else squares
+    return (magnitude / channels.sqrt_()).repeat_interleave(kernel)

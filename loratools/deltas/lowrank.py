@@ -66,6 +66,9 @@ class LowRank(Additive):
         B, A = (read_tensor(ref, torch.float64, device) for ref in (self.B, self.A))
         return B, A.flatten(1)
 
+    def fitted(self, base: Spec) -> Self:
+        return replace(self, A=self.A.reshape(self.rank, *base.shape[1:]))
+
     def product(self, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
         B, A = self.factors(device)
         return B * self.scaling, A

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, OptionError, UnsupportedError
-from loratools.formats import loralib, native, peft, peft_encode, scratch
+from loratools.formats import comfyui, diffusers, kohya, loralib, mlx, native, peft, peft_encode, scratch
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -28,6 +28,10 @@ class Format:
 FORMATS = (
     Format(peft.NAME, peft.detect, peft.decode, peft_encode.encode),
     Format(loralib.NAME, loralib.detect, loralib.decode, loralib.encode),
+    Format(kohya.NAME, kohya.detect, kohya.decode),
+    Format(diffusers.NAME, diffusers.detect, diffusers.decode),
+    Format(comfyui.NAME, comfyui.detect, comfyui.decode),
+    Format(mlx.NAME, mlx.detect, mlx.decode, mlx.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),
 )

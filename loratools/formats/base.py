@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,18 @@ from loratools.tensorwriter import TensorWriter, canonical
 from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = (
+    "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Container:
-    """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them."""
+    """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them.
+
+    `name` is what a folder's file of weights is called where it is written.
+    """
 
     tensors: Mapping[str, Ref]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -28,6 +35,7 @@ class Container:
     path: Path | None = None
     files: tuple[Path, ...] = ()
     header_sha256: str | None = None
+    name: str = WEIGHTS[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +102,8 @@ def open_container(path: str | Path) -> Container:
     files = (weights, beside) if config is not None else (weights,)
     if weights.suffix in PICKLES:
         return Container(load_pickle(weights), {}, config, weights, files)
+    if weights.suffix == ".npz":
+        return Container(load_npz(weights), {}, config, weights, files)
     opened = TensorFile(weights)
     return Container(opened, opened.metadata, config, weights, files, opened.header_sha256)
 
@@ -109,7 +119,7 @@ def _weights_in(folder: Path) -> Path:
         )
     if (folder / "adapter_model.safetensors.index.json").is_file():
         raise FormatError("a sharded adapter, which peft does not read either", file=folder, remedy="save it in one file")
-    expected = " or ".join(WEIGHTS)
+    expected = " or ".join(WEIGHTS[:3])
     remedy = "is it a model rather than an adapter?" if any(folder.glob("*.safetensors")) else None
     raise FormatError("no adapter in it", file=folder, expected=expected, remedy=remedy)
 
@@ -117,6 +127,24 @@ def _weights_in(folder: Path) -> Path:
 def load_pickle(path: Path) -> dict[str, Ref]:
     """A torch pickle of tensors by name, loaded with weights_only so that no code in it runs."""
     return dict(TorchFile(path))
+
+
+def load_npz(path: Path) -> dict[str, Ref]:
+    """numpy's archive of arrays by name, as MLX wrote until 2024; no pickled objects. Raises FormatError."""
+    import numpy as np
+
+    from loratools.tensorfile import InMemory
+
+    codes = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32", "int64": "I64", "uint32": "U32"}
+    try:
+        with np.load(path, allow_pickle=False) as table:
+            arrays = {name: np.ascontiguousarray(table[name]) for name in table.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise FormatError(f"not an archive of arrays ({type(error).__name__})", file=path) from None
+    for name, array in arrays.items():
+        if array.dtype.name not in codes:
+            raise FormatError("an array of a dtype that is not read", file=path, tensor=name, found=array.dtype.name)
+    return {name: InMemory(Spec(codes[array.dtype.name], array.shape), array.tobytes()) for name, array in arrays.items()}
 
 
 def write_container(container: Container, folder: Path) -> dict[str, str]:
@@ -131,9 +159,9 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
         raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
     if container.config is None:
-        return write_tensors(folder / WEIGHTS[0], container.tensors, container.metadata)
+        return write_tensors(folder / container.name, container.tensors, container.metadata)
     (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return write_tensors(folder / WEIGHTS[0], container.tensors, container.metadata)
+    return write_tensors(folder / container.name, container.tensors, container.metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from loratools.deltas.experts import PACKINGS
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, UnsupportedError, raise_all
-from loratools.formats.peft_targets import Targets, pattern_key, targets_of
+from loratools.formats._patterns import pattern_key
+from loratools.formats.peft_targets import Targets, targets_of
 from loratools.formats.peft_tokens import Tokens, tokens_of
 from loratools.formats.peft_values import Values, given, short, unknown
 from loratools.formats.peft_variants import Variant, variant_of

@@ -20,9 +20,10 @@ from loratools.deltas.rows import Rows
 from loratools.errors import FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
 from loratools.families import matches
 from loratools.formats import peft_targets
+from loratools.formats._patterns import pattern_key
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
-from loratools.formats.peft_targets import Targets, dotted_key, pattern_key, selected, targets_of
+from loratools.formats.peft_targets import Targets, dotted_key, selected, targets_of
 from loratools.formats.peft_values import Values, finite, given, short, unknown
 from loratools.tensorfile import Ref, same_bytes
 

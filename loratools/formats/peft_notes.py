@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from loratools.formats._patterns import pattern_key
 from loratools.formats.peft_config import LoraConfig
-from loratools.formats.peft_targets import HEADS, pattern_key
+from loratools.formats.peft_targets import HEADS
 
 READERS_RANK = 8  # peft's default for a config without r
 

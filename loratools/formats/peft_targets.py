@@ -86,15 +86,6 @@ def selected(target: Any, module: str) -> bool:
     return any(module == entry or module.endswith("." + entry) for entry in target)
 
 
-def pattern_key(patterns: Iterable[str], module: str) -> str:
-    """The first pattern, in the file's order, that fits a module; the module's own name if none (`utils.get_pattern_key`).
-
-    >>> pattern_key(["k_proj", "layers.0.*_proj"], "model.layers.0.self_attn.q_proj")
-    'layers.0.*_proj'
-    """
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), module)
-
-
 def dotted_key(patterns: Iterable[str], module: str) -> str:
     """As `pattern_key`, by the older rule of some methods: a pattern fits what stands behind a dot, or the whole name literally.
 

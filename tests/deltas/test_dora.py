@@ -66,17 +66,33 @@ def test_the_axis_is_where_the_magnitude_has_size_one(shape: tuple[int, int], ma
     assert delta.axis == axis and delta.spec(Spec("F32", shape)) == Spec("F32", shape)
 
 
-@pytest.mark.parametrize("magnitude", [(4,), (6,), (4, 6), (6, 1), (1, 4), (4, 1, 1)])
+@pytest.mark.parametrize("magnitude", [(4,), (6,), (4, 6), (6, 1), (1, 4), (4, 1, 2)])
 def test_magnitudes_that_do_not_fit(magnitude: tuple[int, ...]) -> None:
     delta = DoRA(direction=Full(diff=to_ref(torch.ones(4, 6))), magnitude=to_ref(torch.ones(magnitude)))
     with pytest.raises(ShapeError):
         delta.spec(Spec("F32", (4, 6)))
 
 
-def test_a_convolution_by_inputs_is_refused() -> None:
-    delta = DoRA(direction=Full(diff=to_ref(torch.ones(4, 6, 3))), magnitude=to_ref(torch.ones(1, 6)))
-    with pytest.raises((ShapeError, UnsupportedError)):
-        delta.spec(Spec("F32", (4, 6, 3)))
+@pytest.mark.parametrize("kernel", [(3,), (2, 3)])
+def test_a_convolution_by_inputs_has_one_norm_a_channel(kernel: tuple[int, ...]) -> None:
+    W, m = randn(5, 4, *kernel, seed=0), 1 + randn(4, seed=1).square()
+    V = W.double() + 0.5
+    axes = (0, *range(2, W.ndim))
+    expected = m.double().reshape(1, 4, *(1,) * len(kernel)) * V / V.square().sum(axes, keepdim=True).sqrt()
+    direction = Full(diff=to_ref(torch.full(W.shape, 0.5)))
+    for shape in ((1, 4), (1, 4, *(1,) * len(kernel))):
+        delta = DoRA(direction=direction, magnitude=to_ref(m.reshape(shape)))
+        assert torch.allclose(applied(delta, W), expected, rtol=1e-12)
+        assert delta.fitted(Spec("F32", tuple(W.shape))).magnitude.spec.shape == (1, 4, *(1,) * len(kernel))
+
+
+def test_a_kernel_of_one_is_a_matrix_however_it_is_spelt() -> None:
+    drawn = dora(low_rank((6, 4), 2, 0), "out", 1)
+    assert isinstance(drawn.delta, DoRA)
+    spec = Spec("F32", (6, 4, 1, 1))
+    fitted = drawn.delta.fitted(spec)
+    assert drawn.delta.fits(spec) and fitted.direction.shape() == (6, 4, 1, 1) and fitted.magnitude.spec.shape == (6, 1, 1, 1)
+    assert torch.allclose(applied(fitted, drawn.W[..., None, None])[..., 0, 0], drawn.dense(drawn.W.double()), rtol=1e-9)
 
 
 def test_a_transpose_turns_the_axis() -> None:

@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from loratools.errors import FormatError, LoratoolsError
+from loratools.formats._patterns import pattern_key
 from loratools.formats.peft_config import parse
-from loratools.formats.peft_targets import HEADS, pattern_key, targets_of
+from loratools.formats.peft_targets import HEADS, targets_of
 from loratools.formats.peft_values import Values
 from tests.files import peft_config
 

@@ -1,0 +1,65 @@
+"""ComfyUI's and BFL's files: dotted names under their roots, all suffixes, whole differences and replacements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from loratools import merge
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import FormatError, LoratoolsError
+from loratools.formats import load
+from loratools.formats.comfyui import decode
+from tests.files import read_checkpoint, write_checkpoint
+from tests.formats.keytables import container
+from tests.strategies import randn
+
+UP, DOWN, W = randn(4, 2, seed=0), randn(2, 6, seed=1), randn(4, 6, seed=2)
+ROOT = "diffusion_model.double_blocks.0.img_attn"
+
+
+def merged(folder: Path, tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    names = {"double_blocks.0.img_attn.qkv.weight": W.double(), "double_blocks.0.img_attn.qkv.bias": torch.ones(4).double()}
+    base = write_checkpoint(folder / "base", {prefix + name: tensor for name, tensor in names.items()})
+    save_file({f"{ROOT}.qkv.{slot}": tensor for slot, tensor in tensors.items()}, folder / "a.safetensors")
+    merge(base, folder / "a.safetensors", folder / "out")
+    return {name.removeprefix(prefix): tensor for name, tensor in read_checkpoint(folder / "out").items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("spelling", [("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight")])
+def test_any_spelling_on_any_prefix(tmp_path: Path, spelling: tuple[str, str], prefix: str) -> None:
+    found = merged(tmp_path, dict(zip(spelling, (UP, DOWN), strict=True)), prefix)["double_blocks.0.img_attn.qkv.weight"]
+    assert torch.allclose(found, W.double() + UP.double() @ DOWN.double(), rtol=1e-12, atol=1e-12)
+
+
+def test_whole_differences_and_replacements(tmp_path: Path) -> None:
+    found = merged(tmp_path / "diff", {"diff": torch.ones(4, 6), "diff_b": torch.ones(4)})
+    assert torch.equal(found["double_blocks.0.img_attn.qkv.weight"], W.double() + 1)
+    assert torch.equal(found["double_blocks.0.img_attn.qkv.bias"], torch.full((4,), 2.0).double())
+    found = merged(tmp_path / "set", {"set_weight": torch.ones(4, 6).double()})
+    assert torch.equal(found["double_blocks.0.img_attn.qkv.weight"], torch.ones(4, 6).double())
+
+
+def test_a_published_file() -> None:
+    adapter = decode(container("flux_lora_aitoolkit_format"))
+    assert len(adapter) == 228 and all(isinstance(delta, LowRank) and delta.scaling == 1 for delta in adapter.values())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        ({f"{ROOT}.qkv.lora_down.weight": DOWN}, "has no lora_up.weight beside it"),
+        ({f"{ROOT}.qkv.diff": W, f"{ROOT}.mystery": W.clone()}, "mystery: no tensor of this family"),
+        ({f"{ROOT}.qkv.diff": W, "elsewhere.x.diff": W.clone()}, "elsewhere.x: lies under none of the roots"),
+    ],
+)
+def test_faults(tmp_path: Path, tensors: dict[str, Tensor], text: str) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises((FormatError, LoratoolsError)) as caught:
+        load(tmp_path / "a.safetensors")
+    assert text in str(caught.value)
