@@ -173,7 +173,15 @@ def _beft(part: Part) -> Mapping[str, Delta]:
 
 
 def _ln_tuning(part: Part) -> Mapping[str, Delta]:
-    return {slot.removeprefix("ln_tuning_layers."): Replacement(value=part[slot], new=False, alike=True) for slot in part.slots()}
+    """A tensor of the module by its own name, or one of a module within by its path, before which peft leaves the adapter's name."""
+    found: dict[str, Delta] = {}
+    for slot in part.slots():
+        _, *path = slot.split(".")
+        leaf = ".".join(path[1:] or path)
+        if leaf in found:
+            raise FormatError("the same tensor of a module twice", found=slot)
+        found[leaf] = Replacement(value=part[slot], new=False, alike=True)
+    return found
 
 
 def _tokens(part: Part) -> Delta:
