@@ -215,9 +215,11 @@ def settle(
         if layer == "either":
             layer = "transposed" if family.transposed(name) else "linear"
             if mixed:
+                rows, columns = base[name].matrix
+                what = "a square weight" if rows == columns else "a weight that takes its change both ways"
                 faults.append(
                     AmbiguousError(
-                        "a square weight of a model that stores some weights transposed, and no known model_type to tell which",
+                        f"{what} of a model that stores some weights transposed, and no known model_type to tell which",
                         tensor=name, remedy="name the transposed ones with --transposed GLOB, or add the base's config.json",
                     )
                 )  # fmt: skip

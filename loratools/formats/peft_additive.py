@@ -52,12 +52,14 @@ def _kept(part: Part, first: int) -> int:
     if not isinstance(masks, dict) or not all(isinstance(mask, list) and {*map(type, mask)} <= {bool} for mask in masks.values()):
         expected = "names of lora_E mapped to lists of truth values"
         raise FormatError("adapter_config.json: rank_pattern", found=short(table), expected=expected)
-    for name, mask in masks.items():
-        if re.sub(r"\.lora_E(\.[^.]+)?$", "", name) == part.path:
-            if len(mask) != first:
-                raise FormatError(f"rank_pattern of {name} has not a truth value for each rank", found=len(mask), expected=first)
-            return sum(mask)
-    return first
+    kept = {re.sub(r"\.lora_E(\.[^.]+)?$", "", name): mask for name, mask in masks.items()}
+    strange = [path for path in kept if path not in part.paths]
+    if strange and part.path == next(iter(part.paths)):
+        raise FormatError("adapter_config.json: rank_pattern names modules that the file lacks", found=short(strange))
+    mask = kept.get(part.path, [True] * first)
+    if len(mask) != first:
+        raise FormatError(f"rank_pattern of {part.path} has not a truth value for each rank", found=len(mask), expected=first)
+    return sum(mask)
 
 
 def _loha(part: Part) -> Delta:
@@ -171,7 +173,15 @@ def _beft(part: Part) -> Mapping[str, Delta]:
 
 
 def _ln_tuning(part: Part) -> Mapping[str, Delta]:
-    return {slot.removeprefix("ln_tuning_layers."): Replacement(value=part[slot], new=False, alike=True) for slot in part.slots()}
+    """A tensor of the module by its own name, or one of a module within by its path, before which peft leaves the adapter's name."""
+    found: dict[str, Delta] = {}
+    for slot in part.slots():
+        _, *path = slot.split(".")
+        leaf = ".".join(path[1:] or path)
+        if leaf in found:
+            raise FormatError("the same tensor of a module twice", found=slot)
+        found[leaf] = Replacement(value=part[slot], new=False, alike=True)
+    return found
 
 
 def _tokens(part: Part) -> Delta:
@@ -188,7 +198,7 @@ ADDITIVE = (
         title="a product with a diagonal between, ranks taken off in training",
         slots=("lora_[ABE]",),
         settings=("init_r", "lora_alpha", "rank_pattern"),
-        # peft reads r, alpha_pattern and use_rslora for LoRA alone
+        # peft reads r, alpha_pattern and use_rslora of LoRA's config for LoRA alone
         training=(
             "lora_dropout", "megatron_config", "megatron_core", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "r",
             "alpha_pattern", "qalora_group_size", "use_rslora", "init_lora_weights", "lora_bias", "ensure_weight_tying",
