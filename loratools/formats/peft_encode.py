@@ -19,6 +19,7 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.residual import INITS
 from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats.base import Container
@@ -78,7 +79,8 @@ def _take(
         return None
     if delta.kind in ("parameter", "experts"):
         return NotExpressible("peft's LoRA on parameters is read and merged, not written", tensor=name)
-    return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy="convert it first")
+    remedy = "give the adapter as it was initialised with --initial" if delta.kind in INITS else "convert it first"
+    return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy=remedy)
 
 
 def _mixed(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> list[LoratoolsError]:

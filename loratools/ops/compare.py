@@ -19,7 +19,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.errors import LoratoolsError, OptionError
 from loratools.formats.base import read_options
-from loratools.formats.reading import Reading, arguments, reads
+from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops import _heatmap
 from loratools.ops._algebra import label, loaded
 from loratools.ops._base import Base, resolved
@@ -60,7 +60,8 @@ def compare(
     """
     words = arguments(locals(), "a", "b", "progress")
     check(words)
-    target = None if plot is None else _heatmap.checked(plot, [item for item in (a, b, base) if isinstance(item, str | Path)])
+    inputs = paths(reading, [a, b], base)
+    target = None if plot is None else _heatmap.checked(plot, inputs)
     read_as, count = read_options(reading), threads or workers.default_threads()
     on = None if base is None else Base(base, reading)
     one, other = resolved([loaded(item, read_as) for item in (a, b)], on)

@@ -58,7 +58,7 @@ def inspect(
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
     if not holds_adapter(path):
-        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"]}
+        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"], "--initial": reading["initial"]}
         wrong = [word for word, given in words.items() if given not in (None, False)]
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)

@@ -17,7 +17,7 @@ from loratools.checkpoint import Change, Checkpoint, Rewritten
 from loratools.errors import OptionError
 from loratools.formats import load
 from loratools.formats.base import read_options
-from loratools.formats.reading import DEFAULTS, Reading, arguments, reads
+from loratools.formats.reading import DEFAULTS, Reading, arguments, paths, reads
 from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
@@ -67,8 +67,7 @@ def merge(
     words = arguments(locals(), "base", "adapters", "out", "progress")
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     given = [split_strength(item) for item in listed]
-    paths = [item for item, _ in given if not isinstance(item, Adapter)]
-    target = check_output(out, overwrite=overwrite, inputs=[base, *paths])
+    target = check_output(out, overwrite=overwrite, inputs=paths(reading, [item for item, _ in given], base))
     receipt = Receipt("merge", {"base": str(base), "adapters": [_label(item) for item in listed], "out": str(out), **words})
     options = read_options(words)
     checkpoint = open_checkpoint(base)
@@ -88,7 +87,7 @@ def merge(
     with whole(target) as place:
         done = _rewrite(checkpoint, place, changes, added, plan, device, threads, progress)
         if reversible:
-            kept = {name: words[name] for name in REPLAYED}
+            kept = {name: str(words[name]) if isinstance(words[name], Path) else words[name] for name in REPLAYED}
             receipt.unmerge = _record(Recording(checkpoint, place, plan, changes, added, done, loaded, kept), threads)
         else:
             _note_lost_record(checkpoint, done)
