@@ -69,7 +69,8 @@ def _take(
         if isinstance(delta, DoRA):
             magnitudes[module] = delta.magnitude
             if direction.layer != "unknown" and delta.axis != ("in" if direction.layer in ("transposed", "embedding") else "out"):
-                return NotExpressible("peft has no DoRA along this axis", tensor=name, found=list(delta.magnitude.spec.shape))
+                found, remedy = list(delta.magnitude.spec.shape), "convert --magnitude-axis out --base BASE refits it"
+                return NotExpressible("peft has no DoRA along this axis", tensor=name, found=found, remedy=remedy)
         return None
     if isinstance(delta, Replacement):
         whole[name] = delta.value

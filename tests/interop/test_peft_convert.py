@@ -85,3 +85,14 @@ def test_products_load_in_peft_as_lora(tmp_path: Path, name: str) -> None:
     receipt = convert(tmp_path / "adapter", tmp_path / "lora", kind="lora", base=tmp_path / "base", transposed=TRANSPOSED)
     assert all(row["optimal_error"] <= 1e-7 for row in receipt["tensors"])
     assert max(difference(reloaded(tmp_path, tmp_path / "lora", torch.float32), outputs(model)).values()) <= case.tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_in_loratools_own_format(tmp_path: Path, name: str) -> None:
+    """Every kind of delta, with what its file left open, has words there: it merges to the same bytes."""
+    CASES[name].wrapped(tmp_path)
+    convert(tmp_path / "adapter", tmp_path / "own.safetensors", format="loratools")
+    for source, out in ((tmp_path / "adapter", "one"), (tmp_path / "own.safetensors", "two")):
+        merge(tmp_path / "base", source, tmp_path / out, transposed=TRANSPOSED)
+    one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two

@@ -569,9 +569,11 @@ def test_magnitudes_that_fit_the_other_axis_are_told(tmp_path: Path) -> None:
     dora = dora_of(low((size, size), 2, 0, layer="linear", alpha=0.1), W, "linear", 0.02, axis=0)
     wrong = DoRA(direction=dora.direction, magnitude=dora.magnitude.T)
     base = base_of(tmp_path, W)
-    (note,) = convert(in_memory(wrong), tmp_path / "out", kind="lora", rank=2, base=base)["notes"]
-    assert note.startswith("m.weight: its magnitudes are read as one for each row, off ‖W‖ by ")
-    assert "read as one for each column they are off by 0.02" in note
+    ways: list[dict[str, Any]] = [{"kind": "lora", "rank": 2}, {"kind": "dense"}, {"magnitude_axis": "in"}]
+    for number, options in enumerate(ways):
+        (note,) = convert(in_memory(wrong), tmp_path / f"{number}.safetensors", base=base, format="loratools", **options)["notes"]
+        assert note.startswith("m.weight: its magnitudes are read as one for each row, off ‖W‖ by ")
+        assert "read as one for each column they are off by 0.02" in note
     assert convert(in_memory(dora), tmp_path / "good", kind="lora", rank=2, base=base)["notes"] == []
 
 
