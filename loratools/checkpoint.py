@@ -134,10 +134,10 @@ class Checkpoint(Mapping[str, Ref]):
         refs = {name: {key: plain.refs[key] for key in file if key in plain.refs} for name, file in self.files.items()}
         made.files = {name: file.with_tensors(refs[name]) for name, file in self.files.items()}
         codes = Counter(plain.refs[name].spec.dtype for name in plain.computed)
-        told = ", ".join(f"{count} weights as {code}" for code, count in codes.items())
+        told = ", ".join(f"{count} weight{'s' if count > 1 else ''} as {code}" for code, count in codes.items())
         made.notes = [*self.notes, f"dequantised ({self.quantization}): {told}"]
         if plain.left_out:
-            made.notes.append(f"left out, as plain weights have none: {len(plain.left_out)} tensors such as {plain.left_out[0]}")
+            made.notes.append(f"scales of activations left out, as plain weights have none: {len(plain.left_out)} of them, such as {plain.left_out[0]}")
         if self.single and method(self.config):
             made.notes.append("the output is one file; the config.json it is used with must lose its quantization_config")
         return made
