@@ -99,10 +99,9 @@ def make_plan(
 ) -> Plan:
     """Names joined, shapes checked, ties decided: the whole merge but its arithmetic."""
     if checkpoint.quantization:
-        raise QuantizedError(
-            "the base's weights are quantised", file=checkpoint.path, found=checkpoint.quantization,
-            remedy="merge into the original 16- or 32-bit weights",
-        )  # fmt: skip
+        remedy = "merge into the original 16- or 32-bit weights"
+        remedy += ", or give --dequantize to merge onto a dequantised copy" if checkpoint.dequantizable else ""
+        raise QuantizedError("the base's weights are quantised", file=checkpoint.path, found=checkpoint.quantization, remedy=remedy)
     family = checkpoint.family(embeddings, transposed)
     known = dict(checkpoint.specs)
     for embedding, head in family.ties(checkpoint):

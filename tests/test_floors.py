@@ -19,6 +19,8 @@ FLOORS = (
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
     ("alignment", "families", "flatnames", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "rounding", "torchfile", "ulps"),
+    ("codes",),
+    ("dequantize",),
     ("adapter", "checkpoint", "corrections", "record"),
     ("changes", "differences", "factors", "pipeline", "receipt", "stream"),
     ("compress", "effect", "formats", "inverse", "plan"),

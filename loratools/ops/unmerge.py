@@ -94,6 +94,7 @@ class _Described(Mapping[str, Ref]):
     config: dict[str, Any]
     refs: Mapping[str, Ref]
     quantization: str | None = None
+    dequantizable: bool = False
     single: bool = False
     shared: tuple[tuple[str, ...], ...] = ()
 
