@@ -24,7 +24,7 @@ from peft import (
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from loratools import inspect, merge, unmerge
+from loratools import convert, inspect, merge, unmerge
 from loratools.errors import FormatError, LoratoolsError, MatchError, UnsupportedError
 from loratools.formats.peft_additive import SEEDED
 from tests.files import read_adapter, read_checkpoint, write_adapter, write_checkpoint
@@ -44,6 +44,36 @@ def test_every_byte_comes_back(tmp_path: Path, name: str) -> None:
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", reversible=True, transposed=case.transposed)
     unmerge(tmp_path / "out", tmp_path / "back", adapters=[tmp_path / "adapter"])
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loratools_own_format_says_it(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    case.wrapped(tmp_path)
+    convert(tmp_path / "adapter", tmp_path / "own", format="loratools")
+    for adapter in ("adapter", "own"):
+        merge(tmp_path / "base", tmp_path / adapter, tmp_path / f"of {adapter}", transposed=case.transposed)
+    one, other = ((tmp_path / f"of {adapter}/model.safetensors").read_bytes() for adapter in ("adapter", "own"))
+    assert one == other
+
+
+RANKS = {
+    "adalora": 4, "adalora, pruned": {3, 1}, "lokr": {4, 8}, "lokr, effective convolutions": 4, "miss": 7, "miss, mini": 5, "delora": 4,
+    "gralora": 8, "gralora, hybrid": 11,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_products_become_loras(tmp_path: Path, name: str) -> None:
+    """Without a rank asked for: as many as the product has, and nothing is lost but what float32 factors round."""
+    case, expected = CASES[name], RANKS[name]
+    case.wrapped(tmp_path)
+    receipt = convert(tmp_path / "adapter", tmp_path / "lora", kind="lora", base=tmp_path / "base", transposed=case.transposed)
+    assert {row["rank"] for row in receipt["tensors"]} == (expected if isinstance(expected, set) else {expected})
+    for adapter in ("adapter", "lora"):
+        merge(tmp_path / "base", tmp_path / adapter, tmp_path / f"of {adapter}", transposed=case.transposed)
+    errors = difference(merged_outputs(tmp_path / "of lora"), merged_outputs(tmp_path / "of adapter"))
+    assert max(errors.values()) <= 1e-6, errors
 
 
 # -- AdaLoRA
