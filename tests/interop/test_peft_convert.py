@@ -69,7 +69,7 @@ def test_every_method_as_lora(tmp_path: Path, name: str) -> None:
     """At full rank nothing is left out, whatever the method: exact products, dense differences, and what only W tells of."""
     case = CASES[name]
     model = case.wrapped(tmp_path)
-    options = {"base": tmp_path / "base", "transposed": TRANSPOSED, "format": "loratools"}
+    options = {"base": tmp_path / "base", "transposed": case.transposed, "format": "loratools"}
     receipt = convert(tmp_path / "adapter", tmp_path / "lora.safetensors", kind="lora", rank=FULL, **options)
     assert {row["kind"] for row in receipt["tensors"]} <= {"lora", "full", "chain", "part", "stacked"}
     merge(tmp_path / "base", tmp_path / "lora.safetensors", tmp_path / "out")
@@ -82,7 +82,7 @@ def test_products_load_in_peft_as_lora(tmp_path: Path, name: str) -> None:
     """Without --rank: each takes the rank that its product has."""
     case = CASES[name]
     model = case.wrapped(tmp_path)
-    receipt = convert(tmp_path / "adapter", tmp_path / "lora", kind="lora", base=tmp_path / "base", transposed=TRANSPOSED)
+    receipt = convert(tmp_path / "adapter", tmp_path / "lora", kind="lora", base=tmp_path / "base", transposed=case.transposed)
     assert all(row["optimal_error"] <= 1e-7 for row in receipt["tensors"])
     assert max(difference(reloaded(tmp_path, tmp_path / "lora", torch.float32), outputs(model)).values()) <= case.tolerance
 
@@ -90,9 +90,10 @@ def test_products_load_in_peft_as_lora(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_in_loratools_own_format(tmp_path: Path, name: str) -> None:
     """Every kind of delta, with what its file left open, has words there: it merges to the same bytes."""
-    CASES[name].wrapped(tmp_path)
+    case = CASES[name]
+    case.wrapped(tmp_path)
     convert(tmp_path / "adapter", tmp_path / "own.safetensors", format="loratools")
     for source, out in ((tmp_path / "adapter", "one"), (tmp_path / "own.safetensors", "two")):
-        merge(tmp_path / "base", source, tmp_path / out, transposed=TRANSPOSED)
+        merge(tmp_path / "base", source, tmp_path / out, transposed=case.transposed)
     one, two = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "two"))
     assert one == two
