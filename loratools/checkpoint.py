@@ -137,7 +137,8 @@ class Checkpoint(Mapping[str, Ref]):
         told = ", ".join(f"{count} weight{'s' if count > 1 else ''} as {code}" for code, count in codes.items())
         made.notes = [*self.notes, f"dequantised ({self.quantization}): {told}"]
         if plain.left_out:
-            made.notes.append(f"scales of activations left out, as plain weights have none: {len(plain.left_out)} of them, such as {plain.left_out[0]}")
+            left = f"{len(plain.left_out)} of them, such as {plain.left_out[0]}"
+            made.notes.append(f"scales of activations left out, as plain weights have none: {left}")
         if self.single and method(self.config):
             made.notes.append("the output is one file; the config.json it is used with must lose its quantization_config")
         return made
