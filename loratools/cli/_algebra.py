@@ -68,9 +68,9 @@ def compared(found: Row, columns: int | None) -> list[str]:
     total, modules = found["total"], found["modules"]
     pairs = [
         ("a", found["a"]), ("b", found["b"]),
-        ("‖ΔW‖", f"{number(total['norm_a'])} and {number(total['norm_b'])}"),
+        ("‖ΔW‖", " and ".join("–" if total[key] is None else number(total[key]) for key in ("norm_a", "norm_b"))),
         ("cosine", _shown(total["cosine"])),
-        ("distance", f"{number(total['distance'])}, {_of(total['relative_distance'])} of a's ‖ΔW‖"),
+        ("distance", "–" if total["distance"] is None else f"{number(total['distance'])}, {_of(total['relative_distance'])} of a's ‖ΔW‖"),
         ("overlap", f"columns {_of(total['column_overlap'])}, rows {_of(total['row_overlap'])}; of {many(total['modules'], 'module')}"),
     ]  # fmt: skip
     pairs += [
