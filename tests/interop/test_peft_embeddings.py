@@ -142,7 +142,7 @@ def test_a_dora_tied_in_training_is_of_two_axes(tmp_path: Path) -> None:
 
 
 def test_a_resized_head_that_peft_does_not_save(tmp_path: Path) -> None:
-    """Where only the embedding is adapted peft saves that one alone, and begins the head anew when it loads: an error says what is missing."""
+    """Where only the embedding is adapted peft saves that alone, and begins the head anew when it loads: an error says what is missing."""
     case = Case(LM, llama(), {"target_modules": ["embed_tokens", "q_proj"]}, prepare=resized(53))
     case.adapt(tmp_path)
     assert "base_model.model.lm_head.weight" not in read_adapter(tmp_path / "adapter")[0]

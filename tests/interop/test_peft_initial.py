@@ -401,3 +401,22 @@ def test_olora_on_a_square_stored_transposed(tmp_path: Path) -> None:
     for initial in (None, tmp_path / "first"):
         with pytest.raises(UnsupportedError, match=r"c_proj\.weight: peft's OLoRA changes weights stored \(in, out\)"):
             merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", initial=initial)
+
+
+@WARNINGS
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path, init: str) -> None:
+    trained(tmp_path, init, use_dora=True)
+    for count in (1, 3):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / str(count), threads=count)
+    one, three = (read_checkpoint(tmp_path / str(count)) for count in (1, 3))
+    assert all(raw(one[name]) == raw(three[name]) for name in one)
+
+
+@WARNINGS
+def test_parameters_have_no_such_beginning(tmp_path: Path) -> None:
+    tensors = {"base_model.model.experts.lora_A.weight": torch.ones(4, 6), "base_model.model.experts.lora_B.weight": torch.ones(5, 4)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["experts.up"], "init_lora_weights": "pissa"}
+    write_adapter(tmp_path / "adapter", tensors, config)
+    with pytest.raises(UnsupportedError, match=r"experts\.up: peft has no pissa for this kind of layer"):
+        load(tmp_path / "adapter")
