@@ -19,6 +19,7 @@ FLOORS = (
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
     ("alignment", "families", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "rounding", "torchfile", "ulps"),
+    ("layouts",),
     ("adapter", "checkpoint", "corrections", "record"),
     ("changes", "differences", "factors", "pipeline", "receipt", "stream"),
     ("compress", "effect", "formats", "inverse", "plan"),
