@@ -110,7 +110,7 @@ def make_plan(
     for adapter, strength in adapters:
         resolved = adapter.resolve(known, family, renames=renames, allow_unmatched=allow_unmatched)
         plan.notes += [note for note in resolved.notes if note not in plan.notes]
-        plan.expected += len(adapter) - resolved.absent
+        plan.expected += len(resolved) + resolved.left
         for name, delta in resolved.items():
             if strength == 0:
                 plan.without_effect += 1

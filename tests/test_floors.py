@@ -21,6 +21,7 @@ FLOORS = (
     ("deltas", "rounding", "torchfile", "ulps"),
     ("codes",),
     ("dequantize",),
+    ("layouts",),
     ("adapter", "checkpoint", "corrections", "record"),
     ("changes", "differences", "factors", "pipeline", "receipt", "stream"),
     ("compress", "effect", "formats", "inverse", "plan"),

@@ -77,7 +77,7 @@ def convert(
             receipt.digests = write_container(encode(made, format_of(written, given)), place)
             receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes()]
             receipt.inputs = [*adapter_inputs(given), *([on.input(count)] if on is not None else [])]
-            receipt.expected, receipt.applied = len(given) - source.absent, len(made)
+            receipt.expected, receipt.applied = len(source), len(made)
             receipt.outputs, receipt.history = output_rows(place), adapter_history(given)
             if sha256:
                 add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
