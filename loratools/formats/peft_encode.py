@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.deltas.base import Delta
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
@@ -80,6 +80,9 @@ def _take(
         return None
     if delta.kind in ("parameter", "experts"):
         return NotExpressible("peft's LoRA on parameters is read and merged, not written", tensor=name)
+    if isinstance(delta, DoRA) and isinstance(direction, Additive):
+        remedy = "convert --kind lora makes a direction of it, --format loratools keeps it"
+        return NotExpressible(f"peft's LoRA cannot say a DoRA of a {direction.kind} direction", tensor=name, remedy=remedy)
     remedy = "give the adapter as it was initialised with --initial" if delta.kind in INITS else "convert it first"
     return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy=remedy)
 

@@ -155,6 +155,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _draw(target: Path, told: Mapping[str, Any], names: Sequence[str]) -> None:
     """Cosine and overlaps by layer and module; what one of the two lacks has a cell without a value."""
+    if not names:
+        raise OptionError("--plot, and no module has a measure to draw", remedy=None if "base" in told else "--base may give one")
     kinds = {
         "cosine": ("cosine of the changes ΔW", "cosine", -1.0),
         "column_overlap": ("overlap of what they write (columns)", "mean cos² of angles", 0.0),

@@ -187,6 +187,13 @@ def test_a_peft_method_without_a_base_waits_for_one(tmp_path: Path) -> None:
     assert row["cosine"] == pytest.approx(1) and (row["rank_a"], row["column_overlap"]) == (4, pytest.approx(1))
 
 
+def test_nothing_measured_is_nothing_to_draw(tmp_path: Path) -> None:
+    scaled = Adapter(deltas={"h.0.up.bias": Scaled(l=to_ref(torch.ones(20)))})
+    with pytest.raises(OptionError, match="--plot, and no module has a measure to draw; --base may give one"):
+        compare(scaled, scaled, plot=tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_what_one_side_alone_has_and_nobody_measured_is_told(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name, targets in (("one", ["up"]), ("both", ["up", "down"])):

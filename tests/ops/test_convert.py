@@ -670,7 +670,7 @@ def test_what_a_delta_cannot_become(tmp_path: Path) -> None:
     bare = DoRA(direction=_Bare(**loha(6, 4, 1, 0).refs(), scale=1.0), magnitude=to_ref(torch.ones(6, 1)))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a loha direction, which the other axis changes, has no rank of its own"):
         convert(in_memory(bare, "a.weight"), tmp_path / "out", base=base, magnitude_axis="in")
-    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a dora delta"):
+    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a DoRA of a loha direction; convert --kind lora makes"):
         convert(in_memory(direction, "a.weight"), tmp_path / "out", format="peft")
 
 
