@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from loratools.deltas.adjoined import Adjoined
 from loratools.deltas.base import Additive, Delta
+from loratools.deltas.butterfly import Butterfly
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
+from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.rotated import Rotated
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError, UnsupportedError
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError
 from loratools.formats._scalar import scalar
 from loratools.tensorfile import Ref
 
@@ -117,6 +122,33 @@ def _loha(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     return _decomposed(slots, LoHa(**refs, t1=slots.get("hada_t1"), t2=slots.get("hada_t2"), scale=scale / rank, alpha=scale))
 
 
+def _lokr(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
+    """Of two whole factors the scale is 1, whatever the alpha; else alpha by the rank of the one that is a product."""
+    names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    refs: dict[str, Any] = {name: slots[f"lokr_{name}"] for name in names if f"lokr_{name}" in slots}
+    ranked = refs.get("w1_b", refs.get("w2_b"))
+    if ranked is None:
+        told = slots.get("alpha")
+        return _decomposed(slots, LoKr(**refs, scale=1.0, alpha=None if told is None else scalar(told, "alpha")))
+    rank = ranked.spec.shape[0]
+    scale = slots.alpha(rank, alpha)
+    return _decomposed(slots, LoKr(**refs, scale=scale / rank, alpha=scale))
+
+
+def _turned(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
+    """Rotations of the outputs: blocks (n, b, b) once, (m, n, b, b) in turn; alpha bounds the norm of all their numbers as one."""
+    numbers, told, scale = slots["oft_blocks"], slots.get("alpha"), slots.get("rescale")
+    shape = numbers.spec.shape
+    if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
+        expected = "[blocks, b, b] or [factors, blocks, b, b]"
+        raise ShapeError("no blocks of rotations", tensor=slots.keys["oft_blocks"], found=list(shape), expected=expected)
+    constraint = 0.0 if told is None else scalar(told, "alpha")
+    bound = constraint * shape[-1] * shape[-3] if constraint > 0 else None
+    if len(shape) == 3:  # diag_oft.py contracts over the first axis of a rotation, which is its inverse; boft.py over the second
+        return {"weight": Rotated(numbers=numbers, side="out", scale=scale, factor=-1.0, bound=bound, together=True, floor=1e-8)}
+    return {"weight": Butterfly(numbers=numbers, side="out", scale=scale, halves=False, bound=bound, together=True, floor=1e-8)}
+
+
 def _full(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     slots.get("alpha")  # LyCORIS reads none here
     return _decomposed(slots, Full(diff=slots["diff"]))
@@ -136,16 +168,22 @@ def _set(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     return {"weight": Replacement(value=slots["set_weight"], new=False)}
 
 
-def _refused(what: str) -> Callable[[Slots, float | None], Mapping[str, Delta]]:
-    def refuse(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
-        raise UnsupportedError(f"{what} is not read yet", tensor=next(iter(slots.keys.values())))
-
-    return refuse
+def _glora(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
+    names = ("a1", "a2", "b1", "b2")
+    a1, a2, b1, b2 = (slots[f"{name}.weight"] for name in names)
+    for name, ref in (("a1", a1), ("a2", a2), ("b1", b1)):
+        _check_tail(ref, slots.keys[f"{name}.weight"])
+    scale = slots.alpha(a2.spec.shape[0], alpha)
+    return {"weight": Adjoined(a1=_matrix(a1), a2=_matrix(a2), b1=_matrix(b1), b2=b2, alpha=scale)}
 
 
 KINDS: dict[str, Callable[[Slots, float | None], Mapping[str, Delta]]] = {
     "lora_down.weight": _lora,
     "hada_w1_b": _loha,
+    "lokr_w1": _lokr,
+    "lokr_w1_a": _lokr,
+    "a1.weight": _glora,
+    "oft_blocks": _turned,
     "diff": _full,
     "w_norm": _norm,
     "on_input": _ia3,

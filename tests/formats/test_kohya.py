@@ -101,6 +101,13 @@ def test_ia3_is_told_from_one(tmp_path: Path, on_input: bool) -> None:
     assert close(merged(tmp_path, {"weight": factors, "on_input": torch.tensor(on_input)}, LINEAR), LINEAR.double() * l)
 
 
+@pytest.mark.parametrize("alpha", [7.0, 0.0, None])
+def test_two_whole_kronecker_factors_have_no_scale(tmp_path: Path, alpha: float | None) -> None:
+    w1, w2 = randn(2, 4, seed=0), randn(3, 1, seed=1)
+    tensors = {"lokr_w1": w1, "lokr_w2": w2} | ({} if alpha is None else {"alpha": torch.tensor(alpha)})
+    assert close(merged(tmp_path, tensors, LINEAR), LINEAR.double() + torch.kron(w1.double(), w2.double()))
+
+
 def test_a_flattened_suffix_and_passengers(tmp_path: Path) -> None:
     up, down = pair(6, 4, 2)
     tensors = {f"{MODULE}_lora_up.weight": up, f"{MODULE}_lora_down.weight": down, "bundle_emb.style.clip_l": randn(2, 8, seed=0)}
@@ -119,6 +126,8 @@ def test_a_published_file_of_doras() -> None:
 
 UP, DOWN = pair(6, 4, 2)
 PAIR = {"lora_up.weight": UP, "lora_down.weight": DOWN}
+GLORA = {"a1.weight": randn(4, 2, seed=0), "a2.weight": randn(2, 4, seed=1), "b1.weight": UP, "b2.weight": DOWN}
+OLD_GLORA = {"a1.weight": randn(2, 4, seed=0), "a2.weight": randn(4, 2, seed=1), "b1.weight": DOWN, "b2.weight": UP}
 FAULTS: dict[str, tuple[dict[str, Tensor], type[LoratoolsError], str]] = {
     "no up": ({"lora_down.weight": DOWN}, FormatError, "lora_down.weight: has no lora_up.weight beside it"),
     "an up alone": ({"lora_up.weight": UP}, FormatError, "lora_up.weight: no kind of change that is known"),
@@ -129,6 +138,13 @@ FAULTS: dict[str, tuple[dict[str, Tensor], type[LoratoolsError], str]] = {
     "alpha 0": (PAIR | {"alpha": torch.tensor(0.0)}, AmbiguousError, "alpha: alpha is 0, which kohya reads as the rank"),
     "alpha of two": (PAIR | {"alpha": torch.ones(2)}, FormatError, "alpha is not one number"),
     "a tensor of another kind": (PAIR | {"on_input": torch.tensor(True)}, FormatError, "of several kinds"),
+    "blocks of no rotation": ({"oft_blocks": torch.zeros(2, 3, 2)}, ShapeError, "oft_blocks: no blocks of rotations: found [2, 3, 2]"),
+    "half a product": ({"lokr_w1": UP, "lokr_w2_a": UP}, ShapeError, "w2 is neither whole nor a product of two"),
+    "a whole and a product": ({"lokr_w1": UP, "lokr_w1_a": UP}, FormatError, "of several kinds at once: found lokr_w1, lokr_w1_a"),
+    "two wholes and a core": ({"lokr_w1": UP, "lokr_w2": UP, "lokr_t2": UP}, ShapeError, "w2 is neither whole nor a product of two"),
+    "GLoRA of the older layout": (OLD_GLORA, ShapeError, "a1.weight: the factors do not meet: found a1 [2, 4]"),
+    "GLoRA with a core": (GLORA | {"bm.weight": UP}, FormatError, "bm.weight: not used by this kind of change: found a1.weight"),
+    "GLoRA without a2": ({"a1.weight": UP}, FormatError, "has no a2.weight beside it"),
     "one its kind does not use": (PAIR | {"rescale": UP}, FormatError, "rescale: not used by this kind of change"),
 }
 

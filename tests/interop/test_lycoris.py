@@ -1,0 +1,99 @@
+"""lycoris-lora, live: a module's own forward, and the state dict it saves in kohya's spelling merged into the layer it stands on.
+
+Its forward is the oracle: `get_diff_weight` and `merge_to` of LoHa and LoKr multiply by alpha/rank twice (spec/known-differences.md).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loratools import merge
+from loratools.formats import load
+from tests.files import read_checkpoint, write_checkpoint
+
+# float32: sums of at most 100 products in orders of their own
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 16), (3, 12)),
+    "conv": (lambda: nn.Conv2d(12, 16, (3, 2), stride=(1, 2), padding=1), (2, 12, 5, 6)),
+    "point": (lambda: nn.Conv2d(12, 16, 1), (2, 12, 5, 6)),
+    "square": (lambda: nn.Linear(16, 16), (3, 16)),
+}
+SMALL = {"lora_dim": 2, "alpha": 3}
+UNBALANCED = {"lora_dim": 3, "factor": 8, "decompose_both": True, "unbalanced_factorization": True}
+CASES: dict[str, tuple[type[nn.Module], dict[str, Any], str, set[str]]] = {
+    "locon": (LoConModule, SMALL, "lora", {"lora_up.weight", "lora_down.weight", "alpha"}),
+    "locon, rs": (LoConModule, SMALL | {"rs_lora": True}, "lora", {"alpha"}),
+    "locon tucker": (LoConModule, SMALL | {"use_tucker": True}, "tucker", {"lora_mid.weight"}),
+    "loha": (LohaModule, SMALL, "loha", {"hada_w1_a"}),
+    "loha tucker": (LohaModule, SMALL | {"use_tucker": True}, "loha", {"hada_t1", "hada_t2"}),
+    "lokr": (LokrModule, SMALL | {"lora_dim": 1}, "lokr", {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}),
+    "lokr whole": (LokrModule, SMALL | {"full_matrix": True}, "lokr", {"lokr_w1", "lokr_w2", "alpha"}),
+    "lokr both": (LokrModule, SMALL | {"lora_dim": 1, "factor": 4, "decompose_both": True}, "lokr", {"lokr_w1_a", "lokr_w1_b"}),
+    "lokr, one factor": (LokrModule, SMALL | UNBALANCED, "lokr", {"lokr_w1_a", "lokr_w2"}),
+    "glora": (GLoRAModule, SMALL, "adjoined", {"a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"}),
+    "lokr tucker": (LokrModule, SMALL | {"lora_dim": 1, "use_tucker": True}, "lokr", {"lokr_t2"}),
+    "full": (FullModule, {}, "full", {"diff", "diff_b"}),
+    "ia3": (IA3Module, {}, "scaled", {"weight", "on_input"}),
+    "ia3, inputs": (IA3Module, {"train_on_input": True}, "scaled", {"weight", "on_input"}),
+    "oft": (DiagOFTModule, {"lora_dim": 4}, "rotated", {"oft_blocks"}),
+    "oft, bounded": (DiagOFTModule, {"lora_dim": 4, "constraint": 0.01, "rescaled": True}, "rotated", {"alpha", "rescale"}),
+    "boft": (ButterflyOFTModule, {"lora_dim": 4}, "butterfly", {"oft_blocks"}),
+    "boft, bounded": (ButterflyOFTModule, {"lora_dim": 4, "constraint": 0.02, "rescaled": True}, "butterfly", {"rescale"}),
+    "dora, outputs": (LoConModule, SMALL | {"weight_decompose": True, "wd_on_out": True}, "dora", {"dora_scale"}),
+    "dora, inputs": (LoConModule, SMALL | {"weight_decompose": True, "wd_on_out": False}, "dora", {"dora_scale"}),
+    "doha": (LohaModule, SMALL | {"weight_decompose": True, "wd_on_out": False}, "dora", {"dora_scale", "hada_w1_a"}),
+    "dokr": (LokrModule, SMALL | {"weight_decompose": True, "wd_on_out": True}, "dora", {"dora_scale", "lokr_w1"}),
+}
+CORED = ("locon tucker", "loha tucker", "lokr tucker")  # a core stands for a kernel larger than 1
+
+
+def trained(name: str, layer: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What the module saves with random values in it, and its own outputs."""
+    made, settings, _, _ = CASES[name]
+    module = made("layer", layer, 1.0, **settings)
+    module.apply_to()
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 if "blocks" in key or made is FullModule else 0.3)
+        saved = module.custom_state_dict() or module.state_dict()
+        return {key: tensor.detach().clone().contiguous() for key, tensor in saved.items()}, layer(x)
+
+
+LAID = dict.fromkeys(CORED, ("conv",)) | {"lokr, one factor": ("linear", "conv")}  # of 16 by 16 neither would be whole
+PAIRS = [(name, layer) for name in CASES for layer in LAID.get(name, LAYERS)]
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS, ids=[f"{name} {kind}" for name, kind in PAIRS])
+def test_merged_is_its_forward(tmp_path: Path, name: str, kind: str) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = make(), torch.randn(shape)
+    before = {f"layer.{key}": tensor.clone() for key, tensor in layer.state_dict().items()}
+    base = write_checkpoint(tmp_path / "base", before)
+    saved, expected = trained(name, layer, x)
+    _, _, delta, keys = CASES[name]
+    assert keys <= set(saved)
+    save_file({f"lora_unet_layer.{key}": tensor for key, tensor in saved.items()}, tmp_path / "a.safetensors")
+    assert load(tmp_path / "a.safetensors")["lora_unet_layer.weight"].kind == delta
+    receipt = merge(base, tmp_path / "a.safetensors", tmp_path / "out")
+    assert receipt["applied"] == receipt["expected"]
+    fresh = make()
+    plain = fresh(x)
+    fresh.load_state_dict({key.removeprefix("layer."): tensor for key, tensor in read_checkpoint(tmp_path / "out").items()})
+    torch.testing.assert_close(fresh(x), expected, **TOLERANCE)
+    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
