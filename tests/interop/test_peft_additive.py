@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratools import convert, inspect, merge, unmerge
 from loratools.errors import FormatError, LoratoolsError, MatchError, UnsupportedError
-from loratools.formats.peft_additive import SEEDED
+from loratools.formats.peft_placed import SEEDED
 from tests.files import read_adapter, read_checkpoint, write_adapter, write_checkpoint
 from tests.interop.cases_additive import ADALORA, CASES, normal
 from tests.interop.methods import LINEAR, Case
@@ -44,17 +44,6 @@ def test_every_byte_comes_back(tmp_path: Path, name: str) -> None:
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", reversible=True, transposed=case.transposed)
     unmerge(tmp_path / "out", tmp_path / "back", adapters=[tmp_path / "adapter"])
     assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "base/model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_loratools_own_format_says_it(tmp_path: Path, name: str) -> None:
-    case = CASES[name]
-    case.wrapped(tmp_path)
-    convert(tmp_path / "adapter", tmp_path / "own", format="loratools")
-    for adapter in ("adapter", "own"):
-        merge(tmp_path / "base", tmp_path / adapter, tmp_path / f"of {adapter}", transposed=case.transposed)
-    one, other = ((tmp_path / f"of {adapter}/model.safetensors").read_bytes() for adapter in ("adapter", "own"))
-    assert one == other
 
 
 RANKS = {
