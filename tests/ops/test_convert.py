@@ -670,6 +670,8 @@ def test_what_a_delta_cannot_become(tmp_path: Path) -> None:
     bare = DoRA(direction=_Bare(**loha(6, 4, 1, 0).refs(), scale=1.0), magnitude=to_ref(torch.ones(6, 1)))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a loha direction, which the other axis changes, has no rank of its own"):
         convert(in_memory(bare, "a.weight"), tmp_path / "out", base=base, magnitude_axis="in")
+    with pytest.raises(NotExpressible, match="in_proj_weight: peft has no DoRA of what is no layer's weight; write --format loratools"):
+        convert(in_memory(replace(direction, direction=low((6, 4), 1, 0)), "in_proj_weight"), tmp_path / "out", format="peft")
     with pytest.raises(NotExpressible, match="peft's LoRA cannot say a DoRA of a loha direction; convert --kind lora makes"):
         convert(in_memory(direction, "a.weight"), tmp_path / "out", format="peft")
 
