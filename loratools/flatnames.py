@@ -19,6 +19,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2": ("lora_te2",),
     "text_encoder_3": ("lora_te3",),
     "model.diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris"),
+    "diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris"),
     "cond_stage_model.transformer": ("lora_te",),
     "conditioner.embedders.0.transformer": ("lora_te1",),
     "conditioner.embedders.1.model": ("lora_te2",),

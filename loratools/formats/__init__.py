@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, OptionError, UnsupportedError
-from loratools.formats import comfyui, diffusers, kohya, loralib, mlx, native, peft, peft_encode, scratch
+from loratools.formats import comfyui, diffusers, diffusers_encode, kohya, loralib, mlx, native, peft, peft_encode, scratch
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -28,9 +28,9 @@ class Format:
 FORMATS = (
     Format(peft.NAME, peft.detect, peft.decode, peft_encode.encode),
     Format(loralib.NAME, loralib.detect, loralib.decode, loralib.encode),
-    Format(kohya.NAME, kohya.detect, kohya.decode),
-    Format(diffusers.NAME, diffusers.detect, diffusers.decode),
-    Format(comfyui.NAME, comfyui.detect, comfyui.decode),
+    Format(kohya.NAME, kohya.detect, kohya.decode, kohya.encode),
+    Format(diffusers.NAME, diffusers.detect, diffusers.decode, diffusers_encode.encode),
+    Format(comfyui.NAME, comfyui.detect, comfyui.decode, comfyui.encode),
     Format(mlx.NAME, mlx.detect, mlx.decode, mlx.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),

@@ -7,8 +7,11 @@ Also whole differences `.diff` and `.diff_b`, replacements `.set_weight`. Withou
 from __future__ import annotations
 
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, LoratoolsError, raise_all
+from loratools.deltas.scaled import Scaled
+from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
+from loratools.flatnames import PARTS
 from loratools.formats._slots import SPELLINGS, collect, made
+from loratools.formats._spelt import carried, spelt_tensors
 from loratools.formats.base import Container, ReadOptions
 
 NAME = "comfyui"
@@ -33,3 +36,31 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     except LoratoolsError as error:
         raise error.at(file=container.path) from None
     return Adapter(deltas, {"safetensors": dict(container.metadata)}, {}, container.path, NAME, container.files)
+
+
+# -- writing
+
+
+def encode(adapter: Adapter) -> Container:
+    """The adapter under ComfyUI's dotted names: those of a single-file checkpoint's model, or of a model that stands alone.
+
+    Raises NotExpressible for flat names, which only a base gives back their dots, for other parts of a pipeline, and for what the
+    suffixes cannot say.
+    """
+    faults: list[LoratoolsError] = [NotExpressible("ComfyUI's files have no place for it", tensor=name) for name in adapter.passengers]
+    if adapter.flat:
+        fact, remedy = "where its name has dots only the base tells", "give the base with --base"
+        faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]
+    raise_all(faults)
+    tensors = spelt_tensors(adapter, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"})
+    return Container(tensors, carried(adapter))
+
+
+def _named(module: str) -> str:
+    if module.startswith(ROOTS):
+        return module
+    part = next((part for part in PARTS if module.startswith(f"{part}.")), None)
+    if not module or part not in (None, "model.diffusion_model"):
+        remedy = "--format kohya, which ComfyUI reads too" if module else None
+        raise NotExpressible("its name is none that a single-file checkpoint has", expected="diffusion_model.…", remedy=remedy)
+    return f"diffusion_model.{module.removeprefix('model.diffusion_model.')}"

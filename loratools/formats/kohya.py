@@ -7,12 +7,14 @@ other suffixes in their place (`_slots`). Each module has its own rank and alpha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, LoratoolsError, raise_all
-from loratools.flatnames import split_prefix
+from loratools.deltas.full import Replacement
+from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
+from loratools.flatnames import PARTS, flatten, spelt, split_prefix
 from loratools.formats._slots import collect, made
+from loratools.formats._spelt import carried, spelt_tensors
 from loratools.formats.base import Container, ReadOptions
 from loratools.tensorfile import Ref
 
@@ -56,3 +58,39 @@ def _strays(others: Mapping[str, Ref], modules: Mapping[str, object]) -> list[Lo
     faults: list[LoratoolsError] = [FormatError("no tensor of this family", tensor=key) for key in others]
     strange = [name for name in modules if split_prefix(name) is None]
     return faults + [FormatError("a name that begins as none of this family", tensor=name) for name in strange]
+
+
+# -- writing
+
+
+def encode(adapter: Adapter) -> Container:
+    """The adapter as kohya's and LyCORIS' loaders read it: flat names as they are, of exact ones the dots made underscores.
+
+    A model that is no pipeline's part gets the prefix `lora_unet`. Raises NotExpressible for what the suffixes cannot say and for
+    modules whose names would be spelt alike.
+    """
+    faults: list[LoratoolsError] = []
+    strange = [name for name in adapter.passengers if not _PASSENGER.match(name)]
+    faults += [NotExpressible("kohya's files have no place for it", tensor=name) for name in strange]
+    raise_all(faults)
+    tensors = spelt_tensors(adapter, _namer(adapter), {Replacement: "--format comfyui has whole tensors, and --format loratools"})
+    said = {"ss_network_module": "networks.lora" if all(_SD_SCRIPTS.search(key) for key in tensors) else "lycoris.kohya"}
+    return Container(tensors | dict(adapter.passengers), said | carried(adapter))
+
+
+_SD_SCRIPTS = re.compile(r"\.(?:lora_(?:down|up)\.weight|alpha)$")  # what sd-scripts' own networks load
+
+
+def _namer(adapter: Adapter) -> Callable[[str], str]:
+    parts = {part for name in adapter for part in PARTS if name.startswith(f"{part}.")}
+
+    def named(module: str) -> str:
+        if adapter.flat or ("." not in module and split_prefix(module) is not None):
+            return module
+        word = spelt(module, parts)
+        if not module or (word is None and parts):
+            fact = "lies in no part of the pipeline, and other modules do" if module else "a tensor of no module"
+            raise NotExpressible(fact, expected=" or ".join(sorted(parts)) or None)
+        return word or f"lora_unet_{flatten(module)}"
+
+    return named
