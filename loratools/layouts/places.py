@@ -14,7 +14,7 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.parts import joined
 from loratools.errors import LoratoolsError, MatchError, UnsupportedError
 from loratools.layouts.rules import Place
-from loratools.sliced import Sliced
+from loratools.sliced import Pool, Pooled, Sliced
 from loratools.tensorfile import Ref, Spec
 
 
@@ -128,6 +128,7 @@ def inside(place: Place, where: Where, spec: Spec) -> tuple[Where, Spec] | None:
 def put(settled: Mapping[str, Delta], where: Mapping[str, Where]) -> tuple[dict[str, Delta], list[LoratoolsError]]:
     """Deltas by the base's names: stacks taken apart, matrices put together where they are rows of one; what cannot be is a fault."""
     placed: dict[str, Delta] = {}
+    pool = Pool()
     rows: dict[str, list[Part]] = defaultdict(list)
     faults: list[LoratoolsError] = []
     for name, delta in settled.items():
@@ -136,7 +137,7 @@ def put(settled: Mapping[str, Delta], where: Mapping[str, Where]) -> tuple[dict[
             rows[it.base].append(Part(delta=delta, start=it.start, stop=it.stop))
             continue
         try:
-            made = {it.base: delta} if isinstance(it, Same) else _apart(delta, it)
+            made = {it.base: delta} if isinstance(it, Same) else _apart(delta, it, pool)
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
             continue
@@ -150,10 +151,11 @@ def _met(name: str) -> LoratoolsError:
     return UnsupportedError("two of the adapter's deltas lie on this tensor", tensor=name)
 
 
-def _apart(delta: Delta, fused: Fused) -> dict[str, Delta]:
+def _apart(delta: Delta, fused: Fused, pool: Pool) -> dict[str, Delta]:
     """A stack's delta as one of each of its matrices."""
     if isinstance(delta, Experts):
-        return {base: delta.expert(expert, slice(start, stop)) for base, expert, start, stop in fused.matrices}
+        pooled = replace(delta, B=Pooled(delta.B, pool))  # every expert has columns throughout all of B
+        return {base: pooled.expert(expert, slice(start, stop)) for base, expert, start, stop in fused.matrices}
     whole = delta.value if isinstance(delta, Replacement) else delta.diff if isinstance(delta, Full) else None
     if whole is None or len(whole.spec.shape) != 3:
         raise UnsupportedError(f"a {delta.kind} delta on a stack that the base stores matrix by matrix")
