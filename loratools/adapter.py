@@ -12,17 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratools.alignment import align
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.laid import Turned, Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
-from loratools.deltas.parameters import moved, settle_parameters
+from loratools.deltas.parameters import moved, names_of, settle_parameters
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, UnsupportedError, raise_all
 from loratools.families import Family, of_vocabulary
 from loratools.flatnames import meet
+from loratools.layouts.transformers import every_layout, layouts_of
+from loratools.layouts.view import View, view_of
 from loratools.tensorfile import Ref, Spec, identity, origin
 
 
@@ -32,7 +33,7 @@ class Adapter(Mapping[str, Delta]):
 
     `metadata` is what its file said beside the weights, by format; `passengers` are tensors that are no weight edit and are
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
-    are what a person should be told; `absent` counts the deltas that a base need not have a tensor for, and had none; `initial` are
+    are what a person should be told; `left` counts the deltas that a base should have a tensor for, and had none; `initial` are
     the files of the adapter as it was initialised, where its own do not tell what it means; names of a `flat` one have underscores
     for dots (`flatnames`).
     """
@@ -45,7 +46,7 @@ class Adapter(Mapping[str, Delta]):
     files: tuple[Path, ...] = ()
     expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
     notes: tuple[str, ...] = ()
-    absent: int = 0
+    left: int = 0
     initial: tuple[Path, ...] = ()
     flat: bool = False
 
@@ -78,27 +79,30 @@ class Adapter(Mapping[str, Delta]):
     ) -> Adapter:
         """The same adapter under the base's names, each delta known to fit its weight.
 
-        A prefix that the whole adapter lacks or has too much is aligned once, and noted. Raises, all together: MatchError for
-        deltas the base lacks (with the nearest names) and for tensors the adapter promises but does not hold, ShapeError for
-        those that do not fit, AmbiguousError for square weights whose orientation nothing tells.
+        A prefix that the whole adapter lacks or has too much is aligned once, and noted; so are names of transformers' in memory and
+        in files, with the matrices of fused experts. Raises, all together: MatchError for deltas the base lacks (with the nearest names)
+        and for tensors the adapter promises but does not hold, ShapeError for those that do not fit, AmbiguousError for square
+        weights whose orientation nothing tells, UnsupportedError for what only a conversion of transformers would bring together.
         """
         family = family or Family({})
-        renamed = self._renamed(list(renames))
-        needing = [name for name, delta in renamed.items() if delta.needs_base]
-        placed, notes = _dotted(renamed.deltas, base) if self.flat else align(renamed.deltas, needing, base)
-        placed = {place: moved(delta, name, place) for name, (place, delta) in zip(renamed, placed.items(), strict=True)}
-        aligned, unsettled = settle_parameters(placed, base, family.types)
-        faults = [error.at(file=self.path) for error in unsettled]
+        renamed, disk = self._renamed(list(renames))._dotted(base), base
+        fixed = {name for name in renamed if name in base and name not in self}
+        view, (names, notes) = view_of(renamed.deltas, base, layouts_of(family), lambda: () if family.types else every_layout(), fixed)
+        base = view.specs
+        placed = {names[name]: moved(delta, name, names[name]) for name, delta in renamed.items()}
+        aligned, unsettled = settle_parameters(placed, base, family.types, either=view.turns)
+        faults = [error.at(file=self.path) for error in (*unsettled, *_refused(view, placed))]
         absent = [name for name, delta in aligned.items() if isinstance(delta, WherePresent) and name not in base]
         aligned = {name: delta for name, delta in aligned.items() if name not in absent}
         unmatched = [name for name, delta in aligned.items() if delta.needs_base and name not in base]
+        known = [name for name in unmatched if name in view.refused]
         if len(unmatched) == len([delta for delta in aligned.values() if delta.needs_base]) and unmatched:
-            faults.append(_nothing_matched(unmatched, base, self.path))
+            faults += [] if known else [_nothing_matched(unmatched, base, self.path)]
             unmatched = []
         elif allow_unmatched:
             notes += [f"not applied, the base has no {name}" for name in unmatched]
         else:
-            faults += [_stray(name, base, self.path) for name in unmatched]
+            faults += [_stray(name, base, self.path) for name in unmatched if name not in known]
         matched = {name: delta for name, delta in aligned.items() if name in base or not delta.needs_base}
         faults += [error.at(file=self.path) for name in matched if name not in base for error in _misplaced(name, base)]
         flagged = bool(self.metadata.get("peft", {}).get("fan_in_fan_out"))
@@ -121,7 +125,12 @@ class Adapter(Mapping[str, Delta]):
             settled = with_banks(settled)
         except LoratoolsError as error:
             raise error.at(file=self.path) from None
-        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, absent=len(absent), flat=False)
+        notes += view.said(settled)
+        settled, apart = view.place(settled)
+        raise_all(error.at(file=self.path) for error in apart)
+        for name, delta in settled.items():
+            delta.spec(disk.get(name))
+        return replace(self, deltas=settled, notes=(*self.notes, *notes), expects=None, left=len(unmatched), flat=False)
 
     def _straight(self, settled: Mapping[str, Delta]) -> list[LoratoolsError]:
         """peft's OLoRA moves a part of W as it lies, and adds the change to it turned: for a weight stored (in, out) that is no LoRA."""
@@ -142,6 +151,13 @@ class Adapter(Mapping[str, Delta]):
         if set(deltas) == set(self.deltas):
             raise MatchError("--rename changed no name", file=self.path, found=", ".join(f"{old}={new}" for old, new in renames))
         return replace(self, deltas=deltas)
+
+    def _dotted(self, base: Iterable[str]) -> Adapter:
+        """A flat adapter under the base's names that flatten to its own; those the base lacks stay as they are."""
+        if not self.flat:
+            return self
+        met = meet(self, base)
+        return replace(self, deltas={met.get(word, word): delta for word, delta in self.items()})
 
     def _missing(self, base: Mapping[str, Spec], settled: Mapping[str, Delta]) -> list[LoratoolsError]:
         if self.expects is None:
@@ -167,18 +183,18 @@ def rename(name: str, renames: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _dotted(deltas: Mapping[str, Delta], base: Mapping[str, Spec]) -> tuple[dict[str, Delta], list[str]]:
-    """The deltas under the base's names that flatten to theirs; those the base lacks keep their own."""
-    met = meet(deltas, base)
-    return {met.get(word, word): delta for word, delta in deltas.items()}, []
-
-
 def _nothing_matched(names: list[str], base: Mapping[str, Spec], path: Path | None) -> MatchError:
     near = ", ".join(difflib.get_close_matches(names[0], base, 2, 0.4)) or ", ".join(list(base)[:2])
     return MatchError(
         f"none of the adapter's {len(names)} weights is in the base",
         file=path, tensor=names[0], found=f"a base with {near}, …", remedy="is it another model's? --rename OLD=NEW maps names",
     )  # fmt: skip
+
+
+def _refused(view: View, deltas: Mapping[str, Delta]) -> list[LoratoolsError]:
+    """Why the base has no tensor of some of the adapter's names, where that is known."""
+    names = [other for name, delta in deltas.items() for other in names_of(name, delta) if other not in view.specs]
+    return [view.refused[name] for name in dict.fromkeys(names) if name in view.refused]
 
 
 def _stray(name: str, base: Mapping[str, Spec], path: Path | None) -> MatchError:
@@ -215,9 +231,11 @@ def settle(
         if layer == "either":
             layer = "transposed" if family.transposed(name) else "linear"
             if mixed:
+                rows, columns = base[name].matrix
+                what = "a square weight" if rows == columns else "a weight that takes its change both ways"
                 faults.append(
                     AmbiguousError(
-                        "a square weight of a model that stores some weights transposed, and no known model_type to tell which",
+                        f"{what} of a model that stores some weights transposed, and no known model_type to tell which",
                         tensor=name, remedy="name the transposed ones with --transposed GLOB, or add the base's config.json",
                     )
                 )  # fmt: skip

@@ -8,6 +8,7 @@ copied and what is left out.
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections import Counter
@@ -20,10 +21,12 @@ from typing import Any, TypeAlias
 from blake3 import blake3
 
 from loratools import sidefiles, threads
-from loratools.errors import LoratoolsError, MatchError, raise_all
+from loratools.codes import FourBit
+from loratools.dequantize import Plain, dequantized, known
+from loratools.errors import LoratoolsError, MatchError, QuantizedError, raise_all
 from loratools.families import Family
 from loratools.jsonfile import read_json, write_json
-from loratools.quantized import scheme
+from loratools.quantized import method, scheme
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, WeightFile
 from loratools.tensorwriter import TensorWriter
 from loratools.torchfile import PICKLES, TorchFile
@@ -71,6 +74,7 @@ class Checkpoint(Mapping[str, Ref]):
         self._map = weight_map(self.folder / name) if self.index_name else {}
         self.files = _open_all(self.folder, sorted(set(self._map.values())) if self.index_name else [name])
         self._check_names()
+        self._stored: Mapping[str, Ref] = {}  # what a dequantised checkpoint was made of
         self.notes: list[str] = []
         self.shared: list[tuple[str, ...]] = []
         for name, file in self.files.items():
@@ -100,7 +104,51 @@ class Checkpoint(Mapping[str, Ref]):
     @property
     def quantization(self) -> str | None:
         """The name of the scheme its weights are quantised in, if any."""
-        return scheme(self.specs, self.config)
+        return None if self._stored else scheme(self.specs, self.config)
+
+    @property
+    def computed(self) -> bool:
+        """Whether its tensors are not those of its files, but made of them."""
+        return bool(self._stored)
+
+    @property
+    def dequantizable(self) -> bool:
+        """Whether its weights are quantised, and in a way that `dequantized` reads."""
+        return bool(self.quantization) and known(self.specs, self.config)
+
+    def dequantized(self, dtype: str | None = None) -> Checkpoint:
+        """The checkpoint as plain weights, in `dtype` or the one its quantiser names; itself if it is not quantised.
+
+        Raises QuantizedError for other schemes, FormatError and ShapeError for parts that do not fit together.
+        """
+        if not self.quantization:
+            return self
+        try:
+            plain = dequantized(self._refs, self.config, dtype)
+            self._check_turned(plain)
+        except LoratoolsError as error:
+            raise error.at(file=self.path) from None
+        made = copy.copy(self)
+        made.__dict__.pop("specs", None)
+        made._refs, made._stored = plain.refs, self._refs
+        refs = {name: {key: plain.refs[key] for key in file if key in plain.refs} for name, file in self.files.items()}
+        made.files = {name: file.with_tensors(refs[name]) for name, file in self.files.items()}
+        codes = Counter(plain.refs[name].spec.dtype for name in plain.computed)
+        told = ", ".join(f"{count} weight{'s' if count > 1 else ''} as {code}" for code, count in codes.items())
+        made.notes = [*self.notes, f"dequantised ({self.quantization}): {told}"]
+        if plain.left_out:
+            count, first = len(plain.left_out), plain.left_out[0]
+            made.notes.append(f"scales of activations left out, as plain weights have none: {count} of them, such as {first}")
+        if self.single and method(self.config):
+            made.notes.append("the output is one file; the config.json it is used with must lose its quantization_config")
+        return made
+
+    def _check_turned(self, plain: Plain) -> None:
+        """bitsandbytes' layers hold what a Conv1D stores (in, out) the other way round: as plain weights they would be wrong."""
+        turned = [name for name in plain.computed if isinstance(plain.refs[name], FourBit) and self.family().transposed(name)]
+        if turned:
+            fact = "turned when it was quantised, and the plain model stores it (in, out): not dequantised"
+            raise QuantizedError(fact, tensor=turned[0], remedy="merge into the original 16- or 32-bit weights")
 
     def family(self, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> Family:
         """What its config says of its tensors, with the user's globs on top."""
@@ -114,6 +162,8 @@ class Checkpoint(Mapping[str, Ref]):
     @property
     def unlike(self) -> str | None:
         """What makes its output's files or tensors others than its own, in words, if anything does."""
+        if self._stored:
+            return "weights that are dequantised"
         pickled = next((name for name in self.files if name.endswith(PICKLES)), None)
         return f"{pickled}, which is written as safetensors" if pickled else None
 
@@ -207,9 +257,11 @@ class Checkpoint(Mapping[str, Ref]):
             done.files.append(weights_entry(writer.path.name, writer.size, writer.header_sha256, writer.digests))
             if name.endswith(PICKLES):
                 done.notes.append(f"written as safetensors: {writer.path.name}, from {name}")
+        if self._stored:
+            done.read = digests(self._stored, workers)
         if not self.single:
             self._copy_beside(out, done)
-            self._write_config(out, config or {}, done)
+            self._write_config(out, {**(config or {}), **({"quantization_config": None} if self._stored else {})}, done)
             self._write_index(out, change, added, done)
         return done
 
@@ -321,13 +373,33 @@ def _counter(progress: Callable[[int, int], None] | None, total: int) -> _Tell:
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with keys set, in the nested text config where that is where they stand; None removes."""
+    """The config with keys set, in the nested text config where that is where they stand; None removes, from nested ones too."""
     changed = json.loads(json.dumps(config))
     for key, value in values.items():
+        if value is None:
+            continue
         text = changed.get("text_config")
         place = text if isinstance(text, dict) and key in text and key not in changed else changed
         place[key] = value
-    return {key: value for key, value in changed.items() if key not in values or values[key] is not None}
+    gone = [key for key, value in values.items() if value is None]
+    for part in (changed, *(value for value in changed.values() if isinstance(value, dict))):
+        for key in gone:
+            part.pop(key, None)
+    return dict(changed)
+
+
+def digests(refs: Mapping[str, Ref], workers: int = 1) -> dict[str, str]:
+    """BLAKE3 of each tensor's bytes."""
+    found: dict[str, str] = {}
+
+    def digest(name: str, ref: Ref) -> None:
+        made = blake3()
+        for block in ref.blocks():
+            made.update(block)
+        found[name] = made.hexdigest()
+
+    threads.run_all([partial(digest, name, ref) for name, ref in refs.items()], workers)
+    return found
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

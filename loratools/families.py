@@ -6,6 +6,7 @@ A 2-D tensor does not say what layer it belongs to. Transposed weights, stored (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -175,8 +176,15 @@ class Family:
         return [pair] if pair else []
 
     def concerned(self, base: Mapping[str, T], changed: Iterable[str]) -> Mapping[str, T]:
-        """The tensors of the models in which something is changed: of one model, all."""
-        return base
+        """The tensors of the models in which something is changed: of one model, all but layers that transformers does not load.
+
+        Those come after the ones that the config counts, and predict tokens further ahead (`num_nextn_predict_layers`).
+        """
+        count = self.config.get("num_hidden_layers")
+        if not self.config.get("num_nextn_predict_layers") or type(count) is not int:
+            return base
+        layers = {name: re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in base}
+        return {name: base[name] for name, found in layers.items() if found is None or int(found[1]) < count}
 
 
 @dataclass(frozen=True)

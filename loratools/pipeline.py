@@ -7,15 +7,14 @@ byte, whatever lies in its folder.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blake3 import blake3
-
-from loratools import sidefiles, threads
-from loratools.checkpoint import RECEIPT, Change, Checkpoint, Rewritten, weights_entry
+from loratools import sidefiles
+from loratools.checkpoint import RECEIPT, Change, Checkpoint, Rewritten, digests, weights_entry
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, raise_all
 from loratools.families import Families, Family
 from loratools.jsonfile import read_json
@@ -38,11 +37,15 @@ class Pipeline(Checkpoint):
 
     def __init__(self, path: str | Path) -> None:
         self.path = self.folder = Path(path)
-        self.index_name = None
+        self.index_name, self._stored = None, {}
         self._listed = _listed(self.folder / PIPELINE)
         self.components = _open_all(self.folder, self._listed)
         if not self.components:
             raise FormatError("a pipeline none of whose folders holds weights", file=self.folder)
+        self._assemble()
+
+    def _assemble(self) -> None:
+        """The tensors and files of its models under one roof."""
         self.files = {f"{name}/{file}": opened for name, part in self.components.items() for file, opened in part.files.items()}
         self._refs: dict[str, Ref] = {prefix + name: ref for prefix, part in self.parts.items() for name, ref in part.items()}
         self.notes = [f"{name}: {note}" for name, part in self.components.items() for note in part.notes]
@@ -68,6 +71,22 @@ class Pipeline(Checkpoint):
     def unlike(self) -> str | None:
         return "a pipeline of several models"
 
+    @property
+    def computed(self) -> bool:
+        return any(part.computed for part in self.components.values())
+
+    @property
+    def dequantizable(self) -> bool:
+        quantised = [part for part in self.components.values() if part.quantization]
+        return bool(quantised) and all(part.dequantizable for part in quantised)
+
+    def dequantized(self, dtype: str | None = None) -> Checkpoint:
+        made = copy.copy(self)
+        made.__dict__.pop("specs", None)
+        made.components = {name: part.dequantized(dtype) for name, part in self.components.items()}
+        made._assemble()
+        return made
+
     def family(self, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> Family:
         return Families({}, embeddings, transposed, {prefix: part.family() for prefix, part in self.parts.items()})
 
@@ -91,7 +110,7 @@ class Pipeline(Checkpoint):
         for name, part in self.components.items():
             mine = [_below(f"{name}.", table) for table in (change, added or {}, config or {})]
             told = partial(_from, before, total, progress) if progress else None
-            if any(mine):
+            if any(mine) or part.computed:
                 made = part.rewrite(out / name, mine[0], added=mine[1], config=mine[2], workers=workers, progress=told)
             else:
                 made = _copied(part, out / name, workers, told)
@@ -147,9 +166,8 @@ def _from(before: int, total: int, progress: Callable[[int, int], None], done: i
 
 def _copied(part: Checkpoint, out: Path, workers: int, progress: Callable[[int, int], None] | None) -> Rewritten:
     """A model's folder byte for byte, with the digests of its tensors."""
-    done = Rewritten()
-    threads.run_all([partial(_digest, name, ref, done) for name, ref in part.items()], workers)
-    done.written = done.read
+    read = digests(part, workers)
+    done = Rewritten(read=read, written=read)
     for name, reason in sidefiles.beside(part.folder):
         if reason is not None and reason not in sidefiles.STALE:
             done.left_out.append({"name": name, "reason": reason, "relative_norm": None})
@@ -161,13 +179,6 @@ def _copied(part: Checkpoint, out: Path, workers: int, progress: Callable[[int, 
     if progress:
         progress(part.nbytes, part.nbytes)
     return done
-
-
-def _digest(name: str, ref: Ref, done: Rewritten) -> None:
-    digest = blake3()
-    for block in ref.blocks():
-        digest.update(block)
-    done.read[name] = digest.hexdigest()
 
 
 def _take(done: Rewritten, component: str, made: Rewritten) -> None:

@@ -99,10 +99,9 @@ def make_plan(
 ) -> Plan:
     """Names joined, shapes checked, ties decided: the whole merge but its arithmetic."""
     if checkpoint.quantization:
-        raise QuantizedError(
-            "the base's weights are quantised", file=checkpoint.path, found=checkpoint.quantization,
-            remedy="merge into the original 16- or 32-bit weights",
-        )  # fmt: skip
+        remedy = "merge into the original 16- or 32-bit weights"
+        remedy += ", or give --dequantize to merge onto a dequantised copy" if checkpoint.dequantizable else ""
+        raise QuantizedError("the base's weights are quantised", file=checkpoint.path, found=checkpoint.quantization, remedy=remedy)
     family = checkpoint.family(embeddings, transposed)
     known = dict(checkpoint.specs)
     for embedding, head in family.ties(checkpoint):
@@ -111,7 +110,7 @@ def make_plan(
     for adapter, strength in adapters:
         resolved = adapter.resolve(known, family, renames=renames, allow_unmatched=allow_unmatched)
         plan.notes += [note for note in resolved.notes if note not in plan.notes]
-        plan.expected += len(adapter) - resolved.absent
+        plan.expected += len(resolved) + resolved.left
         for name, delta in resolved.items():
             if strength == 0:
                 plan.without_effect += 1

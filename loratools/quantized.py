@@ -21,17 +21,25 @@ _ENDINGS = {
     ".weight_scale_inv": "fp8 with block scales",
     ".weight_packed": "compressed-tensors",
     ".scale_weight": "scaled fp8",
+    ".comfy_quant": "ComfyUI's mixed precision",
     "_blocks": "mxfp4",
 }
 
 
 def scheme(specs: Mapping[str, Spec], config: Mapping[str, Any]) -> str | None:
     """The quantisation's name, from the config (nested ones too) or from tensors, or None."""
+    named = (label for name in specs if (label := _by_name(name, specs)))
+    shown = (label for name, spec in specs.items() if (label := _by_dtype(name, spec, specs)))
+    return method(config) or next(named, None) or next(shown, None)
+
+
+def method(config: Mapping[str, Any]) -> str | None:
+    """The quantisation that a config, or one nested in it, states."""
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
         found = part.get("quantization_config") or part.get("quantization")
         if isinstance(found, Mapping) and found:
             return _named(found)
-    return next((label for name, spec in specs.items() if (label := _evidence(name, spec, specs))), None)
+    return None
 
 
 def _named(found: Mapping[str, Any]) -> str:
@@ -39,11 +47,16 @@ def _named(found: Mapping[str, Any]) -> str:
     return str(found.get("quant_method") or bitsandbytes or found.get("mode") or "mlx")
 
 
-def _evidence(name: str, spec: Spec, specs: Mapping[str, Spec]) -> str | None:
-    """What a tensor's name, dtype and neighbours tell of its quantisation."""
+def _by_name(name: str, specs: Mapping[str, Spec]) -> str | None:
+    """What a name that only quantisers write tells."""
     for ending, label in _ENDINGS.items():
         if name.endswith(ending) and (ending != "_blocks" or name.removesuffix("_blocks") + "_scales" in specs):
             return label
+    return None
+
+
+def _by_dtype(name: str, spec: Spec, specs: Mapping[str, Spec]) -> str | None:
+    """What a narrow dtype with scales beside it tells."""
     narrow = spec.dtype.startswith(("F8", "F6", "F4"))
     whole = spec.dtype in ("U32", "I32", "U8", "I8") and name.endswith("weight")
     if (narrow or whole) and f"{name}_scale" in specs:

@@ -54,6 +54,57 @@ def write_pickled(
     return folder
 
 
+def four_bit(
+    name: str, W: Tensor, *, nested: bool = True, size: int = 64, kind: str = "nf4", dtype: str = "bfloat16", above: int = 256
+) -> dict[str, Tensor]:
+    """A weight as bitsandbytes stores it in 4 bits, by its rules: nearest values, absmax of blocks, absmax itself in 8 bits."""
+    table = torch.tensor(CODEBOOKS[kind])
+    flat = torch.nn.functional.pad(W.detach().float().reshape(-1), (0, -W.numel() % size)).view(-1, size)
+    absmax = flat.abs().amax(1)
+    codes = (flat / absmax.clamp_min(1e-30)[:, None]).unsqueeze(-1).sub(table).abs().argmin(-1).view(-1)[: W.numel()]
+    codes = torch.nn.functional.pad(codes, (0, W.numel() % 2)).to(torch.uint8).view(-1, 2)
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": size, "dtype": dtype, "shape": list(W.shape)}
+    tensors = {name: (codes[:, 0] << 4 | codes[:, 1]).view(-1, 1), f"{name}.quant_map": table}
+    if nested:
+        offset = float(absmax.mean())
+        map8 = torch.linspace(-1, 1, 256)
+        rest = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % above)).view(-1, above)
+        largest = rest.abs().amax(1).clamp_min(1e-30)
+        code8 = (rest / largest[:, None]).unsqueeze(-1).sub(map8).abs().argmin(-1).view(-1)[: len(absmax)]
+        tensors |= {f"{name}.absmax": code8.to(torch.uint8), f"{name}.nested_absmax": largest, f"{name}.nested_quant_map": map8}
+        state |= {"nested_blocksize": above, "nested_dtype": "float32", "nested_offset": offset}
+    else:
+        tensors[f"{name}.absmax"] = absmax
+    packed = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8).clone()
+    return tensors | {f"{name}.quant_state.bitsandbytes__{kind}": packed}
+
+
+# QLoRA, appendix E, and bitsandbytes' fp4, as float32 has them
+CODEBOOKS = {
+    "nf4": [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    "fp4": [
+        0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+        0.0, -0.0052083334885537624, -0.6666666865348816, -1.0, -0.3333333432674408, -0.5, -0.1666666716337204, -0.25,
+    ],
+}  # fmt: skip
+
+
+def fp8_blocks(W: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:
+    """A matrix in fp8 and its scales, one a block, those at the edges cut off (DeepSeek-V3's inference code)."""
+    (rows, columns), (height, width) = W.shape, block
+    scales = torch.empty(-(-rows // height), -(-columns // width))
+    codes = torch.empty(W.shape, dtype=torch.float8_e4m3fn)
+    for i, j in ((i, j) for i in range(len(scales)) for j in range(scales.shape[1])):
+        place = slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
+        scales[i, j] = W[place].abs().max() / 448
+        codes[place] = (W[place] / scales[i, j]).to(torch.float8_e4m3fn)
+    return codes, scales
+
+
 def write_pipeline(folder: Path, models: Mapping[str, tuple[Tensors, Mapping[str, Any]]], **listed: Any) -> Path:
     """A diffusers pipeline: models of (tensors, config), a scheduler and a tokenizer; `listed` are more lines of its index."""
     index = {"_class_name": "TestPipeline", "_diffusers_version": "0.42.0", "scheduler": ["diffusers", "EulerDiscreteScheduler"]}

@@ -104,6 +104,11 @@ class Pair:
         self.factors.unlink()
         torch.save(value, self.adapter / "adapter_model.bin")
 
+    def pickled_base(self, value: object) -> None:
+        """The base as pytorch_model.bin of whatever object."""
+        self.weights.unlink()
+        torch.save(value, self.base / "pytorch_model.bin")
+
     def tied(self) -> None:
         self.weight("lm_head.weight", None)
         self.base_config(tie_word_embeddings=True)

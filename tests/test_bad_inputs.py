@@ -118,6 +118,8 @@ FOLDERS: list[Case] = [
     ("several models", two_models, ("base: holds several models", "one.safetensors, two.safetensors")),
     ("two models of two libraries", put("base/diffusion_pytorch_model.safetensors", b""), ("base: holds several models",)),
     ("only weights of another kind", moved(BASE, "base/tf_model.h5"), ("base: no model of safetensors or torch", "tf_model.h5")),
+    ("a base pickle with code", lambda pair: pair.pickled_base({Q: Evil()}), ("pytorch_model.bin: ", "in it was run", "posix.mkdir")),
+    ("a base pickle of other things", lambda pair: pair.pickled_base({Q: 1}), ("pytorch_model.bin: " + Q, "not a tensor", "int")),
     ("safetensors under a pickle's name", moved(BASE, "base/pytorch_model.bin"), ("pytorch_model.bin: not a torch file", "was run")),
     ("adapters in folders", then(moved("adapter", "all/style"), instead(adapter="all")), ("all: holds adapters", "style")),
     ("a sharded adapter", moved(FACTORS, f"{FACTORS}.index.json"), ("adapter: a sharded adapter",)),
@@ -229,6 +231,29 @@ QUANTISED: list[Case] = [
     ("compressed-tensors", quantised({Q[:-6] + "weight_packed": U8}), ("base: ", "compressed-tensors")),
     ("whole numbers with scales", quantised({Q: torch.ones(8, 8, dtype=torch.int8), Q + "_scale": U8}), ("base: ", "I8 with scales")),
     ("mlx", quantised({Q: torch.ones(8, 1, dtype=torch.uint32), Q[:-6] + "scales": torch.ones(8, 1)}), ("base: ", "mlx")),
+    (
+        "gptq to be dequantised",
+        then(quantised({Q[:-6] + "qweight": U8}), option("--dequantize")),
+        ("base: cannot be dequantised", "gptq or awq"),
+    ),
+    (
+        "fp8 with a grid that does not fit",
+        then(quantised({Q: torch.ones(8, 8).to(torch.float8_e4m3fn), Q + "_scale_inv": torch.ones(2, 2)}), option("--dequantize")),
+        ("base: " + Q, "found [2, 2]", "[1, 1] for blocks of 128 × 128"),
+    ),
+    (
+        "4 bits without a part",
+        then(quantised({Q: U8, Q + ".quant_state.bitsandbytes__nf4": U8}), option("--dequantize")),
+        ("base: " + Q, "not bitsandbytes' description"),
+    ),
+    (
+        "fp8 too large for float16",
+        then(
+            quantised({Q: torch.full((8, 8), 448.0).to(torch.float8_e4m3fn), Q + "_scale_inv": torch.full((1, 1), 200.0)}),
+            option("--dequantize", "--dtype", "float16"),
+        ),
+        ("base: " + Q, "would not be finite in float16", "found 89600"),
+    ),
 ]
 WORDS: list[Case] = [
     ("a tied head changed alone", tied_head, ("base: lm_head.weight", "one tensor in this model", "--untie")),

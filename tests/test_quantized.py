@@ -29,6 +29,7 @@ TENSORS: list[tuple[str, dict[str, Spec]]] = [
     ("F4 with scales", {f"{X}.weight": Spec("F4", (16, 8)), f"{X}.weight_scale": F32}),
     ("compressed-tensors", {f"{X}.weight_packed": I32, f"{X}.weight_scale": F32, f"{X}.weight_shape": Spec("I64", (2,))}),
     ("scaled fp8", {f"{X}.weight": Spec("F8_E4M3", (16, 8)), f"{X}.scale_weight": F32}),
+    ("ComfyUI's mixed precision", {f"{X}.weight": Spec("F8_E4M3", (16, 8)), f"{X}.comfy_quant": U8, f"{X}.weight_scale": F32}),
     ("mxfp4", {"experts.gate_up_proj_blocks": U8, "experts.gate_up_proj_scales": U8}),
     ("mlx", {f"{X}.weight": Spec("U32", (16, 1)), f"{X}.scales": F32, f"{X}.biases": F32}),
 ]

@@ -44,7 +44,9 @@ def combined(receipt: Row, out: str, columns: int | None) -> list[str]:
 def _factored(word: str, receipt: Row, out: str, columns: int | None) -> list[str]:
     rows = [row for row in receipt["tensors"] if row["rank"] is not None]
     pairs = [(word, out), ("held", f"{count(receipt['applied'])} of {count(receipt['expected'])} deltas")]
-    pairs += [("rank", f"{span(row['rank_before'] for row in rows)} before, {span(row['rank'] for row in rows)} now")] if rows else []
+    before = [row["rank_before"] for row in rows if row["rank_before"] is not None]  # a LoHa, a DoRA's W' - W: of no stated rank
+    told = f"{span(before)} before, " if before else ""
+    pairs += [("rank", f"{told}{span(row['rank'] for row in rows)} now")] if rows else []
     held = math.fsum(row["share"] or 0.0 for row in rows)
     if held:
         squares = (math.fsum((row["share"] or 0.0) * row[which] ** 2 for row in rows) for which in ("error", "optimal_error"))
@@ -53,7 +55,7 @@ def _factored(word: str, receipt: Row, out: str, columns: int | None) -> list[st
     worst = sorted(rows, key=lambda row: (-row["error"], row["name"]))[:WORST]
     cells = {
         "worst modules" if len(rows) > WORST else "module": [row["name"].removesuffix(".weight") for row in worst],
-        "rank before": [str(row["rank_before"]) for row in worst],
+        "rank before": ["–" if row["rank_before"] is None else str(row["rank_before"]) for row in worst],
         "rank": [str(row["rank"]) for row in worst],
         "error": [number(row["error"]) for row in worst],
         "best possible": [number(row["optimal_error"]) for row in worst],
@@ -68,9 +70,9 @@ def compared(found: Row, columns: int | None) -> list[str]:
     total, modules = found["total"], found["modules"]
     pairs = [
         ("a", found["a"]), ("b", found["b"]),
-        ("‖ΔW‖", f"{number(total['norm_a'])} and {number(total['norm_b'])}"),
+        ("‖ΔW‖", " and ".join("–" if total[key] is None else number(total[key]) for key in ("norm_a", "norm_b"))),
         ("cosine", _shown(total["cosine"])),
-        ("distance", f"{number(total['distance'])}, {_of(total['relative_distance'])} of a's ‖ΔW‖"),
+        ("distance", "–" if total["distance"] is None else f"{number(total['distance'])}, {_of(total['relative_distance'])} of a's ‖ΔW‖"),
         ("overlap", f"columns {_of(total['column_overlap'])}, rows {_of(total['row_overlap'])}; of {many(total['modules'], 'module')}"),
     ]  # fmt: skip
     pairs += [

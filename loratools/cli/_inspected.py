@@ -70,12 +70,23 @@ def _ranks(report: Row) -> str:
 def _scaling(modules: Sequence[Row]) -> str:
     low = [row for row in modules if row["alpha"] is not None]
     alphas, scalings = [row["alpha"] for row in low], [row["scaling"] for row in low]
-    # alpha / rank where both are 1 is alpha / √rank too
-    rs = [row for row in low if not math.isclose(row["scaling"], row["alpha"] / row["rank"])]
+    rules = {_rule(row) for row in low}
     if len({(row["alpha"], row["rank"], row["scaling"]) for row in low}) == 1:
-        return f"{span(scalings)} = alpha {span(alphas)} / {'√' if rs else 'rank '}{low[0]['rank']}{' (rsLoRA)' if rs else ''}"
-    rule = "alpha / √rank (rsLoRA)" if len(rs) == len(low) else "alpha / rank" if not rs else "alpha / rank, or alpha / √rank (rsLoRA)"
+        rank = low[0]["rank"]
+        told = {"alpha / rank": f" / rank {rank}", "alpha / √rank (rsLoRA)": f" / √{rank} (rsLoRA)", "": f" and rank {rank}, by its method"}
+        return f"{span(scalings)} {'=' if rules != {''} else 'of'} alpha {span(alphas)}{told[rules.pop()]}"
+    if "" in rules:
+        return f"{span(scalings)} of alpha {span(alphas)}, by its method"
+    rule = rules.pop() if len(rules) == 1 else "alpha / rank, or alpha / √rank (rsLoRA)"
     return f"{span(scalings)} = {rule}, alpha {span(alphas)}"
+
+
+def _rule(row: Row) -> str:
+    """What gives the scaling: alpha / rank where the rank is 1, nothing where it is a method's own, as of AdaLoRA's pruned ranks."""
+    alpha, rank, scaling = row["alpha"], row["rank"], row["scaling"]
+    if rank and math.isclose(scaling, alpha / rank, rel_tol=1e-4):  # AdaLoRA divides by rank + 1e-5
+        return "alpha / rank"
+    return "alpha / √rank (rsLoRA)" if rank and math.isclose(scaling, alpha / math.sqrt(rank)) else ""
 
 
 def _checkpoint_facts(report: Row) -> list[tuple[str, str]]:
@@ -127,7 +138,8 @@ def _repeats(lines: Lines) -> Cells:
 
 
 def _dimensions(row: Row) -> str:
-    return " × ".join(map(str, row["shape"])) or "scalar"
+    """A shape; a dash where only the base tells it, as of a method that keeps a vector or a bank."""
+    return " × ".join(map(str, row["shape"])) or ("scalar" if row["parameters"] == 1 else "–")
 
 
 def _parameters(lines: Lines) -> Cells:

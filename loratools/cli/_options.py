@@ -37,6 +37,9 @@ enable_lora: Option[Any] = click.option("--enable-lora", metavar="1,0,1", help="
 conv: Option[Any] = click.option(
     "--conv", multiple=True, metavar="GLOB=K", help="loralib's convolutions and their kernel; may be repeated."
 )
+initial: Option[Any] = click.option(
+    "--initial", metavar="ADAPTER", help="The adapter as it was initialised, for PiSSA and others that changed the base."
+)
 
 
 def together(*options: Option[Any]) -> Option[Any]:
@@ -59,4 +62,4 @@ def exactly_one(words: Mapping[str, Any], *names: str) -> None:
 
 
 # what tells of an adapter's file what it leaves open
-reading = together(alpha_in, scale, scratch_dora, enable_lora, conv, transposed, embedding)
+reading = together(alpha_in, scale, scratch_dora, enable_lora, conv, transposed, embedding, initial)

@@ -92,7 +92,10 @@ def _others(receipt: Row) -> str:
     if len(receipt["tensors"]) == len(receipt["digests"]):
         return ""
     dtype = receipt["arguments"]["dtype"]
-    return f"; the others are cast to {dtype}" if dtype else "; the others are the base's bytes"
+    if dtype:
+        return f"; the others are cast to {dtype}"
+    computed = any("dequantised (" in note for note in receipt["notes"])
+    return "; the others are the dequantised copy's" if computed else "; the others are the base's bytes"
 
 
 def _spread(label: str, rows: Sequence[Row], field: str, show: Callable[[float], str], *, worst: Callable[..., Row], of: str = "") -> Pairs:

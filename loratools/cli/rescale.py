@@ -32,6 +32,11 @@ def command(adapter: str, out: str, as_json: bool, quiet: bool, **words: Any) ->
     Half the strength:
       loratools rescale adapter/ -o weaker/ --by 0.5
     """
+    ways = ("--alpha", words["alpha"] is not None), ("--by", words["by"] is not None), ("--bake", words["bake"])
+    chosen = [way for way, given in ways if given]
+    if len(chosen) > 1 or not (chosen or words["rslora"] is not None):  # as Rescaling has it, told as wrong usage
+        told = "one of --alpha, --by, --bake, --rslora, --no-rslora is needed"
+        raise click.UsageError(f"{told}: found {' and '.join(chosen) or 'none'}", click.get_current_context())
     from loratools.ops.rescale import rescale
 
     receipt = rescale(adapter, out, **words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -34,6 +35,11 @@ class Chain(Delta):
     @property
     def needs_base(self) -> bool:
         return self.first.needs_base
+
+    @property
+    def align(self) -> int | None:
+        one, other = self.first.align, self.then.align
+        return None if one is None or other is None else math.lcm(one, other)
 
     def matrix(self, base: Spec) -> tuple[int, int]:
         return self.then.matrix(base)

@@ -1,4 +1,4 @@
-"""A factor with a core before its kernel, Σⱼ t[i, j, …]·w[j, c], as LoHa and LoKr use on convolutions (Tucker), in exact products."""
+"""A factor with a core before its kernel, Σⱼ t[i, j, …]·w[j, c], as LoHa, LoKr and LoCon use it (Tucker), in exact products."""
 
 from __future__ import annotations
 

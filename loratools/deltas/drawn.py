@@ -7,6 +7,7 @@ Another release of torch may shuffle otherwise, so nothing of this is promised t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.scattered import Entries, entries
@@ -47,6 +48,7 @@ class Drawn(Sized):
         return entries(places(self.seed, len(values), out, width).to(device), values)
 
 
+@lru_cache(maxsize=16)  # layers of one size have the same, and shuffling takes seconds
 def places(seed: int, count: int, out: int, width: int) -> Tensor:
     """`count` places of an (out, width) matrix, counted row by row.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Additive, Dense, exact_rows
+from loratools.deltas.cored import cored
 from loratools.errors import ShapeError
 from loratools.tensorfile import Ref, Spec
 from loratools.tensors import read_tensor
@@ -86,7 +87,4 @@ def _pair(a: Ref, b: Ref, t: Ref | None, device: str) -> tuple[Tensor, Tensor]:
     import torch
 
     left, right = (read_tensor(ref, torch.float64, device) for ref in (a, b))
-    if t is None:
-        return left, right
-    core = read_tensor(t, torch.float64, device)
-    return left.T.contiguous(), torch.einsum("ij...,jc->ic...", core, right).flatten(1)
+    return (left, right) if t is None else (left.T.contiguous(), cored(read_tensor(t, torch.float64, device), right))

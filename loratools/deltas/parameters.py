@@ -97,6 +97,11 @@ def moved(delta: Delta, name: str, place: str) -> Delta:
     return replace(delta, choices=tuple(choices))
 
 
+def names_of(name: str, delta: Delta) -> tuple[str, ...]:
+    """The tensors that a delta may be about: of a wrapper, all its choices."""
+    return tuple(choice.name for choice in delta.choices) if isinstance(delta, OnParameter) else (name,)
+
+
 @dataclass
 class _Found:
     """A wrapper with its parameter, and the ways round that its sizes allow."""

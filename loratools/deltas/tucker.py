@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Product
+from loratools.deltas.cored import cored
 from loratools.errors import ShapeError
 from loratools.tensorfile import Ref
 from loratools.tensors import read_tensor
@@ -53,5 +54,4 @@ class Tucker(Product):
         import torch
 
         up, mid, down = (read_tensor(ref, torch.float64, device) for ref in (self.up, self.mid, self.down))
-        A = torch.einsum("ij...,jc->ic...", mid, down).flatten(1)
-        return up * self.scaling, A
+        return up * self.scaling, cored(mid, down)

@@ -1,4 +1,4 @@
-"""peft's methods that add a difference of their own to each weight, or replace it: rows of the table in `peft_methods`.
+"""peft's methods that add a difference of their own to each weight: rows of the table in `peft_methods`.
 
 Keys, fields and formulas were read from peft 0.21.2, `tuners/<method>/`.
 """
@@ -6,32 +6,21 @@ Keys, fields and formulas were read from peft 0.21.2, `tuners/<method>/`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from loratools.deltas.adalora import AdaLoRA
-from loratools.deltas.base import Additive, Delta
+from loratools.deltas.base import Delta
 from loratools.deltas.bat import Bat
 from loratools.deltas.c3a import C3A
 from loratools.deltas.delora import DeLoRA
-from loratools.deltas.fourierft import FourierFT
-from loratools.deltas.full import Full, Replacement
 from loratools.deltas.gralora import GraLoRA
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
-from loratools.deltas.lowrank import LowRank
 from loratools.deltas.miss import MiSS
-from loratools.deltas.rows import Rows
-from loratools.deltas.shares import Shares
-from loratools.deltas.sparse import Sparse
-from loratools.deltas.summed import Sum
-from loratools.deltas.waveft import WaveFT
 from loratools.errors import FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_config import REFUSED
 from loratools.formats.peft_method import Method, Part
 from loratools.formats.peft_values import short
-from loratools.linalg.wavelets import names
 
-SEEDED = "places of coefficients are drawn again from random_loc_seed by torch, not read: another release of torch may draw others"
 _LYCORIS = ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
 
 
@@ -52,12 +41,14 @@ def _kept(part: Part, first: int) -> int:
     if not isinstance(masks, dict) or not all(isinstance(mask, list) and {*map(type, mask)} <= {bool} for mask in masks.values()):
         expected = "names of lora_E mapped to lists of truth values"
         raise FormatError("adapter_config.json: rank_pattern", found=short(table), expected=expected)
-    for name, mask in masks.items():
-        if re.sub(r"\.lora_E(\.[^.]+)?$", "", name) == part.path:
-            if len(mask) != first:
-                raise FormatError(f"rank_pattern of {name} has not a truth value for each rank", found=len(mask), expected=first)
-            return sum(mask)
-    return first
+    kept = {re.sub(r"\.lora_E(\.[^.]+)?$", "", name): mask for name, mask in masks.items()}
+    strange = [path for path in kept if path not in part.paths]
+    if strange and part.path == next(iter(part.paths)):
+        raise FormatError("adapter_config.json: rank_pattern names modules that the file lacks", found=short(strange))
+    mask = kept.get(part.path, [True] * first)
+    if len(mask) != first:
+        raise FormatError(f"rank_pattern of {part.path} has not a truth value for each rank", found=len(mask), expected=first)
+    return sum(mask)
 
 
 def _loha(part: Part) -> Delta:
@@ -120,64 +111,6 @@ def _gralora(part: Part) -> Delta:
     return delta
 
 
-def _fourierft(part: Part) -> Delta:
-    spectrum = part["fourierft_spectrum"]
-    _check_count(spectrum.spec.numel, part)
-    return FourierFT(spectrum=spectrum, seed=part.whole("random_loc_seed"), scale=part.number("scaling"))
-
-
-def _waveft(part: Part) -> Delta:
-    spectrum = part["waveft_spectrum"]
-    seed, bank = part.whole("random_loc_seed"), None
-    if part.flag("proportional_parameters", False):
-        bank = Shares(seed=seed, rank=part.whole("n_frequency"))
-    else:
-        _check_count(spectrum.spec.numel, part)
-    wavelet = part.word("wavelet_family", *names()) if part.flag("use_idwt") else None
-    return WaveFT(spectrum=spectrum, seed=seed, scale=part.number("scaling"), wavelet=wavelet, bank=bank)
-
-
-def _check_count(found: int, part: Part) -> None:
-    expected = part.whole("n_frequency", pattern="n_frequency_pattern")
-    if found != expected:
-        raise ShapeError("not as many coefficients as n_frequency", found=found, expected=expected)
-
-
-def _shira(part: Part) -> Delta:
-    return Sparse(values=part["shira_weight"], places=part["shira_indices"])
-
-
-def _supertuning(part: Part) -> Delta:
-    places = part.get("supertuning_indices")
-    if places is None:
-        remedy = "save the adapter with save_precomputed_indices=True: which of the base's numbers are the largest leaves ties open"
-        raise FormatError("has no supertuning_indices beside it", remedy=remedy)
-    sparse = Sparse(values=part["supertuning_values"], places=places)
-    if part.config.get("r") is None:
-        if part.config.get("lora_alpha") is not None:
-            raise FormatError("adapter_config.json sets lora_alpha, and no r", found=short(part.config["lora_alpha"]))
-        return sparse
-    A, B = part["supertuning_lora_A.weight"], part["supertuning_lora_B.weight"]
-    part.rank("r", A.spec.shape[0], pattern=None)
-    low: Additive = LowRank(A=A, B=B, alpha=part.number("lora_alpha"), layer="linear")
-    return Sum(parts=(sparse, low))
-
-
-def _beft(part: Part) -> Mapping[str, Delta]:
-    bias = part["beft_bias"]
-    if bias.spec.shape[:1] != (1,) or len(bias.spec.shape) != 2:
-        raise ShapeError("no bias in a row", found=list(bias.spec.shape), expected="[1, out]")
-    return {"bias": Full(diff=bias.reshape(bias.spec.numel))}
-
-
-def _ln_tuning(part: Part) -> Mapping[str, Delta]:
-    return {slot.removeprefix("ln_tuning_layers."): Replacement(value=part[slot], new=False, alike=True) for slot in part.slots()}
-
-
-def _tokens(part: Part) -> Delta:
-    return Rows(values=part["trainable_tokens_delta"], indices=part.naturals("token_indices"))
-
-
 _OF_LORA = (
     "use_dora", "use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "target_parameters",
     "trainable_token_indices",
@@ -188,7 +121,7 @@ ADDITIVE = (
         title="a product with a diagonal between, ranks taken off in training",
         slots=("lora_[ABE]",),
         settings=("init_r", "lora_alpha", "rank_pattern"),
-        # peft reads r, alpha_pattern and use_rslora for LoRA alone
+        # peft reads r, alpha_pattern and use_rslora of LoRA's config for LoRA alone
         training=(
             "lora_dropout", "megatron_config", "megatron_core", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "r",
             "alpha_pattern", "qalora_group_size", "use_rslora", "init_lora_weights", "lora_bias", "ensure_weight_tying",
@@ -255,69 +188,5 @@ ADDITIVE = (
         training=("gralora_dropout", "init_weights"),
         own_biases="gralora_only",
         make=_gralora,
-    ),
-    Method(
-        peft_type="FOURIERFT",
-        title="few Fourier coefficients at places drawn from a seed",
-        slots=("fourierft_spectrum",),
-        settings=("scaling", "random_loc_seed", "n_frequency", "n_frequency_pattern"),
-        training=("init_weights",),
-        own_biases="fourier_only",
-        dotted=("n_frequency_pattern",),
-        notes=(SEEDED,),
-        make=_fourierft,
-    ),
-    Method(
-        peft_type="WAVEFT",
-        title="few wavelet coefficients at places drawn from a seed",
-        slots=("waveft_spectrum",),
-        settings=(
-            "scaling", "random_loc_seed", "n_frequency", "n_frequency_pattern", "proportional_parameters", "wavelet_family", "use_idwt",
-        ),
-        training=("init_weights",),
-        own_biases="waveft_only",
-        notes=(SEEDED,),
-        make=_waveft,
-    ),
-    Method(
-        peft_type="SHIRA",
-        title="numbers at few places",
-        slots=("shira_weight", "shira_indices"),
-        training=("r", "mask_type", "random_seed", "init_weights"),  # how the places were chosen
-        conv1d=False,
-        make=_shira,
-    ),
-    Method(
-        peft_type="SUPERTUNING",
-        title="numbers at few places, and a low-rank product beside them",
-        slots=("supertuning_values", "supertuning_indices", r"supertuning_lora_[AB]\.weight"),
-        settings=("r", "lora_alpha"),
-        training=("sparsity", "select_top", "lora_dropout", "init_weights", "save_precomputed_indices"),  # how the places were chosen
-        conv1d=False,
-        make=_supertuning,
-    ),
-    Method(
-        peft_type="BEFT",
-        title="a difference of the bias",
-        slots=("beft_bias",),
-        training=("init_weights",),
-        tensor="bias",
-        make=_beft,
-    ),
-    Method(
-        peft_type="LN_TUNING",
-        title="all tensors of a module, normally a norm, in the place of its own",
-        slots=(r"ln_tuning_layers\..+",),
-        tensor="*",
-        make=_ln_tuning,
-    ),
-    Method(
-        peft_type="TRAINABLE_TOKENS",
-        title="rows of an embedding in the place of its own",
-        slots=("trainable_tokens_delta",),
-        settings=("token_indices",),
-        training=("init_weights",),
-        tying=True,
-        make=_tokens,
     ),
 )

@@ -149,7 +149,7 @@ def _init(values: Values, initial: bool) -> str | None:
     if known not in MOVING:
         values.fault("init_lora_weights", ", ".join(str(name) for name in (*INITS[1:3], *INITS[5:], *MOVING, "loftq")))
     elif not initial and known not in MOVING[:2]:
-        remedy = "give the adapter as it was initialised with --initial, or save with path_initial_model_for_weight_conversion"
+        remedy = "give the adapter as it was initialised with --initial, or save it with path_initial_model_for_weight_conversion"
         fact = "init_lora_weights changed the base before training, in a way that neither file tells"
         values.faults.append(UnsupportedError(fact, found=stated, remedy=remedy))
     return str(init)

@@ -14,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.deltas.base import Delta
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.residual import INITS
 from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats.base import Container
@@ -68,7 +69,8 @@ def _take(
         if isinstance(delta, DoRA):
             magnitudes[module] = delta.magnitude
             if direction.layer != "unknown" and delta.axis != ("in" if direction.layer in ("transposed", "embedding") else "out"):
-                return NotExpressible("peft has no DoRA along this axis", tensor=name, found=list(delta.magnitude.spec.shape))
+                found, remedy = list(delta.magnitude.spec.shape), "convert --magnitude-axis out --base BASE refits it"
+                return NotExpressible("peft has no DoRA along this axis", tensor=name, found=found, remedy=remedy)
         return None
     if isinstance(delta, Replacement):
         whole[name] = delta.value
@@ -78,7 +80,13 @@ def _take(
         return None
     if delta.kind in ("parameter", "experts"):
         return NotExpressible("peft's LoRA on parameters is read and merged, not written", tensor=name)
-    return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy="convert it first")
+    if isinstance(delta, DoRA) and isinstance(direction, LowRank):
+        return NotExpressible("peft has no DoRA of what is no layer's weight", tensor=name, remedy="write --format loratools, which keeps it")
+    if isinstance(delta, DoRA) and isinstance(direction, Additive):
+        remedy = "convert --kind lora makes a direction of it, --format loratools keeps it"
+        return NotExpressible(f"peft's LoRA cannot say a DoRA of a {direction.kind} direction", tensor=name, remedy=remedy)
+    remedy = "give the adapter as it was initialised with --initial" if delta.kind in INITS else "convert it first"
+    return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy=remedy)
 
 
 def _mixed(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> list[LoratoolsError]:

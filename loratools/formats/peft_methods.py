@@ -11,10 +11,11 @@ from loratools.formats.peft_banked import BANKED
 from loratools.formats.peft_decomposed import DECOMPOSED
 from loratools.formats.peft_method import Method
 from loratools.formats.peft_multiplicative import MULTIPLICATIVE
+from loratools.formats.peft_placed import PLACED
 from loratools.formats.peft_projections import PROJECTIONS
 from loratools.formats.peft_rotations import ROTATIONS
 
-METHODS = {row.peft_type: row for row in (*ADDITIVE, *BANKED, *DECOMPOSED, *MULTIPLICATIVE, *PROJECTIONS, *ROTATIONS)}
+METHODS = {row.peft_type: row for row in (*ADDITIVE, *BANKED, *DECOMPOSED, *MULTIPLICATIVE, *PLACED, *PROJECTIONS, *ROTATIONS)}
 _PROMPT = "trains virtual tokens or states in front of the input: no weight edit"
 NOT_WEIGHTS = {
     "PROMPT_TUNING": _PROMPT,

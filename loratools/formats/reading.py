@@ -11,7 +11,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ParamSpec, TypedDict, TypeVar
+
+from loratools.errors import OptionError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,10 +30,12 @@ class Reading(TypedDict, total=False):
     conv: Sequence[str]
     transposed: Sequence[str]
     embedding: Sequence[str]
+    initial: str | Path | None
 
 
 DEFAULTS: Mapping[str, Any] = {
     "alpha_in": None, "scale": None, "scratch_dora": None, "enable_lora": None, "conv": (), "transposed": (), "embedding": (),
+    "initial": None,
 }  # fmt: skip
 _NAME = "reading"
 
@@ -61,3 +66,15 @@ def reads(function: Callable[P, R]) -> Callable[P, R]:
 def arguments(local: Mapping[str, Any], *without: str) -> dict[str, Any]:
     """A function's `locals()` at its beginning as a receipt has them, the words of reading among the others."""
     return {name: value for name, value in {**local, **local[_NAME]}.items() if name not in (*without, _NAME)}
+
+
+def paths(reading: Reading, adapters: Sequence[object], *more: str | Path | None) -> list[str | Path]:
+    """All paths that are read: those among the adapters and the others, and what the words name.
+
+    Raises OptionError for `initial` beside anything but one adapter that is read from a file.
+    """
+    initial = reading["initial"]
+    if initial is not None and not (len(adapters) == 1 and isinstance(adapters[0], str | Path)):
+        found = f"{len(adapters)} adapters" if len(adapters) != 1 else "one in memory"
+        raise OptionError("--initial belongs to one adapter's file", found=found, remedy="convert that one first")
+    return [path for path in (*adapters, *more, initial) if isinstance(path, str | Path)]

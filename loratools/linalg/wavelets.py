@@ -42,7 +42,7 @@ def filters(name: str) -> tuple[Filters, Filters]:
     (4, True, True)
     """
     if name not in _table():
-        raise OptionError("unknown wavelet", found=name, expected="db1 to db38, sym2 to sym20 or coif1 to coif17")
+        raise OptionError("unknown wavelet", found=name, expected="db1 to db10, sym2 to sym10 or coif1 to coif4")
     low = tuple(_table()[name])
     return low, tuple(-value if index % 2 else value for index, value in enumerate(reversed(low)))
 

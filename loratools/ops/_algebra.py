@@ -15,6 +15,7 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.residual import INITS
 from loratools.errors import UnsupportedError
 from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import ReadOptions, write_container
@@ -48,7 +49,9 @@ def low_of(delta: Delta) -> LowRank | None:
         return low_of(delta.then)
     if delta.kind in ("full", "replacement", "rows"):
         return None
-    raise UnsupportedError(f"a {delta.kind} delta has no LoRA to work on", remedy="convert it first")
+    moved = delta.kind in INITS
+    remedy = "give the adapter as it was initialised with --initial" if moved else "convert it first"
+    raise UnsupportedError(f"a {delta.kind} delta has no LoRA to work on", remedy=remedy)
 
 
 def rank_of(delta: Delta) -> int | None:

@@ -126,12 +126,11 @@ def _layer(name: str, delta: Delta, spec: Spec | None, family: Family) -> tuple[
     inner = delta.direction if isinstance(delta, DoRA | FlatDoRA) else delta
     if isinstance(inner, LowRank):
         return inner.layer, ""
-    if isinstance(inner, Turned | TurnedAdditive):
-        return "transposed", ""
+    turned_about = isinstance(inner, Turned | TurnedAdditive)
     if spec is None:
-        return "unknown", ""
+        return ("transposed" if turned_about else "unknown"), ""
     layer, reason = form_of(name, spec, family)
-    return layer or "", reason
+    return ("transposed" if turned_about and layer == "linear" else layer or ""), reason
 
 
 def needs_base(case: Case, why: str) -> LoratoolsError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
@@ -14,6 +14,9 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.magnitudes import AXES, Norms, axis_of, clear, drift, fits, named, norms
 from loratools.errors import AmbiguousError
 from loratools.tensorfile import Ref, Spec
+
+if TYPE_CHECKING:
+    from loratools.effect import Effect
 
 
 def moved(delta: Delta, weight: Ref | None) -> tuple[dict[str, Any], list[str]]:
@@ -58,6 +61,19 @@ def other_axis(axis: str, m: Any, found: Norms) -> str | None:
     own = next(fit for fit in readings if fit.axis == axis)
     better = readings[0]
     return f"its magnitudes are read as {own}; read as one for each {AXES[better.axis]} they are off by {better.best:.3g} only"
+
+
+def odd_axis(effect: Effect) -> str | None:
+    """The same of a delta on its weight, which is read for it where it is square."""
+    delta, spec = effect.delta, effect.wide
+    if not isinstance(delta, DoRA) or len(spec.shape) != 2 or spec.shape[0] != spec.shape[1]:
+        return None
+    import torch
+
+    from loratools.tensors import read_tensor
+
+    m = read_tensor(delta.magnitude, torch.float64, effect.device).reshape(-1)
+    return other_axis(delta.axis, m, norms(spec, effect.read(), delta.direction, effect.device))
 
 
 def _turned(delta: DoRA | FlatDoRA) -> bool:

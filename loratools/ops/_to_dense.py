@@ -8,6 +8,7 @@ from loratools.deltas.full import Full, Replacement
 from loratools.effect import Made
 from loratools.ops._case import Case, Converted, Job, needs_base
 from loratools.ops._convert_options import Options
+from loratools.ops._drift import odd_axis
 from loratools.ops._to_dora import wide_code
 
 
@@ -23,5 +24,6 @@ def to_dense(case: Case, options: Options) -> Job | None:
 def _dense(case: Case, options: Options) -> Converted:
     case = case.decided(options.device)
     assert case.weight is not None
-    made = Made(case.effect(options.device), options.code or wide_code(case.weight.spec.dtype), case.name)
-    return Converted(delta=Full(diff=made), made=made)
+    effect = case.effect(options.device)
+    made = Made(effect, options.code or wide_code(case.weight.spec.dtype), case.name)
+    return Converted(delta=Full(diff=made), made=made, note=odd_axis(effect))

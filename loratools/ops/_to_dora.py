@@ -22,6 +22,7 @@ from loratools.effect import Effect, Made, square
 from loratools.errors import NonFiniteError, NotExpressible, OptionError, UnsupportedError
 from loratools.ops._case import Case, Converted, Job, check_form, factored, needs_base
 from loratools.ops._convert_options import Options
+from loratools.ops._drift import odd_axis
 from loratools.tensors import read_tensor, to_ref
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def _refitted(case: Case, axis: str, options: Options) -> Converted:
     made = DoRA(direction=direction, magnitude=to_ref(m))
     pairs = zip(target.differences(), replace(effect, delta=made).differences(), strict=True)
     error = math.sqrt(math.fsum(square(new.sub_(old)) for old, new in pairs))
-    return Converted(delta=made, norm=norm, error=error, optimal=None if plain else 0.0, plain=plain)
+    optimal = None if plain else 0.0
+    return Converted(delta=made, norm=norm, error=error, optimal=optimal, plain=plain, note=odd_axis(target))
 
 
 def _direction(case: Case, options: Options) -> tuple[Additive, float, float | None]:

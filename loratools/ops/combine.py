@@ -20,7 +20,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import MatchError, OptionError
 from loratools.formats.base import read_options
-from loratools.formats.reading import Reading, arguments, reads
+from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import format_of, label, loaded, low_of, rank_of, write
 from loratools.ops._base import Base, resolved
 from loratools.ops._combine_options import DEFAULTS, checked
@@ -77,8 +77,7 @@ def combine(
     options = checked(words)
     given = [_weighted(item) for item in ([adapters] if isinstance(adapters, str | Path | Adapter) else adapters)]
     _check(given, threads)
-    paths = [item for item, _ in given if not isinstance(item, Adapter)] + ([base] if base is not None else [])
-    target = check_output(out, overwrite=overwrite, inputs=paths)
+    target = check_output(out, overwrite=overwrite, inputs=paths(reading, [item for item, _ in given], base))
     said = [label(item) + (f":{weight:g}" if weight != 1 else "") for item, weight in given]
     used = {word: getattr(options, word) for word in DEFAULTS if options.takes(word)}
     receipt = Receipt("combine", {"adapters": said, "out": str(out), **words, **used})

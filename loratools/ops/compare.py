@@ -17,9 +17,10 @@ from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
+from loratools.deltas.full import Full, Replacement
 from loratools.errors import LoratoolsError, OptionError
 from loratools.formats.base import read_options
-from loratools.formats.reading import Reading, arguments, reads
+from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops import _heatmap
 from loratools.ops._algebra import label, loaded
 from loratools.ops._base import Base, resolved
@@ -47,7 +48,8 @@ def compare(
     rising) between the column and between the row spaces, and the overlaps, the mean of cos² of these angles (Hu et al. 2021,
     section 7.2: 1 where one space holds the other, 0 where they are orthogonal). `layers` has the same per layer, `others` biases
     and saved tensors, `only_a` and `only_b` what one alone has, `incomparable` what has no common measure, with the reason.
-    `total` counts a module that one lacks as a change of 0 there. Of a DoRA the directions ΔV are compared, and the magnitudes'
+    `total` counts a module that one lacks as a change of 0 there, and leaves out, as a note says, what has no measure; its norms are
+    None where nothing has one. Of a DoRA the directions ΔV are compared, and the magnitudes'
     distance is told; with `base`, what it makes of the weight is.
 
     With `base`, `intruders` has for each adapter and module how many of the `top_k` (10) leading left singular vectors of W′ have
@@ -60,7 +62,8 @@ def compare(
     """
     words = arguments(locals(), "a", "b", "progress")
     check(words)
-    target = None if plot is None else _heatmap.checked(plot, [item for item in (a, b, base) if isinstance(item, str | Path)])
+    inputs = paths(reading, [a, b], base)
+    target = None if plot is None else _heatmap.checked(plot, inputs)
     read_as, count = read_options(reading), threads or workers.default_threads()
     on = None if base is None else Base(base, reading)
     one, other = resolved([loaded(item, read_as) for item in (a, b)], on)
@@ -76,7 +79,7 @@ def compare(
         "modules": modules, "others": [row for row in rows if "equal" in row],
         "incomparable": [row for row in rows if "reason" in row],
         "only_a": [name for name in one if name not in other], "only_b": [name for name in other if name not in one],
-        "notes": _notes(one, other, on),
+        "notes": _notes(one, other, on) + _left_out(found, alone, one, other, on),
     }  # fmt: skip
     if on is not None:
         told["base"] = str(base)
@@ -114,7 +117,12 @@ def _one(name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[s
 
 
 def _total(modules: Sequence[Row], one: Mapping[str, Delta], other: Mapping[str, Delta], alone: Mapping[str, float]) -> Row:
-    """All modules as one vector; a module that one adapter lacks is zero there."""
+    """All modules as one vector; a module that one adapter lacks is zero there. None, not 0, where no tensor has a measure."""
+    if (one or other) and not modules and not alone:
+        return {
+            "modules": 0, "norm_a": None, "norm_b": None, "cosine": None, "distance": None, "relative_distance": None,
+            "column_overlap": None, "row_overlap": None,
+        }  # fmt: skip
     only = [math.fsum(norm**2 for name, norm in alone.items() if name in side) for side in (one, other)]
     norm_a, norm_b = (
         math.sqrt(math.fsum(row[key] ** 2 for row in modules) + more) for key, more in zip(("norm_a", "norm_b"), only, strict=True)
@@ -147,6 +155,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _draw(target: Path, told: Mapping[str, Any], names: Sequence[str]) -> None:
     """Cosine and overlaps by layer and module; what one of the two lacks has a cell without a value."""
+    if not names:
+        raise OptionError("--plot, and no module has a measure to draw", remedy=None if "base" in told else "--base may give one")
     kinds = {
         "cosine": ("cosine of the changes ΔW", "cosine", -1.0),
         "column_overlap": ("overlap of what they write (columns)", "mean cos² of angles", 0.0),
@@ -165,3 +175,19 @@ def _notes(one: Adapter, other: Adapter, on: Base | None) -> list[str]:
     if on is None and any(isinstance(delta, DoRA) for delta in (*one.values(), *other.values())):
         notes.append("DoRA: the directions ΔV are compared; what W' makes of them depends on the base, which --base gives")
     return notes
+
+
+def _left_out(found: Mapping[str, Row], alone: Mapping[str, float], one: Adapter, other: Adapter, on: Base | None) -> list[str]:
+    """What the totals cannot count, so that a distance is not taken for all of it: no measure, or unmeasured on one side alone."""
+    one_sided = [name for name in {**one, **other} if name not in found and name not in alone and not _told_whole(name, one, other)]
+    count = sum("reason" in row for row in found.values()) + len(one_sided)
+    if not count:
+        return []
+    remedy = "; --base may give one" if on is None else ""
+    return [f"{count} {'tensor has' if count == 1 else 'tensors have'} no measure and {'is' if count == 1 else 'are'} in no total{remedy}"]
+
+
+def _told_whole(name: str, one: Adapter, other: Adapter) -> bool:
+    """Whether it is a bias or a tensor saved whole, which no total counts in any case."""
+    delta = one[name] if name in one else other[name]
+    return isinstance(delta, Full | Replacement)

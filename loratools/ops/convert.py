@@ -15,7 +15,7 @@ from loratools.adapter import Adapter
 from loratools.errors import OptionError
 from loratools.formats import encode
 from loratools.formats.base import read_options, write_container
-from loratools.formats.reading import Reading, arguments, reads
+from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import format_of, label, loaded, output_rows
 from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
@@ -60,8 +60,7 @@ def convert(
     """
     words = arguments(locals(), "adapter", "out")
     options = Options.checked(**{name: words[name] for name in Options.GIVEN})
-    paths = [path for path in (adapter, base) if path is not None and not isinstance(path, Adapter)]
-    target = check_output(out, overwrite=overwrite, inputs=paths)
+    target = check_output(out, overwrite=overwrite, inputs=paths(reading, [adapter], base))
     receipt = Receipt("convert", {"adapter": label(adapter), "out": str(out), **words})
     if rename and base is None:
         raise OptionError("--rename maps names to a base's", found="no --base")
@@ -78,7 +77,7 @@ def convert(
             receipt.digests = write_container(encode(made, format_of(written, given)), place)
             receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes()]
             receipt.inputs = [*adapter_inputs(given), *([on.input(count)] if on is not None else [])]
-            receipt.expected, receipt.applied = len(given) - source.absent, len(made)
+            receipt.expected, receipt.applied = len(source), len(made)
             receipt.outputs, receipt.history = output_rows(place), adapter_history(given)
             if sha256:
                 add_sha256(receipt.outputs, place if place.is_dir() else place.parent)

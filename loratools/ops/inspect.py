@@ -58,7 +58,7 @@ def inspect(
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
     if not holds_adapter(path):
-        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"]}
+        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"], "--initial": reading["initial"]}
         wrong = [word for word, given in words.items() if given not in (None, False)]
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
@@ -128,13 +128,17 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
         weights.setdefault(head, weights[embedding])
     joined = adapter.resolve({name: ref.spec for name, ref in weights.items()}, family)
     if base.quantization:
-        warnings.append(f"the base is quantised ({base.quantization}): merge refuses it, and its parameters are counted as stored")
+        warnings.append(f"the base is quantised ({base.quantization}): {_refused(base)}, and its parameters are counted as stored")
     for tied in ties:
         touched = [name for name in tied if name in joined]
         if len(touched) == 1 and not joined[touched[0]].follows_tie:
             other = tied[1 - tied.index(touched[0])]
             warnings.append(f"{touched[0]} is changed alone, and tied to {other} in the base: merge needs --untie")
     return joined, weights, warnings
+
+
+def _refused(base: Checkpoint) -> str:
+    return "merge takes it with --dequantize alone" if base.dequantizable else "merge refuses it"
 
 
 def _row(name: str, delta: Delta, base: Spec | None) -> dict[str, Any]:
@@ -266,7 +270,8 @@ def _spectrum(delta: Delta) -> dict[str, Any]:
 def _checkpoint(checkpoint: Checkpoint, *, values: bool) -> dict[str, Any]:
     specs, warnings = checkpoint.specs, list(checkpoint.notes)
     if checkpoint.quantization:
-        warnings.append(f"its weights are quantised ({checkpoint.quantization}): merge refuses them, and parameters are counted as stored")
+        told = _refused(checkpoint)
+        warnings.append(f"its weights are quantised ({checkpoint.quantization}): {told}, and parameters are counted as stored")
     strays = [name for name in specs if _ADAPTER_KEY.search(name)]
     if strays:
         warnings.append(f"{len(strays)} tensors have names of adapter weights, such as {strays[0]}: not merged yet?")

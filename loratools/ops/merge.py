@@ -17,7 +17,7 @@ from loratools.checkpoint import Change, Checkpoint, Rewritten
 from loratools.errors import OptionError
 from loratools.formats import load
 from loratools.formats.base import read_options
-from loratools.formats.reading import DEFAULTS, Reading, arguments, reads
+from loratools.formats.reading import DEFAULTS, Reading, arguments, paths, reads
 from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
@@ -43,6 +43,7 @@ def merge(
     dtype: str | None = None,
     device: str = "cpu",
     untie: bool = False,
+    dequantize: bool = False,
     rename: Sequence[str] = (),
     allow_unmatched: bool = False,
     full_report: bool = False,
@@ -57,8 +58,10 @@ def merge(
 
     Every tensor keeps its dtype unless `dtype` names another. Raises, before anything is visible at `out`, MatchError for
     deltas the base lacks, ShapeError, QuantizedError, NonFiniteError for a weight that overflows, UnsupportedError for a
-    delta on a tied tensor without `untie`. `reversible` writes beside the output the record by which `unmerge` gives the base
-    back bit for bit (spec/unmerge.md). `progress` is told (bytes written, bytes to write), from several threads in turn.
+    delta on a tied tensor without `untie`. `dequantize` merges onto a plain copy of a base in fp8 or in bitsandbytes' 4 bits, in
+    `dtype` or the one its quantiser names; without it every quantised base is refused. `reversible` writes beside the output
+    the record by which `unmerge` gives the base back bit for bit (spec/unmerge.md). `progress` is told (bytes written, bytes
+    to write), from several threads in turn.
 
     >>> receipt = merge("base/", ["adapter/", "style/:0.5"], "out/")  # doctest: +SKIP
     >>> receipt["applied"] == receipt["expected"]  # doctest: +SKIP
@@ -67,19 +70,22 @@ def merge(
     words = arguments(locals(), "base", "adapters", "out", "progress")
     listed = [adapters] if isinstance(adapters, str | Path | Adapter) else list(adapters)
     given = [split_strength(item) for item in listed]
-    paths = [item for item, _ in given if not isinstance(item, Adapter)]
-    target = check_output(out, overwrite=overwrite, inputs=[base, *paths])
+    target = check_output(out, overwrite=overwrite, inputs=paths(reading, [item for item, _ in given], base))
     receipt = Receipt("merge", {"base": str(base), "adapters": [_label(item) for item in listed], "out": str(out), **words})
     options = read_options(words)
+    code = dtype_code(dtype) if dtype else None
     checkpoint = open_checkpoint(base)
+    if dequantize:
+        checkpoint = checkpoint.dequantized(code)
     loaded = [(item if isinstance(item, Adapter) else load(item, options=options), strength) for item, strength in given]
     plan = make_plan(
         checkpoint, loaded, untie=untie, renames=split_renames(rename), allow_unmatched=allow_unmatched,
         transposed=tuple(reading["transposed"]), embeddings=tuple(reading["embedding"]),
     )  # fmt: skip
+    if dequantize and not checkpoint.computed:
+        plan.notes.append("nothing to dequantise: the base is not quantised")
     if reversible:
         check_recordable(checkpoint, loaded)
-    code = dtype_code(dtype) if dtype else None
     statistics: dict[str, Statistics] = {}
     changes, added = changes_of(checkpoint, plan, statistics, dtype=code, device=device, full=full_report)
     if code:
@@ -88,7 +94,7 @@ def merge(
     with whole(target) as place:
         done = _rewrite(checkpoint, place, changes, added, plan, device, threads, progress)
         if reversible:
-            kept = {name: words[name] for name in REPLAYED}
+            kept = {name: str(words[name]) if isinstance(words[name], Path) else words[name] for name in REPLAYED}
             receipt.unmerge = _record(Recording(checkpoint, place, plan, changes, added, done, loaded, kept), threads)
         else:
             _note_lost_record(checkpoint, done)

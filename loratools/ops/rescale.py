@@ -19,7 +19,7 @@ from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, OptionError, UnsupportedError, raise_all
 from loratools.formats.base import read_options
-from loratools.formats.reading import Reading, arguments, reads
+from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import bias_of, format_of, label, loaded, low_of, scaled_to, with_low, write
 from loratools.output import check_output
 from loratools.receipt import Receipt
@@ -54,8 +54,8 @@ def rescale(
     """
     words = arguments(locals(), "adapter", "out")
     change = _Rescaling(alpha=alpha, by=by, rslora=rslora, bake=bake)
+    target = check_output(out, overwrite=overwrite, inputs=paths(reading, [adapter]))
     source = loaded(adapter, read_options(reading))
-    target = check_output(out, overwrite=overwrite, inputs=[] if isinstance(adapter, Adapter) else [adapter])
     receipt = Receipt("rescale", {"adapter": label(adapter), "out": str(out), **words})
     try:
         deltas, receipt.tensors = change.apply(source)

@@ -22,7 +22,7 @@ from loratools.errors import LoratoolsError, MatchError, OptionError, raise_all
 from loratools.factors import Factored
 from loratools.formats import encode
 from loratools.formats.base import Container, read_options
-from loratools.formats.reading import Reading, arguments, reads
+from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import bias_of, format_of, label, loaded, low_of, scaled_to, shares, with_low, write
 from loratools.ops._resizing import Policy, ranks_within, reached, resized, squares
 from loratools.output import check_output
@@ -61,8 +61,8 @@ def resize(
     policy = Policy.checked(rank=rank, energy=energy, max_error=max_error, size=size, dtype=dtype)
     if threads is not None and threads < 1:
         raise OptionError("--threads", found=threads, expected="at least 1")
+    target = check_output(out, overwrite=overwrite, inputs=paths(reading, [adapter]))
     source = loaded(adapter, read_options(reading))
-    target = check_output(out, overwrite=overwrite, inputs=[] if isinstance(adapter, Adapter) else [adapter])
     receipt = Receipt("resize", {"adapter": label(adapter), "out": str(out), **words})
     written = format_of(format, source)
     lows = _lows(source)

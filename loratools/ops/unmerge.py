@@ -94,6 +94,7 @@ class _Described(Mapping[str, Ref]):
     config: dict[str, Any]
     refs: Mapping[str, Ref]
     quantization: str | None = None
+    dequantizable: bool = False
     single: bool = False
     shared: tuple[tuple[str, ...], ...] = ()
 
@@ -190,7 +191,8 @@ class Undoing:
             raise MatchError("the adapter that was merged is not where it was", file=entry["path"], remedy=remedy)
         there = _Found(entry["path"], self._load(entry["path"]))
         if there.digests != said:
-            other = [str(file) for file, one, two in zip(there.adapter.files, there.digests, said, strict=False) if one != two]
+            files = (*there.adapter.files, *there.adapter.initial)
+            other = [str(file) for file, one, two in zip(files, there.digests, said, strict=False) if one != two]
             found = f"other bytes in {', '.join(other) or 'its files'}"
             raise MatchError("not the adapter that was merged", file=entry["path"], found=found, remedy=remedy)
         return there.adapter

@@ -27,7 +27,7 @@ from loratools.plan import Plan, changes_of, make_plan, split_renames, split_str
 from loratools.receipt import receipt_path
 from loratools.sidefiles import file_entry
 from loratools.tensorfile import Ref, Spec
-from loratools.tensors import read_tensor
+from loratools.tensors import dtype_code, read_tensor
 from loratools.ulps import distance
 from loratools.weightfiles import PIPELINE
 
@@ -65,6 +65,8 @@ def verify(
         if base is not None:
             said = (receipt or {}).get("arguments", {})
             merged, original = open_checkpoint(path), open_checkpoint(base)
+            if said.get("dequantize"):
+                original = original.dequantized(dtype_code(said["dtype"]) if said.get("dtype") else None)
             plan = _plan_again(original, listed, said)
             _replay(merged, original, plan, report, count)
             if forward:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loratools.cli._algebra import combined
 from tests.cli._adapters import llama_adapter, loratools
 
 
@@ -56,3 +57,12 @@ def test_what_has_no_meaning_is_wrong_usage(tmp_path: Path, words: str) -> None:
     found = loratools("combine", tmp_path / "no such adapter", "-o", tmp_path / "out", *words.split())
     assert found.returncode == 2 and not (tmp_path / "out").exists()
     assert WRONG[words] in found.stderr.replace("\n", " "), found.stderr
+
+
+def test_a_sum_of_no_stated_rank_has_a_summary(tmp_path: Path) -> None:
+    row = {"name": "a.weight", "rank_before": None, "rank": 7, "error": 0.0, "optimal_error": 0.0, "share": 1.0}
+    receipt = {"tensors": [row], "applied": 3, "expected": 3, "outputs": [], "seconds": 0.0}
+    told = combined(receipt, str(tmp_path / "out"), None)
+    assert "rank      7 now" in told and told[-1].split() == ["a", "–", "7", "0", "0", "100", "%"]
+    both = combined(receipt | {"tensors": [row, row | {"name": "b.weight", "rank_before": 3}]}, str(tmp_path / "out"), None)
+    assert "rank      3 before, 7 now" in both

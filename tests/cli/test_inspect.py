@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import loratools
-from loratools.cli._inspected import shown
+from loratools.cli._inspected import _dimensions, _scaling, shown
 from tests.cli._adapters import ROOT, command, environment, llama_adapter
 from tests.cli._adapters import loratools as run
 from tests.files import peft_config, write_adapter, write_checkpoint, write_pipeline
@@ -49,6 +49,26 @@ def test_the_literal_from_the_command_line(tmp_path: Path) -> None:
     assert "parameters  120,000 in 1 tensor\n" in text and "the base's 50,000,000 among them" in text and "0.24 % of" in text
     report = json.loads(run("inspect", adapter, "--base", base, "--json").stdout)
     assert (report["parameters"], report["base_parameters"]) == (120_000, 50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([(8.0, 6, 8 / (6 + 1e-5))], "1.333 = alpha 8 / rank 6"),  # AdaLoRA's own epsilon is no rsLoRA
+        ([(8.0, 4, 8 / (6 + 1e-5))], "1.333 of alpha 8 and rank 4, by its method"),  # pruned from 6
+        ([(8.0, 4, 8 / (6 + 1e-5)), (8.0, 0, 8 / (6 + 1e-5))], "1.333 of alpha 8, by its method"),
+        ([(4.0, 1, 4.0)], "4 = alpha 4 / rank 1"),
+        ([(4.0, 4, 2.0)], "2 = alpha 4 / √4 (rsLoRA)"),
+        ([(4.0, 4, 2.0), (4.0, 2, 2.0)], "2 = alpha / rank, or alpha / √rank (rsLoRA), alpha 4"),
+    ],
+)
+def test_the_rule_of_a_scaling_is_the_one_it_has(rows: list[tuple[float, int, float]], line: str) -> None:
+    assert _scaling([{"alpha": alpha, "rank": rank, "scaling": scaling} for alpha, rank, scaling in rows]) == line
+
+
+def test_a_shape_that_only_the_base_tells_is_no_scalar() -> None:
+    assert _dimensions({"shape": [], "parameters": 64}) == "–" and _dimensions({"shape": [], "parameters": 1}) == "scalar"
+    assert _dimensions({"shape": [2, 3], "parameters": 6}) == "2 × 3"
 
 
 def test_all_gives_every_module_a_row_and_layers_in_their_order(tmp_path: Path) -> None:

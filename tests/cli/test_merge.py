@@ -18,7 +18,7 @@ from loratools.cli._summary import merged
 from tests.cli._adapters import command, environment, llama_adapter
 from tests.cli._adapters import loratools as run
 from tests.conftest import llama_config, llama_tensors
-from tests.files import read_checkpoint, write_checkpoint
+from tests.files import fp8_blocks, read_checkpoint, write_checkpoint
 
 
 @pytest.fixture
@@ -134,3 +134,16 @@ def test_shares_that_are_not_there_are_left_out_of_the_summary(tmp_path: Path) -
     lines = merged(receipt, str(tmp_path / "out"), 80)
     assert "applied  4 of 4 deltas" in lines and not any(line.startswith(("survived", "unmoved", "‖ΔW‖")) for line in lines)
     assert all(math.isfinite(len(line)) for line in lines)
+
+
+def test_a_quantised_base_takes_an_option(tmp_path: Path, base: Path) -> None:
+    tensors = llama_tensors(torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name], scale = fp8_blocks(tensors[name].float())
+    write_checkpoint(base, tensors | {f"{name}_scale_inv": scale}, llama_config(quantization_config={"quant_method": "fp8"}))
+    adapter = llama_adapter(tmp_path / "adapter")
+    found = run("merge", base, adapter, "-o", tmp_path / "out")
+    assert found.returncode == 1 and "quantised: found fp8; merge into the original" in found.stderr
+    found = run("merge", base, adapter, "-o", tmp_path / "out", "--dequantize")
+    assert found.returncode == 0 and "dequantised (fp8): 1 weight as BF16" in found.stderr
+    assert "changed   4 of 17 tensors; the others are the dequantised copy's\n" in found.stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli._adapters import llama_adapter, loratools
 
 
@@ -27,6 +29,13 @@ def test_json_is_the_receipt(tmp_path: Path) -> None:
 
 def test_a_refusal_is_one_line(tmp_path: Path) -> None:
     adapter = llama_adapter(tmp_path / "adapter")
-    found = loratools("rescale", adapter, "-o", tmp_path / "out")
+    found = loratools("rescale", adapter, "-o", tmp_path / "out", "--by", 0)
     assert (found.returncode, found.stdout) == (1, "")
-    assert found.stderr.startswith("Error: one way to rescale is needed") and found.stderr.count("\n") == 1
+    assert found.stderr.startswith("Error: --by: found 0.0, expected a finite number other than 0") and found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "found"), [((), "none"), (("--alpha", 3, "--bake"), "--alpha and --bake")])
+def test_no_way_and_two_ways_are_wrong_usage(tmp_path: Path, words: tuple[object, ...], found: str) -> None:
+    told = loratools("rescale", llama_adapter(tmp_path / "adapter"), "-o", tmp_path / "out", *words)
+    assert told.returncode == 2 and f"one of --alpha, --by, --bake, --rslora, --no-rslora is needed: found {found}" in told.stderr
+    assert not (tmp_path / "out").exists()

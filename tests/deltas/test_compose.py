@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loratools.deltas.bat import Bat
 from loratools.deltas.compose import Chain, Part, Stacked
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.laid import Turned
 from loratools.errors import LoratoolsError, ShapeError
 from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
-from tests.strategies import low_rank
+from tests.deltas.apply import applied, blocks_agree
+from tests.strategies import low_rank, randn
 
 
 def full(*shape: int) -> Full:
@@ -38,6 +41,16 @@ def test_or_is_refused(start: int, stop: int, rows: int, columns: int) -> None:
         Part(delta=full(3, 4), start=start, stop=stop).spec(Spec("F32", (rows, columns)))
     with pytest.raises(LoratoolsError):
         Part(delta=full(3, 4), start=start, stop=stop).spec(None)
+
+
+def test_a_chain_sees_as_many_rows_together_as_either_needs() -> None:
+    M, value = randn(3, 4, 4, seed=0), randn(12, 8, seed=1)
+    saved = Replacement(value=to_ref(value))
+    chain = Chain(first=saved, then=Bat(M=to_ref(M)))
+    assert chain.align == 4 and Chain(first=saved, then=Turned(delta=Bat(M=to_ref(M)))).align is None
+    assert Chain(first=Bat(M=to_ref(randn(2, 6, 6, seed=2))), then=chain.then).align == 12
+    assert blocks_agree(chain, randn(12, 8, seed=3))
+    assert torch.equal(applied(chain, torch.zeros(12, 8)), applied(chain.then, value))
 
 
 def test_a_stack_has_as_many_members() -> None:

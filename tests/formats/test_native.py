@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
@@ -91,6 +91,7 @@ def there_and_back(folder: Path, adapter: Adapter) -> Adapter:
     return found
 
 
+@settings(max_examples=40)
 @given(deltas())
 def test_every_drawn_delta_comes_back(tmp_path_factory: pytest.TempPathFactory, drawn: Drawn) -> None:
     found = there_and_back(tmp_path_factory.mktemp("n"), Adapter({"w": drawn.delta}))

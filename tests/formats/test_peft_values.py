@@ -52,3 +52,16 @@ def test_what_says_something(value: Any, said: bool) -> None:
 def test_small_things() -> None:
     assert len(short("x" * 99)) == 60 and short([1]) == "[1]"
     assert finite(1) and finite(0.5) and not finite(True) and not finite(float("inf")) and not finite("1")
+
+
+def test_a_table_within_the_config() -> None:
+    faults: list[LoratoolsError] = []
+    inner = Values({"size": 0, "there": 3, "new": 1, "empty": None}, faults, "table.")
+    assert (inner.needed("there"), inner.needed("lacking"), inner.needed("size")) == (3, 1, 1)
+    inner.known("size", "there")
+    assert [str(fault) for fault in faults] == [
+        "adapter_config.json: table.lacking: found None, expected a whole number of at least 1",
+        "adapter_config.json: table.size: found 0, expected a whole number of at least 1",
+        "adapter_config.json sets table.new, which this version does not know; if it only matters in training, set it to null in "
+        "adapter_config.json",
+    ]

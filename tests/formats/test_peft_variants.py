@@ -62,6 +62,7 @@ def test_two_exclude_each_other(one: str, other: str) -> None:
         ({"enable_lora": [True], "alpha_pattern": {"q": 1}}, "peft 0.1 and 0.2, which have no such setting: found alpha_pattern"),
         ({"kasa_config": {"beta": 1}, "init_lora_weights": "olora"}, "init_lora_weights 'olora' beside a variant of LoRA"),
         ({"use_bdlora": BLOCKS, "init_lora_weights": "pissa"}, "init_lora_weights 'pissa' beside a variant of LoRA"),
+        ({"kasa_config": {"beta": 1}, "target_parameters": ["x"]}, "target_parameters beside a variant of LoRA, which peft refuses"),
     ],
 )
 def test_settings_that_are_none(change: dict[str, Any], words: str) -> None:

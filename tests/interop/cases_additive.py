@@ -1,4 +1,4 @@
-"""Cases of the methods in `formats/peft_additive.py`."""
+"""Cases of the methods in `formats/peft_additive.py` and `formats/peft_placed.py`."""
 
 from __future__ import annotations
 

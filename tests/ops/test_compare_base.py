@@ -177,10 +177,29 @@ def test_a_peft_method_without_a_base_waits_for_one(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "loha")
     write_checkpoint(tmp_path / "base", Net().state_dict())
     assert load(tmp_path / "loha")
-    (row,) = compare(tmp_path / "loha", tmp_path / "loha")["incomparable"]
+    found = compare(tmp_path / "loha", tmp_path / "loha")
+    (row,) = found["incomparable"]
+    # no distance of 0 where nothing was compared
+    assert {found["total"][key] for key in ("norm_a", "norm_b", "cosine", "distance")} == {None}
+    assert found["notes"] == ["1 tensor has no measure and is in no total; --base may give one"]
     assert row["reason"] == "no measure for a loha: how its weight lies only --base tells"
     (row,) = compare(tmp_path / "loha", tmp_path / "loha", base=tmp_path / "base")["modules"]
     assert row["cosine"] == pytest.approx(1) and (row["rank_a"], row["column_overlap"]) == (4, pytest.approx(1))
+
+
+def test_nothing_measured_is_nothing_to_draw(tmp_path: Path) -> None:
+    scaled = Adapter(deltas={"h.0.up.bias": Scaled(l=to_ref(torch.ones(20)))})
+    with pytest.raises(OptionError, match="--plot, and no module has a measure to draw; --base may give one"):
+        compare(scaled, scaled, plot=tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_what_one_side_alone_has_and_nobody_measured_is_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name, targets in (("one", ["up"]), ("both", ["up", "down"])):
+        config = peft.LoHaConfig(r=2, alpha=3, target_modules=targets, init_weights=False)
+        peft.get_peft_model(Net(), config).save_pretrained(tmp_path / name)
+    assert compare(tmp_path / "one", tmp_path / "both")["notes"] == ["2 tensors have no measure and are in no total; --base may give one"]
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,18 @@ def test_a_convolution_keeps_its_kernel(tmp_path: Path) -> None:
     assert torch.allclose(applied(found, W), expected, rtol=0, atol=1e-6 * float(expected.norm()))
 
 
+def test_an_embeddings_change_is_an_embeddings(tmp_path: Path) -> None:
+    """Told by its name, or the user, however its delta came to lie; peft has other keys for it."""
+    for name, options in (("wte.weight", {}), ("m.weight", {"embedding": ["m"]})):
+        base = base_of(tmp_path / name, torch.zeros(15, 20), name)
+        given = in_memory(TurnedAdditive(delta=loha(20, 15, 2, 0)), name)
+        convert(given, tmp_path / name / "out", kind="lora", base=base, **options)  # type: ignore[arg-type]
+        found = load(tmp_path / name / "out")[name]
+        assert isinstance(found, LowRank) and found.layer == "embedding"
+        expected = loha_algebra(loha(20, 15, 2, 0)).T
+        assert torch.allclose(applied(found, torch.zeros(15, 20)), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+
+
 def test_a_difference_without_a_product_is_truncated(tmp_path: Path) -> None:
     diff = randn(12, 9, seed=0)
     given = in_memory(Full(diff=to_ref(diff), scale=0.5))
@@ -569,9 +581,11 @@ def test_magnitudes_that_fit_the_other_axis_are_told(tmp_path: Path) -> None:
     dora = dora_of(low((size, size), 2, 0, layer="linear", alpha=0.1), W, "linear", 0.02, axis=0)
     wrong = DoRA(direction=dora.direction, magnitude=dora.magnitude.T)
     base = base_of(tmp_path, W)
-    (note,) = convert(in_memory(wrong), tmp_path / "out", kind="lora", rank=2, base=base)["notes"]
-    assert note.startswith("m.weight: its magnitudes are read as one for each row, off ‖W‖ by ")
-    assert "read as one for each column they are off by 0.02" in note
+    ways: list[dict[str, Any]] = [{"kind": "lora", "rank": 2}, {"kind": "dense"}, {"magnitude_axis": "in"}]
+    for number, options in enumerate(ways):
+        (note,) = convert(in_memory(wrong), tmp_path / f"{number}.safetensors", base=base, format="loratools", **options)["notes"]
+        assert note.startswith("m.weight: its magnitudes are read as one for each row, off ‖W‖ by ")
+        assert "read as one for each column they are off by 0.02" in note
     assert convert(in_memory(dora), tmp_path / "good", kind="lora", rank=2, base=base)["notes"] == []
 
 
@@ -668,7 +682,9 @@ def test_what_a_delta_cannot_become(tmp_path: Path) -> None:
     bare = DoRA(direction=_Bare(**loha(6, 4, 1, 0).refs(), scale=1.0), magnitude=to_ref(torch.ones(6, 1)))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a loha direction, which the other axis changes, has no rank of its own"):
         convert(in_memory(bare, "a.weight"), tmp_path / "out", base=base, magnitude_axis="in")
-    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a dora delta"):
+    with pytest.raises(NotExpressible, match="in_proj_weight: peft has no DoRA of what is no layer's weight; write --format loratools"):
+        convert(in_memory(replace(direction, direction=low((6, 4), 1, 0)), "in_proj_weight"), tmp_path / "out", format="peft")
+    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a DoRA of a loha direction; convert --kind lora makes"):
         convert(in_memory(direction, "a.weight"), tmp_path / "out", format="peft")
 
 
