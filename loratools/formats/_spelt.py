@@ -101,8 +101,8 @@ def _slots(leaf: str, delta: Delta, lacking: Mapping[type[Delta], str], *, norm:
     inner = delta.delta if isinstance(delta, Unsettled) and not delta.transposed else delta
     if isinstance(inner, DoRA):
         return _additive(inner.direction) | {"dora_scale": _magnitude(inner)}
-    if isinstance(inner, Full):
-        return {"w_norm" if norm else "diff": plain(inner)}
+    if isinstance(inner, Full) and norm:
+        return {"w_norm": plain(inner)}
     if isinstance(inner, Scaled):
         if inner.offset != 1:
             raise NotExpressible("LyCORIS multiplies by 1 + l, this (IA)³ by l", remedy=_REMEDY)
@@ -113,6 +113,8 @@ def _slots(leaf: str, delta: Delta, lacking: Mapping[type[Delta], str], *, norm:
 
 
 def _additive(delta: Delta) -> dict[str, Ref]:
+    if isinstance(delta, Full):
+        return {"diff": plain(delta)}
     if isinstance(delta, LowRank) and delta.layer not in ("embedding", "transposed"):
         return _low(delta.A, delta.B, len(delta.A.spec.shape) - 2, alpha_of(delta))
     if isinstance(delta, Tucker):

@@ -53,6 +53,7 @@ KINDS: dict[str, Callable[[int, float], Delta]] = {
     "point": lambda seed, alpha: low(seed, alpha, 1, 1),
     "dora": lambda seed, alpha: DoRA(direction=low(seed, alpha), magnitude=ref(6, 1, seed=seed)),
     "dora of inputs": lambda seed, alpha: DoRA(direction=low(seed, alpha, 3, 2), magnitude=ref(1, 4, 1, 1, seed=seed)),
+    "dora of a difference": lambda seed, alpha: DoRA(direction=Full(diff=ref(6, 4, seed=seed)), magnitude=ref(6, 1, seed=seed)),
     "full": lambda seed, alpha: Full(diff=ref(6, 4, seed=seed)),
     "norm": lambda seed, alpha: Full(diff=ref(6, seed=seed)),
     "tucker": lambda seed, alpha: Tucker(**refs(seed, up=(6, 2), mid=(2, 2, 3, 3), down=(2, 4)), alpha=alpha),

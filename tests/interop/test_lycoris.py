@@ -1,6 +1,6 @@
 """lycoris-lora, live: a module's own forward, and the state dict it saves in kohya's spelling merged into the layer it stands on.
 
-Its forward is the oracle: `get_diff_weight` and `merge_to` of LoHa and LoKr multiply by alpha/rank twice (spec/known-differences.md).
+Its forward is the oracle: `get_diff_weight` and `merge_to` of LoHa and LoKr multiply by alpha/rank twice (spec/formats/kohya.md).
 """
 
 from __future__ import annotations
@@ -97,3 +97,18 @@ def test_merged_is_its_forward(tmp_path: Path, name: str, kind: str) -> None:
     fresh.load_state_dict({key.removeprefix("layer."): tensor for key, tensor in read_checkpoint(tmp_path / "out").items()})
     torch.testing.assert_close(fresh(x), expected, **TOLERANCE)
     assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["loha", "lokr"])
+def test_its_own_difference_is_scaled_twice(name: str) -> None:
+    torch.manual_seed(0)
+    made, settings, _, _ = CASES[name]
+    module = made("layer", nn.Linear(12, 16), 1.0, **settings)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+        once = module.get_weight(None)
+        torch.testing.assert_close(module.get_diff_weight()[0], module.scale * once, **TOLERANCE)
+        x = torch.randn(3, 12)
+        torch.testing.assert_close(module(x) - module.org_forward(x), x @ once.T, rtol=1e-4, atol=1e-4)
+    assert module.scale != 1
