@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, OptionError, UnsupportedError
+from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError
 from loratools.formats import comfyui, diffusers, diffusers_encode, kohya, loralib, mlx, native, peft, peft_encode, scratch
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
@@ -66,7 +66,14 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     row = next((row for row in FORMATS if row.name == format), None)
     if row is None or row.encode is None:
         raise OptionError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
+    if adapter.flat and row.name in _DOTTED:
+        fact = "its names have underscores where the model's have dots, which only the base can tell apart"
+        raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="loratools convert --base gives it the model's names")
     return row.encode(adapter)
+
+
+# formats whose readers look for a module of the name written, and skip some that they do not find without a word
+_DOTTED = (peft.NAME, native.NAME, loralib.NAME, scratch.NAME)
 
 
 def _format_of(container: Container, name: str | None) -> Format:
