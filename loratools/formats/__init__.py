@@ -68,7 +68,7 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
         raise OptionError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
     if adapter.flat and row.name in _DOTTED:
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
-        raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="loratools convert --base gives it the model's names")
+        raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
     return row.encode(adapter)
 
 
