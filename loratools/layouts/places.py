@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from loratools.deltas.base import Delta
-from loratools.deltas.compose import Part
+from loratools.deltas.compose import Part, Stacked
 from loratools.deltas.experts import Experts
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import joined
 from loratools.errors import LoratoolsError, MatchError, UnsupportedError
 from loratools.layouts.rules import Place
@@ -156,6 +157,9 @@ def _apart(delta: Delta, fused: Fused, pool: Pool) -> dict[str, Delta]:
     if isinstance(delta, Experts):
         pooled = replace(delta, B=Pooled(delta.B, pool))  # every expert has columns throughout all of B
         return {base: pooled.expert(expert, slice(start, stop)) for base, expert, start, stop in fused.matrices}
+    if isinstance(delta, Stacked) and all(isinstance(member, LowRank | None) for member in delta.members):
+        members = [(base, delta.members[expert], slice(start, stop)) for base, expert, start, stop in fused.matrices]
+        return {base: replace(low, B=Sliced(low.B, rows)) for base, low, rows in members if isinstance(low, LowRank)}
     whole = delta.value if isinstance(delta, Replacement) else delta.diff if isinstance(delta, Full) else None
     if whole is None or len(whole.spec.shape) != 3:
         raise UnsupportedError(f"a {delta.kind} delta on a stack that the base stores matrix by matrix")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loratools.deltas.compose import Stacked
 from loratools.deltas.experts import Experts
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
@@ -93,6 +94,18 @@ def test_an_experts_delta_is_taken_apart() -> None:
     for name, expert, start, stop in STACK.matrices:
         low = placed[name]
         assert isinstance(low, LowRank) and torch.allclose(dense(low), whole[expert, start:stop], rtol=0, atol=1e-14)
+
+
+def test_a_stack_of_members_is_taken_apart() -> None:
+    member = low_rank((6, 4), 2, 1).delta
+    assert isinstance(member, LowRank)
+    placed, faults = put({"gate_up": Stacked(members=(None, member))}, {"gate_up": STACK})
+    assert faults == [] and list(placed) == ["1.gate", "1.up"]
+    for name, rows in (("1.gate", slice(0, 3)), ("1.up", slice(3, 6))):
+        low = placed[name]
+        assert isinstance(low, LowRank) and torch.equal(dense(low), dense(member)[rows])
+    other = Stacked(members=(Full(diff=to_ref(torch.ones(6, 4))), member))
+    assert isinstance(put({"gate_up": other}, {"gate_up": STACK})[1][0], UnsupportedError)
 
 
 def test_saved_and_dense_stacks_are_taken_apart() -> None:
