@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, OptionError, UnsupportedError
+from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError
 from loratools.formats import comfyui, diffusers, diffusers_encode, kohya, loralib, mlx, native, peft, peft_encode, scratch
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
@@ -66,6 +66,9 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     row = next((row for row in FORMATS if row.name == format), None)
     if row is None or row.encode is None:
         raise OptionError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
+    if adapter.flat and row.name not in (kohya.NAME, native.NAME):
+        fact, remedy = "where its name has dots only the base tells", "give the base with --base"
+        raise NotExpressible(fact, file=adapter.path, tensor=next(iter(adapter), None), remedy=remedy)
     return row.encode(adapter)
 
 
