@@ -91,11 +91,11 @@ class Adapter(Mapping[str, Delta]):
         base = view.specs
         placed = {names[name]: moved(delta, name, names[name]) for name, delta in renamed.items()}
         aligned, unsettled = settle_parameters(placed, base, family.types, either=view.turns)
-        faults = [error.at(file=self.path) for error in (*unsettled, *_refused(view, placed))]
+        known = {} if allow_unmatched else _refused(view, placed)
+        faults = [error.at(file=self.path) for error in (*unsettled, *known.values())]
         absent = [name for name, delta in aligned.items() if isinstance(delta, WherePresent) and name not in base]
         aligned = {name: delta for name, delta in aligned.items() if name not in absent}
         unmatched = [name for name, delta in aligned.items() if delta.needs_base and name not in base]
-        known = [name for name in unmatched if name in view.refused]
         if len(unmatched) == len([delta for delta in aligned.values() if delta.needs_base]) and unmatched:
             faults += [] if known else [_nothing_matched(unmatched, base, self.path)]
             unmatched = []
@@ -191,10 +191,10 @@ def _nothing_matched(names: list[str], base: Mapping[str, Spec], path: Path | No
     )  # fmt: skip
 
 
-def _refused(view: View, deltas: Mapping[str, Delta]) -> list[LoratoolsError]:
+def _refused(view: View, deltas: Mapping[str, Delta]) -> dict[str, LoratoolsError]:
     """Why the base has no tensor of some of the adapter's names, where that is known."""
     names = [other for name, delta in deltas.items() for other in names_of(name, delta) if other not in view.specs]
-    return [view.refused[name] for name in dict.fromkeys(names) if name in view.refused]
+    return {name: view.refused[name] for name in names if name in view.refused}
 
 
 def _stray(name: str, base: Mapping[str, Spec], path: Path | None) -> MatchError:

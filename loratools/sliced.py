@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 from loratools.tensorfile import BITS, Buffer, Ref
@@ -27,3 +28,34 @@ class Sliced(Ref):
             return data
         cells = np.frombuffer(data, dtype=f"V{BITS[self.spec.dtype] // 8}").reshape(stop - start, self.origin.spec.shape[1])
         return memoryview(np.ascontiguousarray(cells[:, self.columns]).tobytes())
+
+
+class Pool:
+    """The bytes of the last few tensors that were read through it, for those of which many parts are read one after another."""
+
+    def __init__(self, count: int = 4) -> None:
+        self.count = count
+        self._held: dict[int, tuple[Ref, Buffer]] = {}  # by identity: two tensors may hold the same bytes
+        self._lock = threading.Lock()
+
+    def read(self, ref: Ref) -> Buffer:
+        with self._lock:
+            found = self._held.pop(id(ref), None) or (ref, ref.read())
+            self._held[id(ref)] = found  # the last one read stands last
+            while len(self._held) > self.count:
+                del self._held[next(iter(self._held))]
+            return found[1]
+
+
+class Pooled(Ref):
+    """A tensor whose bytes a pool keeps for a while."""
+
+    def __init__(self, origin: Ref, pool: Pool) -> None:
+        self.origin, self.pool, self.spec = origin, pool, origin.spec
+
+    def read(self) -> Buffer:
+        return self.pool.read(self.origin)
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        step = self.spec.row_bytes()
+        return memoryview(self.read()).cast("B")[start * step : stop * step]

@@ -211,14 +211,14 @@ SETTINGS: list[Case] = [
     ("a pattern of no rank", config(rank_pattern={"q_proj": -1}), (FACTORS, "rank_pattern")),
     ("an unknown bias", config(bias="some"), (FACTORS, "bias", "'some'")),
     ("DoRA and a bias", config(use_dora=True, lora_bias=True), (FACTORS, "use_dora and lora_bias exclude each other")),
-    ("pissa", config(init_lora_weights="pissa"), (FACTORS, "init_lora_weights", "pissa", "path_initial_model_for_weight_conversion")),
-    ("olora", config(init_lora_weights="olora"), (FACTORS, "init_lora_weights", "olora")),
-    ("qalora", config(use_qalora=True), (FACTORS, "use_qalora")),
+    ("pissa", config(init_lora_weights="pissa"), ("q_proj.weight", "did not come from what pissa moves", "--initial")),
+    ("olora", config(init_lora_weights="olora"), ("q_proj.weight", "did not come from what olora moves", "--initial")),
+    ("qalora", config(use_qalora=True), (FACTORS, "qalora_group_size")),
     ("block-diagonal", config(use_bdlora={"nblocks": 2}), (FACTORS, "use_bdlora")),
     ("activated by tokens", config(alora_invocation_tokens=[1, 2]), (FACTORS, "alora_invocation_tokens")),
     ("routed", config(arrow_config={"top_k": 1}), (FACTORS, "arrow_config")),
     ("layers replicated", config(layer_replication=[[0, 2], [1, 2]]), (FACTORS, "layer_replication")),
-    ("fused slices", config(enable_lora=[True, False, True]), (FACTORS, "enable_lora")),
+    ("fused slices", config(enable_lora=[True, False, True]), (FACTORS, "q_proj.lora_A.weight", "not the factors of a merged layer")),
 ]
 QUANTISED: list[Case] = [
     ("by its config", base_config(quantization_config={"quant_method": "gptq"}), ("base: ", "quantised: found gptq")),

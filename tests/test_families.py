@@ -9,7 +9,7 @@ import pytest
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from loratools.families import BIASED_HEADS, HEADS, TRANSPOSED, Family, matches, of_head, of_vocabulary
+from loratools.families import BIASED_HEADS, HEADS, TRANSPOSED, Families, Family, matches, of_head, of_vocabulary
 
 MODELS = Path(transformers.__file__).parent / "models"
 # ties that are no embedding and head of one vocabulary, or of models whose heads are spread over several modules
@@ -139,3 +139,18 @@ def test_globs_with_and_without_weight() -> None:
         and matches("h.0.c_proj.weight", ["*.weight"])
         and not matches("h.0.c_proj.weight", ["c_proj"])
     )
+
+
+def test_layers_that_only_predict_further_ahead_concern_no_adapter() -> None:
+    base = {f"model.layers.{index}.q.weight": index for index in range(4)} | {"lm_head.weight": 9}
+    counted = {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    assert set(base) - set(Family(counted).concerned(base, [])) == {"model.layers.3.q.weight"}
+    for config in ({}, {"num_hidden_layers": 3}, {**counted, "num_nextn_predict_layers": 0}, {**counted, "num_hidden_layers": "3"}):
+        assert Family(config).concerned(base, []) == base
+
+
+def test_the_types_of_a_model_and_its_parts() -> None:
+    config = {"model_type": "llava", "text_config": {"model_type": "mixtral"}, "vision_config": {"x": 1}, "other": 3}
+    assert Family(config).types == ("llava", "mixtral") and Family({}).types == ()
+    pipeline = Families({}, members={"a.": Family(config), "b.": Family({"model_type": "clip"}), "c.": Family({})})
+    assert pipeline.types == ("llava", "mixtral", "clip")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.sliced import Sliced
+from loratools.sliced import Pool, Pooled, Sliced
 from loratools.tensorfile import Buffer, Ref, Spec, identity, origin
 from loratools.tensors import read_tensor, to_ref
 
@@ -47,3 +47,28 @@ def test_only_its_rows_are_read() -> None:
     Sliced(Watched(), slice(3, 7)).rows(1, 3)
     Sliced(Watched(), slice(3, 7), slice(0, 2)).read()
     assert asked == [(4, 6), (3, 7)]
+
+
+class Counted(Ref):
+    """A tensor that counts how often it is read."""
+
+    def __init__(self, value: int) -> None:
+        self.spec, self.value, self.reads = Spec("F32", (4, 6)), value, 0
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        self.reads += 1
+        return bytes([self.value]) * ((stop - start) * 24)
+
+
+def test_a_pool_reads_a_tensor_once_while_it_is_among_the_last() -> None:
+    pool, tensors = Pool(2), [Counted(value) for value in range(3)]
+    one, two, three = (Pooled(tensor, pool) for tensor in tensors)
+    for _ in range(3):
+        assert bytes(one.rows(1, 2)) == bytes([0]) * 24 and bytes(two.rows(0, 4)) == bytes([1]) * 96
+    one.read()
+    assert [tensor.reads for tensor in tensors] == [1, 1, 0]
+    assert bytes(Sliced(three, slice(1, 3), slice(0, 2)).read()) == bytes([2]) * 16
+    one.read()  # was used after the second, which made room for the third
+    two.read()
+    assert [tensor.reads for tensor in tensors] == [1, 2, 1]
+    assert origin(Sliced(one)) is tensors[0] and identity(Sliced(one)) == identity(tensors[0])

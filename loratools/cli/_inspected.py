@@ -46,7 +46,7 @@ def _adapter_facts(report: Row) -> list[tuple[str, str]]:
         ("base", report["base_model"] or "not stated"),
     ]
     lines += [("rank", _ranks(report))] if report["ranks"] else []
-    lines += [("scaling", _scaling(modules))] if any(row["alpha"] is not None for row in modules) else []
+    lines += [("scaling", _scaling(modules))] if any(row["scaling"] is not None for row in modules) else []
     lines.append(("parameters", f"{count(report['parameters'])} in {many(report['modules_total'], 'tensor')}"))
     if report["base_parameters"] is not None:
         together = report["base_parameters"] + report["parameters"]
@@ -68,7 +68,7 @@ def _ranks(report: Row) -> str:
 
 
 def _scaling(modules: Sequence[Row]) -> str:
-    low = [row for row in modules if row["alpha"] is not None]
+    low = [row for row in modules if row["alpha"] is not None and row["scaling"] is not None]
     alphas, scalings = [row["alpha"] for row in low], [row["scaling"] for row in low]
     rules = {_rule(row) for row in low}
     if len({(row["alpha"], row["rank"], row["scaling"]) for row in low}) == 1:

@@ -14,8 +14,14 @@ from loratools.cli._say import notes, say, say_json
 @click.argument("adapter")
 @options.out
 @options.format
-@click.option("--kind", metavar="K", help="What each change becomes: lora, dora, or dense, W' - W itself.")
-@click.option("--magnitude-axis", metavar="AXIS", help="DoRA's magnitudes: out, one for each output (peft), or in, one for each input.")
+@click.option(
+    "--kind", type=click.Choice(["lora", "dora", "dense"]), metavar="K",
+    help="What each change becomes: lora, dora, or dense, W' - W itself.",
+)  # fmt: skip
+@click.option(
+    "--magnitude-axis", type=click.Choice(["in", "out"]), metavar="AXIS",
+    help="DoRA's magnitudes: out, one for each output (peft), or in, one for each input.",
+)  # fmt: skip
 @click.option("--base", metavar="BASE", help="The checkpoint it belongs to, for names and for all that depends on the weights.")
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="No module gets a greater rank; the best factors of it.")
 @click.option("--energy", type=float, metavar="F", help="The least ranks that keep this share of each squared change, such as 0.99.")

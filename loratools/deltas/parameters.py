@@ -18,11 +18,9 @@ from loratools.deltas.axes import required, turned_by
 from loratools.deltas.base import Bound, Delta, Read
 from loratools.deltas.experts import PACKINGS, Experts
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.registered import as_registered, in_registered_order
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, ShapeError
 from loratools.tensorfile import Ref, Spec
-
-# the order in which transformers' modules register these
-REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def _assigned(wrappers: list[OnParameter], base: Mapping[str, Spec], types: set[
     # of a matrix and one of the transposed sizes each takes the other's factors turned; peft's version tells them apart
     usual_way = turned_by(wrappers[0].version, types)
     fitting = [found for found in fitting if all(usual_way in item.ways for item in found)] or fitting
-    in_order = [found for found in fitting if _as_registered([item.choice.name for item in found])]
+    in_order = [found for found in fitting if as_registered([item.choice.name for item in found])]
     if len(in_order) == 1:
         return in_order[0]
     if in_order:
@@ -171,10 +169,10 @@ def _assigned(wrappers: list[OnParameter], base: Mapping[str, Spec], types: set[
             remedy="save an adapter for each parameter, with that one in target_parameters",
         )  # fmt: skip
     if fitting:
-        inner = min((item.choice.name for item in fitting[0]), key=_rank)
+        inner = in_registered_order(item.choice.name for item in fitting[0])[0]
         fact = "the adapters of one module are nested the other way round"
         raise ShapeError(fact, found=f"{fitting[0][0].choice.name} innermost", expected=f"{inner}, which the model registers first")
-    usual = sorted(names, key=_rank)[: len(wrappers)]
+    usual = in_registered_order(names)[: len(wrappers)]
     for wrapper, name in zip(wrappers, usual, strict=True):
         try:
             wrapper.ways(_at(wrapper, name), base[name])
@@ -193,26 +191,6 @@ def _fitted(wrappers: list[OnParameter], choices: list[Choice], base: Mapping[st
         return [_Found(wrapper, choice, base[choice.name], wrapper.ways(choice, base[choice.name])) for wrapper, choice in pairs]
     except ShapeError:
         return None
-
-
-def _rank(name: str) -> int:
-    """Where a parameter stands in the order of registration; one that is not known stands last."""
-    leaf = name.rpartition(".")[2]
-    return REGISTERED.index(leaf) if leaf in REGISTERED else len(REGISTERED)
-
-
-def in_registered_order(names: Iterable[str]) -> list[str]:
-    """Names of one module's parameters as its class is known to register them.
-
-    >>> in_registered_order(["down_proj", "gate_up_proj"])
-    ['gate_up_proj', 'down_proj']
-    """
-    return sorted(names, key=_rank)
-
-
-def _as_registered(names: list[str]) -> bool:
-    ranks = [_rank(name) for name in names if _rank(name) < len(REGISTERED)]
-    return ranks == sorted(ranks)
 
 
 def _known_ways(found: Iterable[_Found]) -> dict[str, set[bool]]:

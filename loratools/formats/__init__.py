@@ -66,10 +66,14 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     row = next((row for row in FORMATS if row.name == format), None)
     if row is None or row.encode is None:
         raise OptionError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
-    if adapter.flat and row.name not in (kohya.NAME, native.NAME):
-        fact, remedy = "where its name has dots only the base tells", "give the base with --base"
-        raise NotExpressible(fact, file=adapter.path, tensor=next(iter(adapter), None), remedy=remedy)
+    if adapter.flat and row.name in _DOTTED:
+        fact = "its names have underscores where the model's have dots, which only the base can tell apart"
+        raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
     return row.encode(adapter)
+
+
+# formats whose readers look for a module of the name written, and skip some that they do not find without a word
+_DOTTED = (peft.NAME, native.NAME, loralib.NAME, scratch.NAME)
 
 
 def _format_of(container: Container, name: str | None) -> Format:

@@ -57,7 +57,6 @@ def encode(adapter: Adapter) -> Container:
     table = {name: made.at(name, partial(made.delta, delta, f"{name}/")) for name, delta in adapter.items()}
     passengers = {name: made.tensor(ref, f"/{name}") for name, ref in adapter.passengers.items()}
     said = {"version": VERSION, "deltas": table, "passengers": passengers, "metadata": dict(adapter.metadata)}
-    said |= {"flat": True} if adapter.flat else {}
     text = made.at(None, lambda: _json(said))
     raise_all(made.faults)
     return Container(made.tensors, {KEY: text or ""})
@@ -135,7 +134,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         raise_all([*reading.faults, *stray])
     except LoratoolsError as error:
         raise error.at(file=container.path) from None
-    return Adapter(deltas, said["metadata"], passengers, container.path, NAME, container.files, flat="flat" in said)
+    return Adapter(deltas, said["metadata"], passengers, container.path, NAME, container.files)
 
 
 def _said(text: str) -> Any:
@@ -146,10 +145,8 @@ def _said(text: str) -> Any:
     except (ValueError, RecursionError):
         said = None
     if isinstance(said, dict) and said.get("version", VERSION) != VERSION:
-        remedy = "a newer loratools wrote it"
-        raise UnsupportedError(f"version of metadata {KEY}", found=said["version"], expected=VERSION, remedy=remedy)
-    whole = isinstance(said, dict) and set(said) - {"flat"} == _PARTS and said.get("flat", True) is True
-    if not whole or not all(isinstance(said[part], dict) for part in _PARTS - {"version"}):
+        raise UnsupportedError(f"version of metadata {KEY}", found=said["version"], expected=VERSION, remedy="a newer loratools wrote it")
+    if not isinstance(said, dict) or set(said) != _PARTS or not all(isinstance(said[part], dict) for part in _PARTS - {"version"}):
         _fail(f"metadata {KEY} is not what its format says", text[:60])
     return said
 

@@ -81,7 +81,8 @@ def _take(
     if delta.kind in ("parameter", "experts"):
         return NotExpressible("peft's LoRA on parameters is read and merged, not written", tensor=name)
     if isinstance(delta, DoRA) and isinstance(direction, LowRank):
-        return NotExpressible("peft has no DoRA of what is no layer's weight", tensor=name, remedy="write --format loratools, which keeps it")
+        remedy = "write --format loratools, which keeps it"
+        return NotExpressible("peft has no DoRA of what is no layer's weight", tensor=name, remedy=remedy)
     if isinstance(delta, DoRA) and isinstance(direction, Additive):
         remedy = "convert --kind lora makes a direction of it, --format loratools keeps it"
         return NotExpressible(f"peft's LoRA cannot say a DoRA of a {direction.kind} direction", tensor=name, remedy=remedy)

@@ -15,7 +15,8 @@ from typing import Any
 
 from loratools.deltas.base import Delta
 from loratools.deltas.experts import PACKINGS
-from loratools.deltas.parameters import Choice, OnParameter, in_registered_order
+from loratools.deltas.parameters import Choice, OnParameter
+from loratools.deltas.registered import in_registered_order
 from loratools.errors import AmbiguousError, FormatError, ShapeError
 from loratools.formats.peft_config import LoraConfig
 from loratools.formats.peft_keys import Grammar, Key, Module

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from loratools.deltas.base import Delta
-from loratools.deltas.compose import Part
+from loratools.deltas.compose import Part, Stacked
 from loratools.deltas.experts import Experts
 from loratools.deltas.full import Full, Replacement
+from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import joined
 from loratools.errors import LoratoolsError, MatchError, UnsupportedError
 from loratools.layouts.rules import Place
-from loratools.sliced import Sliced
+from loratools.sliced import Pool, Pooled, Sliced
 from loratools.tensorfile import Ref, Spec
 
 
@@ -44,6 +45,9 @@ class Fused:
 Where: TypeAlias = Same | Within | Fused
 
 
+_SEVERAL = "several of the base's tensors go by this name in memory"
+
+
 @dataclass
 class Collected:
     """Where tensors lie and what they are, by name; `faults` tell of names that two tensors have, or stacks of which some is lacking."""
@@ -53,12 +57,10 @@ class Collected:
     faults: dict[str, LoratoolsError] = field(default_factory=dict)
 
     def add(self, name: str, where: Where, spec: Spec) -> None:
-        if name in self.where or name in self.faults:
-            other = self.where.pop(name, None)
-            self.specs.pop(name, None)
-            found = ", ".join(shown(it) for it in (other, where) if it is not None)
-            self.faults[name] = MatchError("several of the base's tensors go by this name in memory", tensor=name, found=found)
-        else:
+        if name in self.where:
+            self.specs.pop(name)
+            self.faults[name] = MatchError(_SEVERAL, tensor=name, found=f"{shown(self.where.pop(name))}, {shown(where)}")
+        elif name not in self.faults:
             self.where[name], self.specs[name] = where, spec
 
 
@@ -70,9 +72,11 @@ def collected(places: Mapping[str, Place], base: Mapping[str, Spec]) -> Collecte
     for name, place in places.items():
         if place.expert is None:
             result.add(place.name, Same(name), base[name])
+        elif (place.expert, place.part) in stacks[place.name]:
+            found = f"{stacks[place.name][place.expert, place.part]}, {name}"
+            result.faults[place.name] = MatchError(_SEVERAL, tensor=place.name, found=found)
         else:
-            stacks[place.name].setdefault((place.expert, place.part), name)
-            parts[place.name] = place.parts
+            stacks[place.name][place.expert, place.part], parts[place.name] = name, place.parts
     for stack, matrices in stacks.items():
         try:
             result.add(stack, *_stacked(matrices, parts[stack], base))
@@ -87,14 +91,15 @@ def _stacked(matrices: Mapping[tuple[int, int], str], parts: int, base: Mapping[
     places = [(expert, part) for expert in range(experts) for part in range(parts)]
     lacking = next((place for place in places if place not in matrices), None)
     if lacking is not None:
-        like = next(name for (_, part), name in matrices.items() if part == lacking[1]) if parts == 1 or len(matrices) > 1 else "one part"
-        raise MatchError("the base lacks a matrix of this stack", found=f"none of expert {lacking[0]} like {like}")
+        like = next((f" like {name}" for (_, part), name in matrices.items() if part == lacking[1]), f", part {lacking[1]}")
+        raise MatchError("the base lacks a matrix of this stack", found=f"none of expert {lacking[0]}{like}")
     first = [base[matrices[0, part]] for part in range(parts)]
-    columns = first[0].shape[-1] if first[0].shape else 0
-    starts = [sum(spec.shape[0] for spec in first[:part]) for part in range(parts + 1)]
+    columns = first[0].matrix[1]
+    starts = [sum(spec.matrix[0] for spec in first[:part]) for part in range(parts + 1)]
     for (_, part), name in matrices.items():
-        if base[name] != Spec(first[0].dtype, (first[part].shape[0], columns)):
-            raise MatchError("the base's matrices make no stack", found=f"{name} {base[name]}", expected=f"{first[part]}")
+        expected = Spec(first[0].dtype, (first[part].matrix[0], columns))
+        if base[name] != expected:
+            raise MatchError("the base's matrices make no stack", found=f"{name} {base[name]}", expected=expected)
     listed = tuple((matrices[expert, part], expert, starts[part], starts[part + 1]) for expert, part in places)
     return Fused(listed), Spec(first[0].dtype, (experts, starts[-1], columns))
 
@@ -124,6 +129,7 @@ def inside(place: Place, where: Where, spec: Spec) -> tuple[Where, Spec] | None:
 def put(settled: Mapping[str, Delta], where: Mapping[str, Where]) -> tuple[dict[str, Delta], list[LoratoolsError]]:
     """Deltas by the base's names: stacks taken apart, matrices put together where they are rows of one; what cannot be is a fault."""
     placed: dict[str, Delta] = {}
+    pool = Pool()
     rows: dict[str, list[Part]] = defaultdict(list)
     faults: list[LoratoolsError] = []
     for name, delta in settled.items():
@@ -132,7 +138,7 @@ def put(settled: Mapping[str, Delta], where: Mapping[str, Where]) -> tuple[dict[
             rows[it.base].append(Part(delta=delta, start=it.start, stop=it.stop))
             continue
         try:
-            made = {it.base: delta} if isinstance(it, Same) else _apart(delta, it)
+            made = {it.base: delta} if isinstance(it, Same) else _apart(delta, it, pool)
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
             continue
@@ -146,10 +152,14 @@ def _met(name: str) -> LoratoolsError:
     return UnsupportedError("two of the adapter's deltas lie on this tensor", tensor=name)
 
 
-def _apart(delta: Delta, fused: Fused) -> dict[str, Delta]:
+def _apart(delta: Delta, fused: Fused, pool: Pool) -> dict[str, Delta]:
     """A stack's delta as one of each of its matrices."""
     if isinstance(delta, Experts):
-        return {base: delta.expert(expert, slice(start, stop)) for base, expert, start, stop in fused.matrices}
+        pooled = replace(delta, B=Pooled(delta.B, pool))  # every expert has columns throughout all of B
+        return {base: pooled.expert(expert, slice(start, stop)) for base, expert, start, stop in fused.matrices}
+    if isinstance(delta, Stacked) and all(isinstance(member, LowRank | None) for member in delta.members):
+        members = [(base, delta.members[expert], slice(start, stop)) for base, expert, start, stop in fused.matrices]
+        return {base: replace(low, B=Sliced(low.B, rows)) for base, low, rows in members if isinstance(low, LowRank)}
     whole = delta.value if isinstance(delta, Replacement) else delta.diff if isinstance(delta, Full) else None
     if whole is None or len(whole.spec.shape) != 3:
         raise UnsupportedError(f"a {delta.kind} delta on a stack that the base stores matrix by matrix")

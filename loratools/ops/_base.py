@@ -11,7 +11,7 @@ from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
 from loratools.differences import digest
-from loratools.errors import QuantizedError
+from loratools.errors import MatchError, QuantizedError
 from loratools.formats.reading import Reading
 from loratools.pipeline import open_checkpoint
 from loratools.plan import supplied
@@ -56,7 +56,12 @@ class Base:
 
 
 def resolved(adapters: Iterable[Adapter], base: Base | None) -> list[Adapter]:
-    """The adapters under the base's names, or as they are where there is none."""
+    """The adapters under the base's names, or as they are where there is none. Raises MatchError where names are of two spellings."""
+    adapters = list(adapters)
+    if base is None and len({one.flat for one in adapters}) > 1:
+        flat = next(one for one in adapters if one.flat)
+        fact = "its names have underscores where the others' have dots, so no tensor of theirs would meet"
+        raise MatchError(fact, file=flat.path, found=next(iter(flat)), remedy="give --base")
     return [one if base is None else base.resolve(one) for one in adapters]
 
 

@@ -109,6 +109,8 @@ def test_refusals_are_a_line_each(tmp_path: Path, loratools: Line) -> None:
     lines = errors.splitlines()
     assert len(lines) == 4 and all(line.startswith("Error: ") and "give --base" in line for line in lines)
     assert loratools("convert", tmp_path / "dora", "-o", tmp_path / "out", "--kind", "lora", "--rank", 0)[0] == 2
+    for wrong in (("--kind", "loha"), ("--magnitude-axis", "rows")):
+        assert loratools("convert", tmp_path / "dora", "-o", tmp_path / "out", *wrong)[0] == 2
 
 
 def test_notes_are_told_unless_quiet(tmp_path: Path, loratools: Line) -> None:

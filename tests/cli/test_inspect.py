@@ -66,6 +66,19 @@ def test_the_rule_of_a_scaling_is_the_one_it_has(rows: list[tuple[float, int, fl
     assert _scaling([{"alpha": alpha, "rank": rank, "scaling": scaling} for alpha, rank, scaling in rows]) == line
 
 
+def test_a_scaling_that_only_the_base_tells_is_left_out() -> None:
+    stack = {"name": "experts.down", "kind": "parameter", "shape": [], "rank": 2, "alpha": 4.0, "scaling": None}
+    stack |= {"parameters": 8, "dtype": "F32"}
+    low = stack | {"name": "q.weight", "kind": "lora", "shape": [4, 4], "scaling": 2.0}
+    assert _scaling([stack, low]) == "2 = alpha 4 / rank 2"
+    report = {
+        "path": "a", "format": "peft", "kinds": {"parameter": 1}, "base_model": None, "modules": [stack], "modules_total": 1,
+        "parameters": 8, "base_parameters": None, "trainable_percent": None, "bytes": 8, "ranks": {"2": 1}, "values_checked": False,
+        "warnings": [],
+    }  # fmt: skip
+    assert not [line for line in shown(report, None) if line.startswith("scaling")]
+
+
 def test_a_shape_that_only_the_base_tells_is_no_scalar() -> None:
     assert _dimensions({"shape": [], "parameters": 64}) == "–" and _dimensions({"shape": [], "parameters": 1}) == "scalar"
     assert _dimensions({"shape": [2, 3], "parameters": 6}) == "2 × 3"

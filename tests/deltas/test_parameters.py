@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import pytest
-import transformers
 
 from loratools.deltas.base import Delta
 from loratools.deltas.experts import Experts
 from loratools.deltas.lowrank import LowRank
-from loratools.deltas.parameters import REGISTERED, Choice, OnParameter, in_registered_order, moved, settle_parameters
+from loratools.deltas.parameters import Choice, OnParameter, moved, names_of, settle_parameters
 from loratools.errors import AmbiguousError, Faults, LoratoolsError, MatchError, ShapeError, raise_all
 from loratools.tensorfile import InMemory, Spec
 
@@ -225,24 +222,10 @@ def test_its_names_move_together() -> None:
     assert isinstance(delta, OnParameter) and [choice.name for choice in delta.choices] == ["x.w13", "x.down_proj"]
     low = LowRank(A=InMemory(Spec("F32", (2, 3)), b""), B=InMemory(Spec("F32", (4, 2)), b""), alpha=1.0)
     assert moved(low, "a", "b") is low and moved(delta, "a", "a") is delta
+    assert names_of("a", delta) == ("x.w13", "x.down_proj") and names_of("a", low) == ("a",)
 
 
 def test_facts_are_those_that_all_choices_share() -> None:
     assert on(H, I).facts() == {"rank": 2, "alpha": 4.0}
     choices = (Choice("a", 4.0, 2), Choice("b", 9.0, 3))
     assert on(H, I, choices=choices).facts() == {"rank": None, "alpha": None}
-
-
-def sources() -> dict[str, str]:
-    return {path.parent.name: path.read_text() for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py")}
-
-
-def test_the_order_of_registration_is_transformers_own() -> None:
-    """Every module of the installed transformers that registers several of these does so in this order."""
-    seen = set()
-    for model, text in sources().items():
-        for body in re.split(r"^class ", text, flags=re.MULTILINE):
-            known = [name for name in re.findall(r"self\.(\w+) = nn\.Parameter\(", body) if name in REGISTERED]
-            assert known == in_registered_order(known), (model, body[:40], known)
-            seen |= set(known) if len(known) > 1 else set()
-    assert seen == set(REGISTERED)

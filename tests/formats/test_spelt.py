@@ -24,8 +24,8 @@ from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
-from loratools.errors import FormatError, LoratoolsError, NotExpressible
-from loratools.formats import comfyui, encode, kohya, load, native, save
+from loratools.errors import LoratoolsError, NotExpressible
+from loratools.formats import comfyui, encode, kohya, load, native
 from loratools.formats._spelt import number
 from loratools.tensorfile import Ref
 from loratools.tensors import read_tensor, to_ref
@@ -144,12 +144,6 @@ def test_metadata_and_passengers_stay_and_stale_digests_go(tmp_path: Path) -> No
     assert encode(Adapter({"x.y.weight": KINDS["loha"](0, 1.0)}), "kohya").metadata == {"ss_network_module": "lycoris.kohya"}
 
 
-@pytest.mark.parametrize("format", ["peft", "mlx", "loralib", "scratch"])
-def test_other_formats_take_no_flat_names(format: str) -> None:
-    with pytest.raises(NotExpressible, match=r"lora_unet_x\.weight: where its name has dots only the base tells; give the base"):
-        encode(Adapter({"lora_unet_x.weight": low(0)}, flat=True), format)
-
-
 @pytest.mark.parametrize("format", ["comfyui", "diffusers"])
 def test_a_base_gives_flat_names_their_dots_back(tmp_path: Path, format: str) -> None:
     flat = Adapter({"lora_unet_mid_block_to_q.weight": low(0)}, flat=True)
@@ -162,17 +156,13 @@ def test_a_base_gives_flat_names_their_dots_back(tmp_path: Path, format: str) ->
         assert keys[format].encode() in file.read()
 
 
-def test_flat_names_stay_flat_by_way_of_the_own_format(tmp_path: Path) -> None:
-    adapter = Adapter({"lora_unet_mid_to_q.weight": low(0)}, flat=True)
-    save(adapter, tmp_path / "own.safetensors", format="loratools")
-    found = load(tmp_path / "own.safetensors")
-    assert found.format == "loratools" and found.flat and same(adapter, found)
-    base = write_checkpoint(tmp_path / "base", {"mid.to_q.weight": randn(6, 4, seed=9)})
-    assert merge(base, tmp_path / "own.safetensors", tmp_path / "out")["applied"] == 1
-    assert next(iter(encode(replace(found, flat=False), "kohya").tensors)) == "lora_unet_mid_to_q.lora_down.weight"
-    text = encode(adapter, "loratools").metadata["loratools.adapter"].replace('"flat":true', '"flat":1')
-    with pytest.raises(FormatError, match=r"metadata loratools\.adapter is not what its format says"):
-        native.decode(replace(encode(adapter, "loratools"), metadata={"loratools.adapter": text}))
+def test_names_that_are_flat_already_get_no_second_prefix() -> None:
+    deltas = {"lora_unet_mid_to_q.weight": low(0)}
+    assert list(encode(Adapter(deltas), "kohya").tensors) == list(encode(Adapter(deltas, flat=True), "kohya").tensors)
+
+
+def test_the_own_formats_keys_under_flat_names_are_not_kohyas() -> None:
+    assert not kohya.detect(native.encode(Adapter({"lora_unet_mid_to_q.weight": low(0)})))
 
 
 WHOLE = refs(0, w1=(2, 2), w2=(3, 2))

@@ -9,18 +9,21 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
 
 from loratools import inspect, merge, unmerge, verify
 from loratools.errors import LoratoolsError
 from tests.files import read_adapter, read_checkpoint, write_adapter
 from tests.interop.moe import worst_expert
-from tests.interop.tiny import MODELS, loaded, new, old_names, save
+from tests.interop.tiny import MODELS, RENAMED, loaded, new, old_names, save
 
 CLOSE = 1e-6  # of each weight: float32, one rounding on each side
 
 
-def wrap(kind: str, folder: Path, **config: Any) -> PeftModel:
-    model = get_peft_model(new(kind), LoraConfig(r=2, lora_alpha=4, target_modules=MODELS[kind][1], init_lora_weights=False, **config))
+def wrap(kind: str, folder: Path, model: nn.Module | None = None, **config: Any) -> PeftModel:
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": MODELS[kind][1], "init_lora_weights": False} | config
+    model = get_peft_model(model or new(kind), LoraConfig(**settings))
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -41,7 +44,7 @@ def renamed(folder: Path, names: dict[str, str]) -> None:
     write_adapter(folder, old, config | {"target_modules": modules})
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", RENAMED)
 @pytest.mark.parametrize("adapter", ["memory", "file"])
 @pytest.mark.parametrize("base", ["memory", "file"])
 def test_names_in_memory_and_in_files(tmp_path: Path, kind: str, adapter: str, base: str) -> None:
@@ -142,3 +145,43 @@ def test_the_users_rename_goes_before_the_table(tmp_path: Path) -> None:
     changed = {row["name"] for row in receipt["tensors"]}
     assert f"{one[1]}.weight" in changed and "language_model.model.layers.0.self_attn.q_proj.weight" not in changed
     assert receipt["expected"] == receipt["applied"] == len(edited) // 2
+
+
+def test_what_transformers_cuts_out_of_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    """nomic_bert's files hold queries, keys and values as one; in memory they are three."""
+    model = new("nomic_bert")
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    assert any("Wqkv" in name for name in read_checkpoint(tmp_path / "base"))
+    wrap("nomic_bert", tmp_path / "adapter")
+    message = r"layers\.1\.self_attn\.q_proj\.weight: transformers converts this tensor .* found \S*attn\.Wqkv\.weight, by Chunk; merge"
+    with pytest.raises(LoratoolsError, match=message):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    receipt = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", allow_unmatched=True)
+    assert 0 < receipt["applied"] < receipt["expected"] and "Wqkv" not in str(receipt["tensors"])
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_that_files_hold_both_ways_round(tmp_path: Path, square: bool, turned: bool) -> None:
+    """qwen3_vl_moe's own files are (experts, in, out), and transformers turns them by their sizes alone: squares stay as they are."""
+    model = new("qwen3_vl_moe", width=16 if square else 12)
+    save(model, tmp_path / "base")
+    tensors = read_checkpoint(tmp_path / "base")
+    for name, tensor in tensors.items():
+        if turned and tensor.ndim == 3 and ".experts." in name:
+            tensors[name] = tensor.transpose(1, 2).contiguous()
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    wrapped = wrap("qwen3_vl_moe", tmp_path / "adapter", model=model, target_parameters=targets)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found = read_checkpoint(tmp_path / "out")
+    for name, expected in wrapped.merge_and_unload().state_dict().items():
+        same = found[name].transpose(1, 2) if turned and expected.ndim == 3 and ".experts." in name else found[name]
+        assert worst_expert({name: same}, {name: expected}) <= CLOSE
+    if not square:
+        assert worst_expert(loaded(tmp_path / "out").state_dict(), wrapped.merge_and_unload().state_dict()) <= CLOSE
+        return
+    alone = wrap("qwen3_vl_moe", tmp_path / "alone", model=new("qwen3_vl_moe", width=16), target_parameters=targets[1:])
+    del alone
+    with pytest.raises(LoratoolsError, match=r"down_proj: a stack of squares, and nothing tells which of its axes A reads"):
+        merge(tmp_path / "base", tmp_path / "alone", tmp_path / "none")

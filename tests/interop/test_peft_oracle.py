@@ -141,4 +141,4 @@ def test_the_oracle_sees_what_it_should(tmp_path: Path) -> None:
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", transposed=TRANSPOSED)
     errors = difference(merged_outputs(tmp_path / "out"), outputs(model))
     assert min(errors[name] for name in TARGETS) > 1e-5
-    assert set(inputs(7)) == {*TARGETS, "norm", "head"} and errors["norm"] == errors["head"] == 0
+    assert set(inputs(7)) == {*TARGETS, "norm", "head", "even2"} and errors["norm"] == errors["head"] == errors["even2"] == 0

@@ -53,8 +53,21 @@ def _dinov2() -> nn.Module:
     return t.Dinov2ForImageClassification(t.Dinov2Config(**{k: VISION[k] for k in VISION if k != "intermediate_size"}, num_labels=3))
 
 
+def _qwen3_vl_moe(width: int = 12) -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
+    experts = {"num_experts": 3, "num_experts_per_tok": 1, "moe_intermediate_size": width, "decoder_sparse_step": 1}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 4, "patch_size": 4, "out_hidden_size": 16}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = t.Qwen3VLMoeConfig(text_config=TEXT | experts | {"rope_parameters": rope}, vision_config=vision)
+    return t.Qwen3VLMoeForConditionalGeneration(config)
+
+
+def _nomic_bert() -> nn.Module:
+    return t.NomicBertModel(t.NomicBertConfig(**CLIP_TEXT))
+
+
 # how each is made, and modules of every kind that LoRA is put on
-MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+MODELS: dict[str, tuple[Callable[..., nn.Module], str]] = {
     "llava": (_llava, r".*\.(q_proj|up_proj|fc1|linear_1)"),
     "gemma3": (_gemma3, r".*\.(q_proj|down_proj|fc2)"),
     "qwen2_vl": (_qwen2_vl, r".*\.(q_proj|up_proj|qkv|fc1)"),
@@ -64,13 +77,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "beit": (lambda: t.BeitForImageClassification(t.BeitConfig(**VISION, num_labels=3)), r".*(q_proj|v_proj|o_proj|fc2)"),
     "clip_text": (lambda: t.CLIPTextModel(t.CLIPTextConfig(**CLIP_TEXT)), r".*(q_proj|fc1)"),
     "segformer": (lambda: t.SegformerForImageClassification(t.SegformerConfig(**SEGFORMER)), r".*(q_proj|v_proj|o_proj|fc1)"),
+    "qwen3_vl_moe": (_qwen3_vl_moe, r".*q_proj"),
+    "nomic_bert": (_nomic_bert, r".*(q_proj|o_proj)"),
 }
+RENAMED = [kind for kind in MODELS if kind not in ("qwen3_vl_moe", "nomic_bert")]
 
 
-def new(kind: str, seed: int = 0) -> nn.Module:
+def new(kind: str, seed: int = 0, **more: Any) -> nn.Module:
     """The model with random weights."""
     torch.manual_seed(seed)
-    model = MODELS[kind][0]().eval()
+    model = MODELS[kind][0](**more).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape))
