@@ -13,7 +13,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.full import Replacement
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
 from loratools.flatnames import PARTS, flatten, spelt, split_prefix
-from loratools.formats._slots import collect, made
+from loratools.formats._slots import SUFFIX, collect, made
 from loratools.formats._spelt import carried, spelt_tensors
 from loratools.formats.base import Container, ReadOptions
 from loratools.tensorfile import Ref
@@ -30,7 +30,7 @@ def detect(container: Container) -> bool:
 
 def _module(key: str) -> str | None:
     head = _FLATTENED.sub(r".\1", key).partition(".")[0]
-    return head if split_prefix(head) is not None and "." in key else None
+    return head if split_prefix(head) is not None and SUFFIX.fullmatch(_FLATTENED.sub(r".\1", key)) else None
 
 
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:

@@ -25,7 +25,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
 from loratools.errors import LoratoolsError, NotExpressible
-from loratools.formats import comfyui, encode, kohya, load
+from loratools.formats import comfyui, encode, kohya, load, native
 from loratools.formats._spelt import number
 from loratools.tensorfile import Ref
 from loratools.tensors import read_tensor, to_ref
@@ -154,6 +154,15 @@ def test_a_base_gives_flat_names_their_dots_back(tmp_path: Path, format: str) ->
     keys = {"comfyui": "diffusion_model.mid_block.to_q.lora_up.weight", "diffusers": "mid_block.to_q.lora_B.weight"}
     with (tmp_path / "out.safetensors").open("rb") as file:
         assert keys[format].encode() in file.read()
+
+
+def test_names_that_are_flat_already_get_no_second_prefix() -> None:
+    deltas = {"lora_unet_mid_to_q.weight": low(0)}
+    assert list(encode(Adapter(deltas), "kohya").tensors) == list(encode(Adapter(deltas, flat=True), "kohya").tensors)
+
+
+def test_the_own_formats_keys_under_flat_names_are_not_kohyas() -> None:
+    assert not kohya.detect(native.encode(Adapter({"lora_unet_mid_to_q.weight": low(0)})))
 
 
 WHOLE = refs(0, w1=(2, 2), w2=(3, 2))
