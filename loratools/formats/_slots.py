@@ -15,6 +15,7 @@ from loratools.deltas.adjoined import Adjoined
 from loratools.deltas.base import Additive, Delta
 from loratools.deltas.butterfly import Butterfly
 from loratools.deltas.dora import DoRA
+from loratools.deltas.flat import FlatDoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
@@ -199,10 +200,9 @@ def _decomposed(slots: Slots, direction: Additive) -> Mapping[str, Delta]:
     if magnitude is None:
         return {"weight": direction}
     shape, (out, width, *_) = magnitude.spec.shape, direction.shape()
+    if len(shape) == 1 and out == width:  # of its outputs or of its inputs: the base's norms tell, or it is an error with both readings
+        return {"weight": FlatDoRA(direction=direction, magnitude=magnitude)}
     if len(shape) == 1:
-        if out == width:
-            fact = "a flat magnitude of a square weight: of its outputs, or of its inputs?"
-            raise AmbiguousError(fact, tensor=slots.keys["dora_scale"], found=list(shape), expected=f"[{out}, 1] or [1, {out}]")
         magnitude = magnitude.reshape(*((out, 1) if shape[0] == out else (1, shape[0])))
     return {"weight": DoRA(direction=direction, magnitude=magnitude)}
 

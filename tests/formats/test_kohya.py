@@ -163,12 +163,17 @@ def test_an_alpha_of_zero_is_the_users_to_tell(tmp_path: Path) -> None:
     assert load(tmp_path / "a.safetensors", options=ReadOptions(alpha=4))[f"{MODULE}.weight"].facts()["scaling"] == 2.0
 
 
-def test_a_flat_magnitude_of_a_square_is_ambiguous(tmp_path: Path) -> None:
-    up, down = pair(4, 4, 2)
-    tensors = {f"{MODULE}.lora_up.weight": up, f"{MODULE}.lora_down.weight": down, f"{MODULE}.dora_scale": torch.ones(4)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(AmbiguousError, match=r"dora_scale: a flat magnitude of a square weight"):
-        load(tmp_path / "a.safetensors")
+def test_a_flat_magnitude_of_a_square_is_told_by_the_bases_norms(tmp_path: Path) -> None:
+    """A vector as long as both sides: along the axis whose norms it fits, and an error with both readings where it fits neither."""
+    up, down, square = *pair(4, 4, 2), randn(4, 4, seed=7) * torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None]
+    V = square.double() + up.double() @ down.double()
+    rows, columns = V.norm(dim=1), V.norm(dim=0)
+    for number, (m, expected) in enumerate(((rows * 1.01, 1.01 * V), (columns * 0.99, 0.99 * V))):
+        tensors = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": m}
+        assert close(merged(tmp_path / str(number), tensors, square), expected)
+    with pytest.raises(AmbiguousError) as caught:
+        merged(tmp_path / "neither", {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": torch.ones(4)}, torch.eye(4))
+    assert "mid_block.proj_in.weight" in str(caught.value)
 
 
 def test_modules_that_the_base_lacks(tmp_path: Path) -> None:
