@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ WEIGHTS = (
 class Container:
     """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them.
 
-    `name` is what a folder's file of weights is called where it is written.
+    `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
+    has such (GGUF). `writer` writes the container to a path and returns each tensor's digest, where it is not safetensors.
     """
 
     tensors: Mapping[str, Ref]
@@ -36,6 +37,8 @@ class Container:
     files: tuple[Path, ...] = ()
     header_sha256: str | None = None
     name: str = WEIGHTS[0]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    writer: Callable[[Container, Path], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +153,10 @@ def load_npz(path: Path) -> dict[str, Ref]:
 def write_container(container: Container, folder: Path) -> dict[str, str]:
     """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest.
 
-    Without a config it may be a single file: where the name ends in `.safetensors`.
+    Without a config it may be a single file: where the name ends in `.safetensors`. A container with a `writer` is written by it.
     """
+    if container.writer is not None:
+        return container.writer(container, folder)
     if container.config is None and folder.suffix == ".safetensors":
         return write_tensors(folder, container.tensors, container.metadata)
     if folder.suffix == ".safetensors":
