@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import FormatError, LoratoolsError, OptionError, UsageError
+from loratools.errors import FormatError, LoratoolsError, OptionError, UnsupportedError, UsageError
+from loratools.formats._sides import SideFiles
 from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
 from loratools.tensorwriter import TensorWriter, canonical
 from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
+LITGPT = ".pth.lora"
+SIDES = ("config.json", "hyperparameters.yaml", "model_config.yaml")  # which trainers leave beside
 WEIGHTS = (
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt",
+    "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt", "lit_model.pth.lora",
 )  # fmt: skip
 
 
@@ -27,7 +30,7 @@ class Container:
     """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them.
 
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
-    has such (GGUF). `writer` writes the container to a path and returns each tensor's digest, where it is not safetensors.
+    has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and returns each tensor's digest, where it is not safetensors.
     """
 
     tensors: Mapping[str, Ref]
@@ -39,6 +42,12 @@ class Container:
     name: str = WEIGHTS[0]
     fields: Mapping[str, Any] = field(default_factory=dict)
     writer: Callable[[Container, Path], dict[str, str]] | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
+
+    def used(self, *names: str) -> tuple[Path, ...]:
+        """The files `beside` of those names, as far as they were read."""
+        read = self.beside.read if isinstance(self.beside, SideFiles) else {}
+        return tuple(read[name] for name in names if name in read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,15 +112,19 @@ def open_container(path: str | Path) -> Container:
     beside = weights.parent / CONFIG
     config = read_json(beside) if beside.is_file() else None
     files = (weights, beside) if config is not None else (weights,)
-    if weights.suffix in PICKLES:
-        return Container(load_pickle(weights), {}, config, weights, files)
+    sides = SideFiles(weights.parent, SIDES)
+    if weights.suffix in PICKLES or weights.name.endswith(LITGPT):
+        return Container(load_pickle(weights), {}, config, weights, files, beside=sides)
     if weights.suffix == ".npz":
         return Container(load_npz(weights), {}, config, weights, files)
     opened = TensorFile(weights)
-    return Container(opened, opened.metadata, config, weights, files, opened.header_sha256)
+    return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides)
 
 
 def _weights_in(folder: Path) -> Path:
+    if (folder / "model.lora_weights.npy").is_file():
+        fact, remedy = "TensorRT-LLM's LoRA, which names no tensors and is written, not read", "give the adapter it was made of"
+        raise UnsupportedError(fact, file=folder, remedy=remedy)
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if found:
         return found[0]

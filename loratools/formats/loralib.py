@@ -24,6 +24,7 @@ from loratools.families import EMBEDDINGS, matches
 from loratools.formats._derived import Derived, block_diagonal, cells, slots_apart
 from loratools.formats._scale import ALPHA, number, only
 from loratools.formats.base import Container, ReadOptions
+from loratools.layouts.trainers import of_litgpt
 from loratools.tensorfile import Ref
 
 NAME = "loralib"
@@ -31,8 +32,8 @@ _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[AB])")
 
 
 def detect(container: Container) -> bool:
-    """Whether it holds a bare pair `lora_A`, `lora_B` and no config of peft's."""
-    if container.config is not None and "peft_type" in container.config:
+    """Whether it holds a bare pair `lora_A`, `lora_B`, no config of peft's, and no module of litgpt's network."""
+    if (container.config is not None and "peft_type" in container.config) or of_litgpt(container.tensors):
         return False
     pairs, _ = _sort(container.tensors)
     return any(len(pair) == 2 for name, pair in pairs.items() if ".parametrizations." not in f".{name}.")

@@ -27,8 +27,9 @@ NAME = "peft"
 
 
 def detect(container: Container) -> bool:
-    """Whether the config beside the tensors says which of peft's methods it is."""
-    return container.config is not None and "peft_type" in container.config
+    """Whether the config beside the tensors says which of peft's methods it is; torchtune writes one beside its own tensors too."""
+    told = container.config is not None and "peft_type" in container.config
+    return told and not any(key.endswith(".lora_a.weight") for key in container.tensors)
 
 
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:

@@ -1,0 +1,77 @@
+"""What litgpt's `model_config.yaml` and `hyperparameters.yaml` tell of a model and of its LoRA, and the latter as it is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratools.adapter import Adapter
+from loratools.errors import FormatError, NotExpressible
+from loratools.formats._heads import Heads
+from loratools.formats._trainer import Module
+
+FILE, HYPER = "lit_model.pth.lora", "hyperparameters.yaml"
+_OWN = "loratools_"  # keys of hyperparameters.yaml that litgpt passes over
+_HEADS = ("n_head", "n_query_groups", "head_size")
+# what a config's name begins with, in the order of litgpt's convert_lit_checkpoint.py, and the model_type of such models
+_NAMES = (
+    ("falcon", "falcon"), ("gemma-3", "gemma3_text"), ("gemma-2", "gemma2"), ("gemma", "gemma"), ("codegemma", "gemma"), ("phi-3", "phi3"),
+    ("phi-4", "phi3"), ("phi", "phi"), ("qwen2.5", "qwen2"), ("qwq", "qwen2"), ("qwen3", "qwen3"), ("olmo-2", "olmo2"),
+    ("mixtral", "mixtral"), ("mistral", "mistral"), ("llama", "llama"), ("codellama", "llama"), ("tiny-llama", "llama"),
+    ("pythia", "gpt_neox"),
+)  # fmt: skip
+_FLAGS = (
+    ("lora_projection", r"\.attn\.proj$"), ("lora_mlp", r"\.mlp\."), ("lora_head", r"^lm_head$"),
+)  # fmt: skip
+
+
+def model_config(config: Mapping[str, Any], hyper: Mapping[str, Any]) -> tuple[str | None, Heads | None]:
+    """(model_type, heads) of a model_config.yaml, or of what loratools wrote into hyperparameters.yaml; None for what they lack."""
+    own = {key: hyper.get(_OWN + key) for key in ("model_type", *_HEADS)}
+    if not config:
+        kind = own["model_type"]
+        return (kind if isinstance(kind, str) else None), _heads(*(own[key] for key in _HEADS))
+    name = str(config.get("name", "")).lower()
+    kind = next((kind for start, kind in _NAMES if name.startswith(start)), None)
+    query = config.get("n_head")
+    groups, size = config.get("n_query_groups"), config.get("head_size")
+    if size is None and type(query) is int and type(config.get("n_embd")) is int and query:
+        size = config["n_embd"] // query
+    return kind, _heads(query, query if groups is None else groups, size)
+
+
+def _heads(query: object, groups: object, size: object) -> Heads | None:
+    if query is None:
+        return None
+    if type(query) is not int or type(groups) is not int or type(size) is not int:
+        raise FormatError("the heads of litgpt's config", found=f"{query}, {groups} of {size} rows", expected="whole numbers")
+    return Heads(query, groups, size)
+
+
+def hyperparameters(adapter: Adapter, rank: int, alpha: float, modules: Sequence[Module], heads: Heads | None) -> dict[str, Any]:
+    """hyperparameters.yaml of what is written. Raises NotExpressible where blocks have LoRA on different modules."""
+    slots: dict[str, set[tuple[int, ...]]] = {}
+    counts: dict[str, int] = {}
+    for module in modules:
+        kind = re.sub(r"\d+", "{}", module.name)
+        slots.setdefault(kind, set()).add(tuple(sorted(module.pieces)))
+        counts[kind] = counts.get(kind, 0) + 1
+    blocks = {kind: count for kind, count in counts.items() if kind.startswith("transformer.") and ".experts." not in kind}
+    if any(len(found) > 1 for found in slots.values()) or len(set(blocks.values())) > 1:
+        found = ", ".join(f"{count} {kind.removeprefix('transformer.h.{}.')}" for kind, count in blocks.items())
+        raise NotExpressible("litgpt has LoRA on the same modules of every block", file=adapter.path, found=found)
+    fused = next((next(iter(found)) for kind, found in slots.items() if kind.endswith(".attn.qkv")), ())
+    source = adapter.metadata.get("peft", {}).get("base_model_name_or_path")
+    told: dict[str, Any] = {
+        "checkpoint_dir": f"checkpoints/{source}" if source else "checkpoints",
+        "lora_r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": 0.0,
+    }  # fmt: skip
+    told |= {f"lora_{name}": slot in fused for slot, name in enumerate(("query", "key", "value"))}
+    told |= {flag: any(re.search(pattern, kind) for kind in slots) for flag, pattern in _FLAGS}
+    kind = adapter.model.get("model_type")
+    if isinstance(kind, str):
+        told[_OWN + "model_type"] = kind
+    if heads is not None:
+        told |= {_OWN + key: value for key, value in zip(_HEADS, (heads.query, heads.groups, heads.size), strict=True)}
+    return told
