@@ -99,7 +99,7 @@ def rows_of(order: str, slot: int, total: int, heads: Heads | None) -> Rows:
 
 
 def _pairs(total: int, heads: Heads) -> Rows:
-    """Of each row of q or k as transformers has it, with the pairs that rotate together half a head apart, its row where they are neighbours."""
+    """Where each row of q or k, as transformers has them, lies where the rows that rotate together are neighbours."""
     size, half = heads.size, heads.size // 2
     if size % 2 or total not in heads.slots()[:2]:
         raise ShapeError("not the rows of q or k of the model's heads", found=total, expected=" or ".join(map(str, heads.slots()[:2])))

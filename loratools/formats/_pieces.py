@@ -194,7 +194,7 @@ def _blocks(B: np.ndarray, places: Sequence[Rows]) -> list[int | None] | None:
     """Which block of columns each slot has to itself, in the order of slots; None where they share some."""
     import numpy as np
 
-    bits = B.view(np.uint8).reshape(*B.shape, -1).any(-1)
+    bits: np.ndarray = np.asarray(B.view(np.uint8).reshape(*B.shape, -1).any(-1))
     used = [np.flatnonzero(bits[rows].any(0)) for rows in places]
     held = [index for index, columns in enumerate(used) if len(columns)]
     rank = B.shape[1] // max(1, len(held))

@@ -78,7 +78,7 @@ def _value(text: str | None) -> Any:
     if text[:1] in "'\"" and text[-1:] == text[:1] and len(text) > 1:
         return text[1:-1]
     text = text.partition(" #")[0].rstrip()
-    known = {"true": True, "false": False, "null": None, "~": None, "{}": {}}
+    known: dict[str, Any] = {"true": True, "false": False, "null": None, "~": None, "{}": {}}
     if text.lower() in known:
         return known[text.lower()]
     try:

@@ -30,7 +30,8 @@ class Container:
     """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them.
 
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
-    has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and returns each tensor's digest, where it is not safetensors.
+    has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
+    returns each tensor's digest, where it is not safetensors.
     """
 
     tensors: Mapping[str, Ref]
@@ -123,8 +124,8 @@ def open_container(path: str | Path) -> Container:
 
 def _weights_in(folder: Path) -> Path:
     if (folder / "model.lora_weights.npy").is_file():
-        fact, remedy = "TensorRT-LLM's LoRA, which names no tensors and is written, not read", "give the adapter it was made of"
-        raise UnsupportedError(fact, file=folder, remedy=remedy)
+        fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
+        raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if found:
         return found[0]

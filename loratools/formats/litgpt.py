@@ -23,9 +23,9 @@ from loratools.formats._heads import REMEDY, config_of
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, stacked
 from loratools.formats._scale import only
+from loratools.formats._sides import write_yaml
 from loratools.formats._trainer import Model, Part, deltas_of, modules_of, waiting
 from loratools.formats.base import Container, ReadOptions
-from loratools.formats._sides import write_yaml
 from loratools.formats.litgpt_files import FILE, HYPER, hyperparameters, model_config
 from loratools.formats.litgpt_qkv import parts_of
 from loratools.layouts.trainers import of_litgpt
@@ -69,7 +69,7 @@ class _Reading:
 
     def adapter(self, config: Mapping[str, Any], *, strict: bool = False) -> Adapter:
         hyper = self.container.beside.get(HYPER, {})
-        model = self._model(config, hyper)
+        model, _ = self._model(config, hyper), self._stated(hyper)
         parts, deltas, faults = list[Part](), dict[str, Delta](), list[LoratoolsError]()
         for module, pair in _modules(self.container.tensors).items():
             try:
@@ -119,6 +119,10 @@ class _Reading:
         rank = B.spec.shape[-1]
         if hyper.get("lora_r", rank) != rank:
             raise ShapeError(f"the rank is not that of {HYPER}", found=rank, expected=hyper["lora_r"])
+        return self._stated(hyper)
+
+    def _stated(self, hyper: Mapping[str, Any]) -> float:
+        """The one alpha of the hyperparameters, or of the options."""
         alpha = hyper.get("lora_alpha") if self.options.alpha is None else self.options.alpha
         if alpha is None:
             fact = f"no alpha in the file: litgpt keeps it in {HYPER}"

@@ -69,9 +69,9 @@ def hyperparameters(adapter: Adapter, rank: int, alpha: float, modules: Sequence
     }  # fmt: skip
     told |= {f"lora_{name}": slot in fused for slot, name in enumerate(("query", "key", "value"))}
     told |= {flag: any(re.search(pattern, kind) for kind in slots) for flag, pattern in _FLAGS}
-    kind = adapter.model.get("model_type")
-    if isinstance(kind, str):
-        told[_OWN + "model_type"] = kind
+    model_type = adapter.model.get("model_type")
+    if isinstance(model_type, str):
+        told[_OWN + "model_type"] = model_type
     if heads is not None:
         told |= {_OWN + key: value for key, value in zip(_HEADS, (heads.query, heads.groups, heads.size), strict=True)}
     return told

@@ -68,7 +68,7 @@ class _Reading:
             raise error.at(file=self.container.path) from None
 
     def adapter(self, config: Mapping[str, Any]) -> Adapter:
-        model = Model.of(NAME, config)
+        model, _ = Model.of(NAME, config), self._stated()
         parts, deltas, faults = list[Part](), dict[str, Delta](), list[LoratoolsError]()
         for module, pair in _modules(self.container.tensors).items():
             try:
@@ -104,11 +104,16 @@ class _Reading:
         if len(A.spec.shape) != 2 or not A.spec.numel:
             raise ShapeError("not a factor", found=list(A.spec.shape), expected="[r, in]", remedy="a shard, or empty as ZeRO-3 leaves it?")
         config, rank = self.container.config or {}, A.spec.shape[0]
+        if config.get("r", rank) != rank:
+            raise ShapeError(f"the rank is not that of {CONFIG}", found=rank, expected=config["r"])
+        return self._stated()
+
+    def _stated(self) -> float:
+        """The one alpha of the config, or of the options."""
+        config = self.container.config or {}
         unknown = [key for key in config if key not in _KNOWN]
         if unknown:
             raise FormatError(f"{CONFIG}: a field torchtune does not write", found=", ".join(unknown), expected=", ".join(_KNOWN))
-        if config.get("r", rank) != rank:
-            raise ShapeError(f"the rank is not that of {CONFIG}", found=rank, expected=config["r"])
         alpha = config.get("lora_alpha") if self.options.alpha is None else self.options.alpha
         if alpha is None:
             fact = f"no alpha in the file: torchtune keeps it in {CONFIG}"

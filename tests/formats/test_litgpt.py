@@ -113,6 +113,6 @@ def test_what_nothing_tells() -> None:
     with pytest.raises(AmbiguousError, match="which of q, k and v are enabled"):
         decode(Container(tensors, beside={"hyperparameters.yaml": told, "model_config.yaml": MODEL}))
     with pytest.raises(ShapeError, match="not the factors of q, k and v"):
-        decode(container(state(on), (True, True, False)))
+        decode(container(state(on), (False, True, True)))
     with pytest.raises(FormatError, match="not a tensor litgpt writes"):
         decode(container({**state(on), "transformer.wte.weight": torch.ones(2, 2)}, on))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratools
@@ -18,6 +19,7 @@ from loratools.formats import FORMATS
 from loratools.formats.base import Container, ReadOptions, open_container
 from loratools.formats.torchtune import decode, encode
 from loratools.tensors import read_tensor, to_ref
+from tests.files import write_checkpoint
 
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16}
 PEFT = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "peft_type": "LORA"}
@@ -87,7 +89,7 @@ def test_it_comes_back_bit_for_bit(kind: str) -> None:
 
 def test_what_nothing_tells() -> None:
     waiting = decode(container(state(), None))
-    assert list(waiting)[0] == "layers.1.attn.q_proj.weight"
+    assert next(iter(waiting)) == "layers.1.attn.q_proj.weight"
     with pytest.raises(AmbiguousError, match="depends on the model, which nothing tells; give --base"):
         bytes_of(waiting)
     assert waiting.pending is not None and "model.layers.1.self_attn.q_proj.weight" in waiting.pending(CONFIG)
@@ -111,6 +113,22 @@ def test_what_it_cannot_say() -> None:
         encode(Adapter({"model.layers.0.self_attn.q_proj.weight": low}))
     with pytest.raises(NotExpressible, match="no LoRA on this tensor"):
         encode(Adapter({"model.other.weight": low}, model=CONFIG))
+
+
+def test_merged_without_its_config_by_that_of_the_base(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = {f"model.layers.1.{NAMES[module]}.weight": torch.randn(size) for module, size in SIZES.items()}
+    write_checkpoint(tmp_path / "base", base, CONFIG)
+    (tmp_path / "tune").mkdir()
+    torch.save(state(), tmp_path / "tune/adapter_model.pt")
+    receipt = loratools.merge(tmp_path / "base", tmp_path / "tune", tmp_path / "out", alpha_in=3)
+    assert receipt["applied"] == receipt["expected"] == len(SIZES)
+    found, tensors = load_file(tmp_path / "out/model.safetensors"), state()
+    for module, name in NAMES.items():
+        change = 1.5 * tensors[f"layers.1.{module}.lora_b.weight"].double() @ tensors[f"layers.1.{module}.lora_a.weight"].double()
+        change = permuted(change, {"attn.q_proj": 4, "attn.k_proj": 2}[module]) if module in ("attn.q_proj", "attn.k_proj") else change
+        W = base[f"model.layers.1.{name}.weight"]
+        torch.testing.assert_close(found[f"model.layers.1.{name}.weight"], (W.double() + change).float(), rtol=0, atol=1e-6)  # one rounding
 
 
 def test_from_end_to_end(tmp_path: Path) -> None:
