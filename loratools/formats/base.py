@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError
+from loratools.gguffile import GGUFFile, is_gguf
 from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
 from loratools.tensorwriter import TensorWriter, canonical
@@ -107,6 +108,9 @@ def open_container(path: str | Path) -> Container:
         return Container(load_pickle(weights), {}, config, weights, files)
     if weights.suffix == ".npz":
         return Container(load_npz(weights), {}, config, weights, files)
+    if weights.suffix == ".gguf" or is_gguf(weights):
+        found = GGUFFile(weights)
+        return Container(found, {}, None, weights, (weights,), fields=found.fields)
     opened = TensorFile(weights)
     return Container(opened, opened.metadata, config, weights, files, opened.header_sha256)
 
