@@ -27,7 +27,8 @@ class Adapter(Mapping[str, Delta]):
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
     are what a person should be told; `left` counts the deltas that a base should have a tensor for, and had none; `initial` are
     the files of the adapter as it was initialised, where its own do not tell what it means; names of a `flat` one have underscores
-    for dots (`flatnames`).
+    for dots (`flatnames`). `pending` makes, of the `config.json` of the base that it meets, the adapter that its file could not
+    tell without, and `model` is that config once it has met one: what formats need that are written for one model.
     """
 
     deltas: Mapping[str, Delta]
@@ -41,6 +42,8 @@ class Adapter(Mapping[str, Delta]):
     left: int = 0
     initial: tuple[Path, ...] = ()
     flat: bool = False
+    pending: Callable[[Mapping[str, Any]], Adapter] | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]
@@ -77,12 +80,15 @@ class Adapter(Mapping[str, Delta]):
         weights whose orientation nothing tells, UnsupportedError for what only a conversion of transformers would bring together.
         """
         family = family or Family({})
+        if self.pending is not None:
+            told = replace(self.pending(family.config), pending=None)
+            return told.resolve(base, family, renames=renames, allow_unmatched=allow_unmatched)
         try:
             found = resolve(self.deltas, base, family, told=self._told(), renames=list(renames), allow_unmatched=allow_unmatched)
         except LoratoolsError as error:
             raise error.at(file=self.path) from None
         notes = (*self.notes, *found.notes)
-        return replace(self, deltas=found.deltas, notes=notes, expects=None, left=found.left, flat=False)
+        return replace(self, deltas=found.deltas, notes=notes, expects=None, left=found.left, flat=False, model=family.config)
 
     def _told(self) -> Told:
         peft = self.metadata.get("peft", {})

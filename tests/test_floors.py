@@ -17,7 +17,7 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
-    ("alignment", "families", "flatnames", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
+    ("alignment", "families", "flatnames", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "rounding", "torchfile", "ulps"),
     ("codes",),
     ("dequantize",),

@@ -76,7 +76,7 @@ def test_every_requirement_is_pinned_within_its_range(line: str) -> None:
     assert need.specifier.contains(pins()[canonicalize_name(need.name)])
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("loratools", ["demo", "plot"]), ("tests", ["demo", "plot", "test"])])
+@pytest.mark.parametrize(("folder", "extras"), [("loratools", ["demo", "gguf", "plot"]), ("tests", ["demo", "gguf", "plot", "test"])])
 def test_what_is_imported_is_required(folder: str, extras: list[str]) -> None:
     """Nothing that happens to be installed here is needed, by the package or by its tests, without being asked for."""
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]

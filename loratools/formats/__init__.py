@@ -11,7 +11,20 @@ from pathlib import Path
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError, UsageError
-from loratools.formats import comfyui, diffusers, diffusers_encode, kohya, loralib, mlx, native, peft, peft_encode, scratch
+from loratools.formats import (
+    comfyui,
+    diffusers,
+    diffusers_encode,
+    gguf,
+    gguf_encode,
+    kohya,
+    loralib,
+    mlx,
+    native,
+    peft,
+    peft_encode,
+    scratch,
+)
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -32,6 +45,7 @@ FORMATS = (
     Format(diffusers.NAME, diffusers.detect, diffusers.decode, diffusers_encode.encode),
     Format(comfyui.NAME, comfyui.detect, comfyui.decode, comfyui.encode),
     Format(mlx.NAME, mlx.detect, mlx.decode, mlx.encode),
+    Format(gguf.NAME, gguf.detect, gguf.decode, gguf_encode.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError, UsageError
+from loratools.gguffile import GGUFFile, is_gguf
 from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
 from loratools.tensorwriter import TensorWriter, canonical
@@ -26,7 +27,8 @@ WEIGHTS = (
 class Container:
     """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them.
 
-    `name` is what a folder's file of weights is called where it is written.
+    `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
+    has such (GGUF). `writer` writes the container to a path and returns each tensor's digest, where it is not safetensors.
     """
 
     tensors: Mapping[str, Ref]
@@ -36,6 +38,8 @@ class Container:
     files: tuple[Path, ...] = ()
     header_sha256: str | None = None
     name: str = WEIGHTS[0]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    writer: Callable[[Container, Path], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,9 @@ def open_container(path: str | Path) -> Container:
         return Container(load_pickle(weights), {}, config, weights, files)
     if weights.suffix == ".npz":
         return Container(load_npz(weights), {}, config, weights, files)
+    if weights.suffix == ".gguf" or is_gguf(weights):
+        found = GGUFFile(weights)
+        return Container(found, {}, None, weights, (weights,), fields=found.fields)
     opened = TensorFile(weights)
     return Container(opened, opened.metadata, config, weights, files, opened.header_sha256)
 
@@ -152,8 +159,10 @@ def load_npz(path: Path) -> dict[str, Ref]:
 def write_container(container: Container, folder: Path) -> dict[str, str]:
     """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest.
 
-    Without a config it may be a single file: where the name ends in `.safetensors`.
+    Without a config it may be a single file: where the name ends in `.safetensors`. A container with a `writer` is written by it.
     """
+    if container.writer is not None:
+        return container.writer(container, folder)
     if container.config is None and folder.suffix == ".safetensors":
         return write_tensors(folder, container.tensors, container.metadata)
     if folder.suffix == ".safetensors":

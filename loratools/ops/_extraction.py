@@ -251,7 +251,8 @@ class Extraction:
         they may take in a module that did not change: such a matrix is excluded by its name, anything else saved as it is.
         """
         row = next(row for row in FORMATS if row.name == self.options.format)
-        adapter = Adapter(deltas=dict(deltas), metadata={"peft": {"base_model_name_or_path": self.pair.source()}})
+        source = {"peft": {"base_model_name_or_path": self.pair.source()}}
+        adapter = Adapter(deltas=dict(deltas), metadata=source, model=self.pair.family.config)
         excluded: list[str] = []
         while True:
             assert row.encode is not None

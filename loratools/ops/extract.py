@@ -18,14 +18,13 @@ from loratools.deltas.full import Replacement
 from loratools.errors import OptionError
 from loratools.formats import encode
 from loratools.formats.base import write_container
+from loratools.ops._algebra import output_rows
 from loratools.ops._extract_options import Options
 from loratools.ops._extraction import Extraction, Progress
 from loratools.ops._pair import Pair
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
 from loratools.receipt import Receipt, add_sha256, checkpoint_input, history_of, receipt_path
-from loratools.sidefiles import file_entry
-from loratools.tensorfile import TensorFile
 
 
 def extract(
@@ -82,11 +81,11 @@ def extract(
     with whole(target) as place:
         receipt.digests = write_container(encode(adapter, format), place)
         _fill(receipt, work, adapter)
-        receipt.outputs = [_output(path) for path in sorted(place.iterdir())]
+        receipt.outputs = output_rows(place)
         if sha256:
-            add_sha256(receipt.outputs, place)
+            add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
             add_sha256(receipt.inputs, None)
-        receipt.write(receipt_path(place, folder=True))
+        receipt.write(receipt_path(place, folder=place.is_dir()))
     return receipt.as_json()
 
 
@@ -116,11 +115,6 @@ def _input(work: Extraction, checkpoint: Checkpoint, role: str, side: int) -> di
 
 def _share(norm: float | None, total: float) -> float | None:
     return None if norm is None or not total else norm**2 / total
-
-
-def _output(path: Path) -> dict[str, Any]:
-    header = TensorFile(path).header_sha256 if path.suffix == ".safetensors" else None
-    return {**file_entry(path, path.name), "header_sha256": header}
 
 
 def _notes(work: Extraction, beside: Sequence[str]) -> list[str]:

@@ -49,6 +49,12 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return written_pair(tmp_path, base, tuned_of(base), llama_config())
 
 
+def test_a_format_without_a_config_is_extracted_into_one_file(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    receipt = extract(*pair, tmp_path / "out.safetensors", rank=2, format="comfyui", include=["*_proj*"], rest="drop", sha256=True)
+    assert [row["path"] for row in receipt["outputs"]] == ["out.safetensors"] and "sha256" in receipt["outputs"][0]
+    assert (tmp_path / "out.safetensors.loratools.json").is_file() and load(tmp_path / "out.safetensors").format == "comfyui"
+
+
 # -- laws
 
 

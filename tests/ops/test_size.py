@@ -15,7 +15,7 @@ from loratools.deltas.full import Replacement
 from loratools.errors import OptionError
 from loratools.formats import encode
 from loratools.formats.base import Container
-from loratools.ops._size import DENSE, Budget, Candidate, parse_size
+from loratools.ops._size import DENSE, Budget, Candidate, file_bytes, parse_size
 from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
 from loratools.tensorwriter import build_header, canonical
@@ -36,6 +36,11 @@ def test_sizes(text: str | int, size: int) -> None:
 def test_what_is_no_size(text: str | int) -> None:
     with pytest.raises(OptionError, match="--size"):
         parse_size(text)
+
+
+def test_only_the_size_of_safetensors_is_counted() -> None:
+    with pytest.raises(OptionError, match="--size is counted for safetensors alone"):
+        file_bytes(Container({}, writer=lambda container, path: {}))
 
 
 def plain(deltas: Mapping[str, Delta]) -> Container:
