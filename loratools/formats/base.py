@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ WEIGHTS = (
 class Container:
     """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them.
 
-    `name` is what a folder's file of weights is called where it is written.
+    `name` is what a folder's file of weights is called where it is written; `sealed` gives, of the tensors and the metadata, what more the
+    metadata says that only the tensors' bytes tell.
     """
 
     tensors: Mapping[str, Ref]
@@ -36,6 +37,7 @@ class Container:
     files: tuple[Path, ...] = ()
     header_sha256: str | None = None
     name: str = WEIGHTS[0]
+    sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,16 +154,17 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
 
     Without a config it may be a single file: where the name ends in `.safetensors`.
     """
+    metadata = {**container.metadata, **(container.sealed(container.tensors, container.metadata) if container.sealed else {})}
     if container.config is None and folder.suffix == ".safetensors":
-        return write_tensors(folder, container.tensors, container.metadata)
+        return write_tensors(folder, container.tensors, metadata)
     if folder.suffix == ".safetensors":
         expected = "OUT without the ending .safetensors"
         raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
     if container.config is None:
-        return write_tensors(folder / container.name, container.tensors, container.metadata)
+        return write_tensors(folder / container.name, container.tensors, metadata)
     (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return write_tensors(folder / container.name, container.tensors, container.metadata)
+    return write_tensors(folder / container.name, container.tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
+from loratools.formats._module import Slots
 from loratools.formats._patterns import pattern_key
-from loratools.formats._slots import SPELLINGS, Slots, collect, made
+from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats.base import Container, ReadOptions
 
 NAME = "diffusers"
