@@ -154,7 +154,9 @@ def encode(adapter: Adapter) -> Container:
     for name, delta in adapter.items():
         low = delta.direction if isinstance(delta, DoRA) else delta
         if not isinstance(low, LowRank) or low.layer == "conv" or not name.endswith(".weight") or adapter.flat:
-            faults.append(NotExpressible(f"MLX cannot say a {delta.kind} delta", tensor=name, remedy="convert it to LoRA first"))
+            lies = f" ({low.layer})" if isinstance(low, LowRank) else ""
+            remedy = "--format loratools keeps it" if lies else "convert it first: --kind lora; --format loratools keeps it"
+            faults.append(NotExpressible(f"MLX cannot say a {delta.kind} delta{lies}", tensor=name, remedy=remedy))
             continue
         module = name.removesuffix(".weight")
         pair = (low.B, low.A) if low.layer == "embedding" else (low.A.T, low.B.T)

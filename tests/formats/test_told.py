@@ -29,7 +29,7 @@ def test_there_and_back(values: list[float], dtype: torch.dtype, code: str) -> N
 def test_what_is_told_alike_is_the_tensor_itself_and_what_would_be_rounded_is_an_error() -> None:
     ref = to_ref(torch.tensor([1e-30]))
     assert told_from(ref, 1.0, 1.0) is ref
-    with pytest.raises(NotExpressible, match="factors told from 0, which told from 1 no F64 holds exactly; .*--kind lora"):
+    with pytest.raises(NotExpressible, match=r"factors told from 0, which told from 1 no F64 holds exactly; .*--kind lora"):
         told_from(ref, 0.0, 1.0)
-    with pytest.raises(NotExpressible, match="told from 1, which told from 0 no F32 holds exactly"):
+    with pytest.raises(NotExpressible, match=r"told from 1, which told from 0 no F32 holds exactly"):
         told_from(to_ref(torch.tensor([1e-3])), 1.0, 0.0, "F32")
