@@ -161,7 +161,8 @@ def encode(adapter: Adapter) -> Container:
             tensors |= _encoded(name, delta, adapted, scalings)
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
-    faults += [] if scalings or faults else [NotExpressible("no low-rank change to write", tensor=next(iter(adapter), None), remedy=_REMEDY)]
+    if not scalings and not faults:
+        faults.append(NotExpressible("no low-rank change to write", tensor=next(iter(adapter), None), remedy=_REMEDY))
     raise_all(faults)
     alpha = only(scalings, "the tutorial's classes share one alpha, and the scaling is alpha itself")
     return Container(tensors, {ALPHA: repr(alpha), SCALE: "alpha"})

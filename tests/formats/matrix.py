@@ -155,13 +155,16 @@ ROWS = [(kind, layer) for kind, (_, layers) in KINDS.items() for layer in layers
 # -- formats: the paths that modules have in each, where "model.layers.0." is not one
 
 
+TOLD = ReadOptions(embeddings=("*embed_tokens*",), transposed=("*c_attn*",), scratch_dora="merged")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a format's modules lie, whether its names are flat, and what a reader has to be told."""
 
     root: str = "model.layers.0."
     flat: bool = False
-    options: ReadOptions = ReadOptions(embeddings=("*embed_tokens*",), transposed=("*c_attn*",), scratch_dora="merged")
+    options: ReadOptions = TOLD
 
 
 PLACES: Mapping[str, Place] = {

@@ -69,7 +69,9 @@ def test_each_page_is_told_of() -> None:
 # -- from each format to each other and back, on a base that gives flat names their dots
 
 DTYPES = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # a unit in the last place of 1
-PAIRED = ("LoRA", "rsLoRA", "DoRA, a magnitude for each output", "LoHa", "LoKr", "Tucker", "GLoRA of LyCORIS", "outputs turned (LyCORIS' OFT)")
+PAIRED = (
+    "LoRA", "rsLoRA", "DoRA, a magnitude for each output", "LoHa", "LoKr", "Tucker", "GLoRA of LyCORIS", "outputs turned (LyCORIS' OFT)",
+)  # fmt: skip
 CASES = [(kind, layer) for kind in PAIRED for layer in KINDS[kind][1]]
 
 
@@ -99,7 +101,7 @@ def made(delta: Delta, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(("one", "other"), list(permutations(WRITTEN, 2)))
 def test_there_and_back(one: str, other: str) -> None:
-    """Alphas and factors go untouched, so that all there could be is a scaling's last bits; ranks are drawn from the pair's own seed."""
+    """Alphas and factors go untouched, so that all there could be is a scaling's last bits; numbers are drawn from the pair's own seed."""
     reached = 0
     for number, (kind, layer) in enumerate(CASES):
         for place, (dtype, unit) in enumerate(DTYPES.items()):
