@@ -16,7 +16,7 @@ import click
 from loratools import __version__
 from loratools.cli._lazy import LazyGroup
 from loratools.cli._signals import stop_on_signals
-from loratools.errors import Faults, LoratoolsError
+from loratools.errors import Faults, LoratoolsError, UsageError
 
 # what `loratools --help` says of each command; its module has its name
 COMMANDS = {
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         for line in lines:
             click.echo(f"Error: {line}", err=True)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def told(error: Exception) -> list[str] | None:
