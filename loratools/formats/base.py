@@ -28,7 +28,8 @@ class Container:
     """An adapter as its files hold it: `tensors` by key, the safetensors `metadata`, the JSON `config` beside them.
 
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
-    has such (GGUF). `writer` writes the container to a path and returns each tensor's digest, where it is not safetensors.
+    has such (GGUF). `writer` writes the container to a path and returns each tensor's digest, where it is not safetensors. `sealed`
+    gives, of the tensors and the metadata, what more the metadata says that only the tensors' bytes tell.
     """
 
     tensors: Mapping[str, Ref]
@@ -40,6 +41,7 @@ class Container:
     name: str = WEIGHTS[0]
     fields: Mapping[str, Any] = field(default_factory=dict)
     writer: Callable[[Container, Path], dict[str, str]] | None = None
+    sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,16 +165,17 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
     """
     if container.writer is not None:
         return container.writer(container, folder)
+    metadata = {**container.metadata, **(container.sealed(container.tensors, container.metadata) if container.sealed else {})}
     if container.config is None and folder.suffix == ".safetensors":
-        return write_tensors(folder, container.tensors, container.metadata)
+        return write_tensors(folder, container.tensors, metadata)
     if folder.suffix == ".safetensors":
         expected = "OUT without the ending .safetensors"
         raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
     if container.config is None:
-        return write_tensors(folder / container.name, container.tensors, container.metadata)
+        return write_tensors(folder / container.name, container.tensors, metadata)
     (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return write_tensors(folder / container.name, container.tensors, container.metadata)
+    return write_tensors(folder / container.name, container.tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
