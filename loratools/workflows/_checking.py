@@ -50,6 +50,7 @@ class Look:
     adapter: Adapter
     findings: list[Finding]
     notes: list[str]
+    unmeasured: list[str]
 
 
 def look(adapter: str | Path | Adapter, target: str, base: str | Path | Base | None, reading: Mapping[str, Any]) -> Look:
@@ -62,7 +63,10 @@ def look(adapter: str | Path | Adapter, target: str, base: str | Path | Base | N
     settled = given if on is None else on.resolve(given)
     subject = subject_of(settled, chosen, on)
     struck = strikes(subject, chosen)
-    return Look(chosen, settled, _findings(struck, chosen, settled, on), _notes(struck))
+    lost = [one for one in struck if one.rule.loses != "note"]
+    weighed = weights(settled, on) if lost else {}
+    unmeasured = [name for name, weight in weighed.items() if isinstance(weight, str)]
+    return Look(chosen, settled, _findings(lost, chosen, weighed), _notes(struck), unmeasured)
 
 
 def subject_of(adapter: Adapter, target: Target, base: Base | None) -> Subject:
@@ -98,13 +102,12 @@ def strikes(subject: Subject, target: Target) -> list[Strike]:
     return struck
 
 
-def _findings(struck: Iterable[Strike], target: Target, adapter: Adapter, base: Base | None) -> list[Finding]:
-    lost = [one for one in struck if one.rule.loses != "note"]
-    weighed = weights(adapter, base) if lost else {}
+def _findings(lost: Iterable[Strike], target: Target, weighed: Mapping[str, float | str]) -> list[Finding]:
     total = math.fsum(weight**2 for weight in weighed.values() if isinstance(weight, float))
     made = []
     for one in lost:
-        share, why = _share([weighed[name] for name in one.names], total)
+        whole = bool(one.names) and set(one.names) == set(weighed)
+        share, why = (1.0, None) if whole else _share([weighed[name] for name in one.names], total)
         made.append(
             Finding(
                 target=target.name, rule=one.rule.id, kind=one.rule.loses, tensor=one.place, reason=one.rule.reason, found=one.found,

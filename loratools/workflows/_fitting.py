@@ -44,9 +44,10 @@ class Fitted:
     def row(self, name: str, before: Delta, share: float | None) -> dict[str, Any]:
         error, best = (None if value is None else value / self.norm if self.norm else 0.0 for value in (self.error, self.optimal))
         facts, were = self.delta.facts(), before.facts()
-        row = {"name": name, "kind": self.delta.kind, "kind_before": before.kind, "rank": facts.get("rank"), "rank_before": were.get("rank")}
-        row |= {"error": error, "optimal_error": best, "energy": max(0.0, 1 - (error or 0.0) ** 2), "share": share}
-        return row | {word: value for word, value in (("scaling_before", were.get("scaling")), ("scaling", facts.get("scaling"))) if value is not None}
+        row: dict[str, Any] = {"name": name, "kind": self.delta.kind, "kind_before": before.kind}
+        row |= {"rank": facts.get("rank"), "rank_before": were.get("rank"), "error": error, "optimal_error": best, "share": share}
+        scalings = {"scaling_before": were.get("scaling"), "scaling": facts.get("scaling")}
+        return row | {word: value for word, value in scalings.items() if value is not None}
 
 
 def split(adapter: Adapter, names: Iterable[str]) -> tuple[Adapter, Adapter]:
@@ -218,3 +219,12 @@ def rows_of(before: Mapping[str, Delta], fitted: Mapping[str, Fitted]) -> list[d
     """A receipt's row for each delta that is LoRA now, or was changed."""
     share = shares([one.norm for one in fitted.values()])
     return [one.row(name, before[name], part) for (name, one), part in zip(fitted.items(), share, strict=True)]
+
+
+def size_of(delta: Delta) -> float:
+    """‖ΔW‖ of a difference, of a DoRA its direction's; 0 for a tensor saved whole, of which nothing can be lost."""
+    inner = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
+    if isinstance(inner, Additive):
+        return inner.norm()
+    low = _low(inner)
+    return 0.0 if low is None else low.norm()

@@ -162,8 +162,9 @@ def _taken(subject: Subject, per: str, rslora: bool) -> Callable[[LowRank], floa
 
 
 def config(
-    subject: Subject, *, given: Sequence[str] = (), missing: Sequence[str] = (), like: Mapping[str, str] | None = None, kinds: Sequence[str] = ()
-) -> Iterator[Hit]:
+    subject: Subject, *, given: Sequence[str] = (), missing: Sequence[str] = (), like: Mapping[str, str] | None = None,
+    kinds: Sequence[str] = (),
+) -> Iterator[Hit]:  # fmt: skip
     """A field of the config that is given, or missing; entries of a pattern that repeat the field `like` names count for nothing.
 
     The hit concerns the deltas of `kinds`, else all.

@@ -33,5 +33,5 @@ def check(
     return {
         "path": label(adapter), "format": seen.adapter.format, "target": target, "title": seen.target.title, "clean": not found,
         "tensors": len(seen.adapter), "rules": len([rule for rule in seen.target.rules if rule.loses != "note"]),
-        "findings": found, "notes": [*seen.adapter.notes, *seen.notes],
+        "findings": found, "unmeasured": seen.unmeasured, "notes": [*seen.adapter.notes, *seen.notes],
     }  # fmt: skip

@@ -16,13 +16,14 @@ from loratools.adapter import Adapter
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, raise_all
 from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import Container, open_container, read_options, write_container
+from loratools.formats.peft_config import CARRIED
 from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import label, loaded, output_rows
 from loratools.ops._base import Base
 from loratools.output import check_output, whole
 from loratools.receipt import Receipt, adapter_history, adapter_inputs, receipt_path
 from loratools.workflows._checking import Strike, strikes, subject_of
-from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, split
+from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, size_of, split
 from loratools.workflows.targets import Target, target_of
 
 
@@ -74,7 +75,8 @@ def fit(
         receipt.digests = write_container(encoded, place)
         work.prove(place)
         receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved)]
-        receipt.left_out = [{"name": name, "reason": f"{why} It is in {saved.name}.", "relative_norm": None} for name, why in work.apart.items()]
+        reasons = {name: f"{why} It is in {saved.name}." for name, why in work.apart.items()}
+        receipt.left_out = [{"name": name, "reason": why, "relative_norm": None} for name, why in reasons.items()]
         receipt.inputs = [*adapter_inputs(source), *([on.input(workers.default_threads())] if on is not None else [])]
         receipt.expected, receipt.applied = len(source), len(work.made)
         receipt.outputs, receipt.history = output_rows(place), adapter_history(source)
@@ -110,24 +112,24 @@ class _Fit:
         self.fitted: dict[str, Fitted] = {}
 
     def run(self) -> None:
-        """All of it, but the writing."""
-        self.settled = self.source if self.base is None else _own_names(self.source, self.base.resolve(self.source))
-        subject = subject_of(self.settled, self.target, self.base)
-        known = self.settled if self.base is None else self.base.resolve(self.source)
-        self.struck = [one for one in strikes(subject, self.target) if one.rule.loses != "note"]
-        self._refuse([*self.struck, *(one for one in strikes(subject_of(known, self.target, self.base), self.target) if one.rule.when == "tied")])
+        """All of it, but the writing; under the base's names, if there is one, until the end."""
+        self.settled = self.source if self.base is None else self.base.resolve(self.source)
+        self.struck = _lost(self.settled, self.target, self.base)
+        self._refuse()
         self.apart = {name: one.rule.reason for one in self._of("apart") for name in one.names or (one.place,) if self._holds(name)}
         stay, self.away = split(self.settled, self.apart)
         if not stay.deltas:
-            fact = f"nothing of it is left that {self.target.title} takes"
-            raise NotExpressible(fact, remedy="merge it into the base, and serve that")
+            raise NotExpressible(f"nothing of it is left that {self.target.title} takes", remedy=_INSTEAD)
         names = dict.fromkeys(name for one in self._of("lora") for name in one.names if name in stay)
-        resolved = stay if self.base is None else replace(stay, deltas=self._resolved(stay))
-        converted = made_lora(resolved, names, self.base, self.max_rank) if names else {}
-        kept = {name: Fitted(delta=delta, norm=_norm(delta), error=0.0, optimal=0.0) for name, delta in stay.items()}
+        converted = made_lora(stay, names, self.base, self.max_rank) if names else {}
+        kept = {name: Fitted(delta=delta, norm=size_of(delta), error=0.0, optimal=0.0) for name, delta in stay.items()}
         touch = any(True for _ in self._of("bake"))
-        self.fitted = levelled({**kept, **converted}, self.target, max_rank=self.max_rank, touch=touch)
-        self.made = replace(stay, deltas={name: one.delta for name, one in self.fitted.items()}, metadata=self._metadata(stay, names))
+        fitted = levelled({**kept, **converted}, self.target, max_rank=self.max_rank, touch=touch)
+        own = _own_names(self.source, self.settled)
+        self.fitted = {own.get(name, name): one for name, one in fitted.items()}
+        self.settled = replace(self.settled, deltas={own.get(name, name): delta for name, delta in self.settled.items()})
+        deltas = {name: one.delta for name, one in self.fitted.items()}
+        self.made = replace(stay, deltas=deltas, metadata=self._metadata(stay, changed=bool(names)))
 
     def _of(self, what: str) -> Iterable[Strike]:
         return (one for one in self.struck if one.rule.fit == what)
@@ -135,25 +137,16 @@ class _Fit:
     def _holds(self, name: str) -> bool:
         return name in self.settled or name in self.settled.passengers
 
-    def _resolved(self, stay: Adapter) -> dict[str, Any]:
-        return dict(stay.deltas)
-
-    def _metadata(self, stay: Adapter, names: Iterable[str]) -> dict[str, Any]:
+    def _metadata(self, stay: Adapter, *, changed: bool) -> dict[str, Any]:
         """What the file said, without the settings of a method that it no longer is."""
-        from loratools.formats.peft_config import CARRIED
-
         peft = stay.metadata.get("peft", {})
-        if not list(names) or "peft_type" not in peft:
+        if not changed or "peft_type" not in peft:
             return dict(stay.metadata)
         return {**stay.metadata, "peft": {key: value for key, value in peft.items() if key in CARRIED}}
 
-    def _refuse(self, struck: Iterable[Strike]) -> None:
-        faults = {
-            (one.place, one.rule.id): NotExpressible(one.rule.reason, tensor=one.place, found=one.found, remedy=_INSTEAD)
-            for one in struck
-            if one.rule.fit == "none"
-        }
-        raise_all(faults.values())
+    def _refuse(self) -> None:
+        found = {(one.place, one.rule.id): one for one in self._of("none")}
+        raise_all(NotExpressible(one.rule.reason, tensor=one.place, found=one.found, remedy=_INSTEAD) for one in found.values())
 
     def encoded(self) -> Container:
         """The files: the source's own, byte for byte, where nothing had to change."""
@@ -167,8 +160,7 @@ class _Fit:
 
     def prove(self, place: Path) -> None:
         """Look at what was written as `check` does. Raises NotExpressible for what is still lost, so that nothing appears."""
-        read = load(place)
-        left = [one for one in strikes(subject_of(read, self.target, None), self.target) if one.rule.loses != "note"]
+        left = _lost(load(place), self.target, None)
         raise_all(NotExpressible(one.rule.reason, tensor=one.place, found=one.found, remedy=_INSTEAD) for one in left)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -178,8 +170,9 @@ class _Fit:
         """What a person has to do about what went apart, and what the rules note of the rest."""
         told = []
         if self.apart:
-            how = f"merge them into the base it runs on: loratools merge BASE {saved} -o MERGED"
-            told.append(f"{len(self.apart)} tensors that {self.target.title} does not load with an adapter are in {saved}; {how}")
+            many = f"{len(self.apart)} tensors" if len(self.apart) > 1 else "a tensor"
+            what = f"{many} that {self.target.title} does not load with an adapter: in {saved}"
+            told.append(f"{what}, to be merged into the base that it runs on: loratools merge BASE {saved} -o MERGED")
         noted = strikes(subject_of(replace(self.made, path=None), self.target, None), self.target)
         return told + list(dict.fromkeys(one.rule.reason for one in noted if one.rule.loses == "note"))
 
@@ -187,26 +180,15 @@ class _Fit:
 _INSTEAD = "merge it into the base, and serve that"
 
 
-def _own_names(source: Adapter, resolved: Adapter) -> Adapter:
-    """The resolved deltas under the adapter's own names, where each is the base's with a prefix more or less.
+def _lost(adapter: Adapter, target: Target, base: Base | None) -> list[Strike]:
+    return [one for one in strikes(subject_of(adapter, target, base), target) if one.rule.loses != "note"]
 
-    Runtimes look for the names that the model has in memory, as the adapter's file has them. Flat names get the base's dots.
+
+def _own_names(source: Adapter, resolved: Adapter) -> dict[str, str]:
+    """The adapter's own name by the base's, where each is the other with a prefix more or less.
+
+    Runtimes look for the names that the model has in memory, as the adapter's file has them. Flat names keep the base's dots.
     """
     pairs = list(zip(source, resolved, strict=False))
     alike = len(source) == len(resolved) and all(one.endswith(other) or other.endswith(one) for one, other in pairs)
-    if source.flat or not alike:
-        return resolved
-    return replace(resolved, deltas={own: resolved[name] for own, name in pairs})
-
-
-def _norm(delta: Any) -> float:
-    from loratools.deltas.base import Additive
-    from loratools.ops._algebra import low_of
-
-    if isinstance(delta, Additive):
-        return delta.norm()
-    try:
-        low = low_of(delta)
-    except LoratoolsError:
-        return 0.0
-    return 0.0 if low is None else low.norm()
+    return {} if source.flat or not alike else {name: own for own, name in pairs}
