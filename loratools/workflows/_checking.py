@@ -129,6 +129,5 @@ def _share(known: list[float | str], total: float) -> tuple[float | None, str | 
 
 
 def _notes(struck: Iterable[Strike]) -> list[str]:
-    told = dict.fromkeys(one.rule for one in struck if one.rule.loses == "note")
-    noted = {rule.id: [one for one in struck if one.rule is rule] for rule in told}
-    return [f"{found[0].rule.reason} ({found[0].place}{f': {found[0].found}' if found[0].found else ''})" for found in noted.values()]
+    noted = {one.rule.id: one for one in reversed(list(struck)) if one.rule.loses == "note"}
+    return [f"{one.rule.reason} ({one.place}{f': {one.found}' if one.found else ''})" for one in reversed(noted.values())]

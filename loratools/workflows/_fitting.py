@@ -29,6 +29,7 @@ from loratools.tensors import read_tensor
 from loratools.workflows.targets import Target
 
 _NARROW = ("F16", "BF16")  # dtypes in which multiplying a factor by anything but a power of two costs something one sees
+_FOLLOWING = ("peft", "diffusers")  # formats in which a bias's difference is under the scaling of its module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +68,15 @@ def split(adapter: Adapter, names: Iterable[str]) -> tuple[Adapter, Adapter]:
     return replace(adapter, deltas=stay, passengers=rest, expects=None), replace(adapter, deltas=apart, passengers=riding, expects=None)
 
 
-def made_lora(adapter: Adapter, names: Iterable[str], base: Base | None, max_rank: int | None) -> dict[str, Fitted]:
+def made_lora(adapter: Adapter, names: Iterable[str], base: Base | None, asked: int | None, limit: int | None) -> dict[str, Fitted]:
     """These deltas as LoRA: exact where they are products of small rank, else the best of a rank, with their errors.
 
-    Without `max_rank` what is of no small rank gets the greatest that the adapter has, twice its own if it is relative to a residual.
+    No rank is above `limit`. Without an `asked` one what is of no small rank gets the greatest that the adapter has, twice its own if it is relative to a residual.
     """
     chosen = {name: adapter[name] for name in names}
     groups: dict[int | None, dict[str, Delta]] = {}
     for name, delta in chosen.items():
-        groups.setdefault(_rank_for(delta, adapter, max_rank), {})[name] = delta
+        groups.setdefault(_rank_for(delta, adapter, asked, limit), {})[name] = delta
     found: dict[str, Fitted] = {}
     faults: list[LoratoolsError] = []
     for rank, deltas in groups.items():
@@ -96,15 +97,15 @@ def made_lora(adapter: Adapter, names: Iterable[str], base: Base | None, max_ran
     return found
 
 
-def _rank_for(delta: Delta, adapter: Adapter, max_rank: int | None) -> int | None:
+def _rank_for(delta: Delta, adapter: Adapter, asked: int | None, limit: int | None) -> int | None:
     inner = delta.then if isinstance(delta, Chain) else delta
     inner = inner.delta if isinstance(inner, Unsettled) else inner
     if isinstance(inner, Additive) and has_product(inner):
-        return max_rank
+        return limit
     own = rank_of(inner) or inner.facts().get("rank")
     ranks = [rank for other in adapter.values() if (rank := rank_of(other))]
     wanted = 2 * int(own) if inner.kind in INITS and own else max([*ranks, int(own or 0)], default=0) or 8
-    return min(wanted, max_rank or wanted)
+    return min(asked or wanted, limit or wanted)
 
 
 def levelled(deltas: Mapping[str, Fitted], target: Target, *, max_rank: int | None, touch: bool) -> dict[str, Fitted]:
@@ -132,7 +133,7 @@ def levelled(deltas: Mapping[str, Fitted], target: Target, *, max_rank: int | No
         best = cut[name].optimal if name in cut else 0.0
         optimal = None if before.optimal is None else max(before.optimal, best)
         fitted[name] = replace(before, delta=with_low(before.delta, low), error=max(before.error + own, best), optimal=optimal)
-    return _with_biases(deltas, fitted)
+    return _with_biases(deltas, fitted, follow=target.format in _FOLLOWING)
 
 
 def _low(delta: Delta) -> LowRank | None:
@@ -204,13 +205,13 @@ def _scaled(before: LowRank, after: LowRank, made: Any, B: Any) -> bool:
     return near > 0 and abs(factor / near - 1) < 2.0**-50 and torch.equal(made, B * near)
 
 
-def _with_biases(before: Mapping[str, Fitted], after: dict[str, Fitted]) -> dict[str, Fitted]:
-    """A bias difference worth what it was, under the scaling that its module has now."""
+def _with_biases(before: Mapping[str, Fitted], after: dict[str, Fitted], *, follow: bool) -> dict[str, Fitted]:
+    """A bias difference worth what it was, under the scaling that its module has now if it is to `follow`, else under none."""
     deltas = {name: one.delta for name, one in after.items()}
     for name, one in before.items():
         low = bias_of(name, deltas) if isinstance(one.delta, Full) else None
         if isinstance(one.delta, Full) and low is not None:
-            made, lost = scaled_to(one.delta, low.scaling)
+            made, lost = scaled_to(one.delta, low.scaling if follow else 1.0)
             after[name] = replace(one, delta=made, error=lost * one.norm)
     return after
 

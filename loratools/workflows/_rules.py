@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.deltas.base import Delta
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
@@ -92,8 +92,7 @@ def kind(
 
 
 def _is_vector(name: str, delta: Delta) -> bool:
-    shapes = [ref.spec.shape for ref in delta.refs().values()]
-    return name.endswith(".bias") or (len(shapes) == 1 and len(shapes[0]) < 2)
+    return name.endswith(".bias") or (isinstance(delta, Additive) and len(delta.shape()) < 2)
 
 
 def layer(subject: Subject, *, layers: Sequence[str]) -> Iterator[Hit]:
@@ -104,10 +103,11 @@ def layer(subject: Subject, *, layers: Sequence[str]) -> Iterator[Hit]:
             yield Hit(name, (name,), f"LoRA of {'a convolution' if sort == 'conv' else f'an {sort}' if sort[0] in 'aeiou' else sort}")
 
 
-def axis(subject: Subject, *, axis: str) -> Iterator[Hit]:
-    """DoRA whose magnitudes lie along this axis of the weight as it is stored."""
+def axis(subject: Subject, *, axis: str, linear: bool = False) -> Iterator[Hit]:
+    """DoRA whose magnitudes lie along this axis of the weight as it is stored; with `linear`, only where that is (out, in)."""
     for name, delta in subject.parts:
-        if isinstance(delta, DoRA) and delta.axis == axis:
+        turned = isinstance(delta, DoRA) and isinstance(delta.direction, LowRank) and delta.direction.layer in ("embedding", "transposed")
+        if isinstance(delta, DoRA) and delta.axis == axis and not (linear and turned):
             yield Hit(name, (name,), f"magnitudes along {axis}")
 
 
@@ -154,11 +154,15 @@ def _taken(subject: Subject, per: str, rslora: bool) -> Callable[[LowRank], floa
         alpha, r = float(config.get("lora_alpha") or 8), int(config.get("r") or 8)
         flagged = rslora and bool(config.get("use_rslora"))
         return lambda low: alpha / (math.sqrt(r) if flagged else r if per == "config" else low.rank)
-    if per == "tensor":
-        alphas = Counter(round(low.scaling * low.rank, 9) for _, low in subject.lows)
-        return lambda low: alphas.most_common(1)[0][0] / low.rank
-    scalings = Counter(low.scaling for _, low in subject.lows)
-    return lambda low: scalings.most_common(1)[0][0]
+    usual = Counter(round(low.scaling * (low.rank if per == "tensor" else 1), 9) for _, low in subject.lows).most_common(1)
+
+    def used(low: LowRank) -> float:
+        if low.rslora and not rslora:
+            return low.alpha / low.rank
+        stated = low.scaling * (low.rank if per == "tensor" else 1)
+        return low.scaling if round(stated, 9) == usual[0][0] else usual[0][0] / (low.rank if per == "tensor" else 1)
+
+    return used
 
 
 def config(

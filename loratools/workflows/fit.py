@@ -105,7 +105,7 @@ class _Fit:
     def __init__(self, source: Adapter, base: Base | None, target: Target, max_rank: int | None) -> None:
         self.source, self.base, self.target = source, base, target
         limits = [rank for rank in (max_rank, target.max_rank) if rank is not None]
-        self.max_rank = min(limits) if limits else None
+        self.asked, self.limit = max_rank, min(limits) if limits else None
         self.struck: list[Strike] = []
         self.apart: dict[str, str] = {}
         self.settled = self.made = self.away = source
@@ -121,10 +121,10 @@ class _Fit:
         if not stay.deltas:
             raise NotExpressible(f"nothing of it is left that {self.target.title} takes", remedy=_INSTEAD)
         names = dict.fromkeys(name for one in self._of("lora") for name in one.names if name in stay)
-        converted = made_lora(stay, names, self.base, self.max_rank) if names else {}
+        converted = made_lora(stay, names, self.base, self.asked, self.limit) if names else {}
         kept = {name: Fitted(delta=delta, norm=size_of(delta), error=0.0, optimal=0.0) for name, delta in stay.items()}
         touch = any(True for _ in self._of("bake"))
-        fitted = levelled({**kept, **converted}, self.target, max_rank=self.max_rank, touch=touch)
+        fitted = levelled({**kept, **converted}, self.target, max_rank=self.limit, touch=touch)
         own = _own_names(self.source, self.settled)
         self.fitted = {own.get(name, name): one for name, one in fitted.items()}
         self.settled = replace(self.settled, deltas={own.get(name, name): delta for name, delta in self.settled.items()})
@@ -146,7 +146,7 @@ class _Fit:
 
     def _refuse(self) -> None:
         found = {(one.place, one.rule.id): one for one in self._of("none")}
-        raise_all(NotExpressible(one.rule.reason, tensor=one.place, found=one.found, remedy=_INSTEAD) for one in found.values())
+        raise_all(map(_refused, found.values()))
 
     def encoded(self) -> Container:
         """The files: the source's own, byte for byte, where nothing had to change."""
@@ -161,7 +161,7 @@ class _Fit:
     def prove(self, place: Path) -> None:
         """Look at what was written as `check` does. Raises NotExpressible for what is still lost, so that nothing appears."""
         left = _lost(load(place), self.target, None)
-        raise_all(NotExpressible(one.rule.reason, tensor=one.place, found=one.found, remedy=_INSTEAD) for one in left)
+        raise_all(map(_refused, left))
 
     def rows(self) -> list[dict[str, Any]]:
         return rows_of(self.settled, self.fitted)
@@ -178,6 +178,10 @@ class _Fit:
 
 
 _INSTEAD = "merge it into the base, and serve that"
+
+
+def _refused(one: Strike) -> NotExpressible:
+    return NotExpressible(one.rule.reason.rstrip("."), tensor=one.place, found=one.found, remedy=_INSTEAD)
 
 
 def _lost(adapter: Adapter, target: Target, base: Base | None) -> list[Strike]:
