@@ -47,7 +47,7 @@ def _spans(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 def _some(values: list[float]) -> str:
-    return number(values[0], 4) if len(values) == 1 else f"{number(values[0], 4)} to {number(values[-1], 4)}"
+    return number(values[0], 4) if len(values) == 1 else f"{number(values[0], 4)}–{number(values[-1], 4)}"
 
 
 def _error(rows: list[Row]) -> str:

@@ -71,7 +71,8 @@ def split(adapter: Adapter, names: Iterable[str]) -> tuple[Adapter, Adapter]:
 def made_lora(adapter: Adapter, names: Iterable[str], base: Base | None, asked: int | None, limit: int | None) -> dict[str, Fitted]:
     """These deltas as LoRA: exact where they are products of small rank, else the best of a rank, with their errors.
 
-    No rank is above `limit`. Without an `asked` one what is of no small rank gets the greatest that the adapter has, twice its own if it is relative to a residual.
+    No rank is above `limit`. Without an `asked` one what is of no small rank gets the greatest that the adapter has, twice its own if
+    it is relative to a residual.
     """
     chosen = {name: adapter[name] for name in names}
     groups: dict[int | None, dict[str, Delta]] = {}

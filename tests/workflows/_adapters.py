@@ -56,7 +56,8 @@ def leading() -> LowRank:
     """The two leading components of the base's weight, a little trained: what PiSSA leaves."""
     U, S, Vh = torch.linalg.svd(randn(8, 8, seed=11))
     B, A = U[:, :2] * S[:2].sqrt(), S[:2].sqrt()[:, None] * Vh[:2]
-    return LowRank(A=to_ref((A + 0.01 * randn(2, 8, seed=1)).contiguous()), B=to_ref((B + 0.01 * randn(8, 2, seed=2)).contiguous()), alpha=2.0)
+    A, B = A + 0.01 * randn(2, 8, seed=1), B + 0.01 * randn(8, 2, seed=2)
+    return LowRank(A=to_ref(A.contiguous()), B=to_ref(B.contiguous()), alpha=2.0)
 
 
 def loha() -> LoHa:

@@ -24,7 +24,7 @@ from loratools.workflows._rules import Subject, hits
 from loratools.workflows.targets import Rule, names, target_of
 from tests.ops._lora import dense
 from tests.strategies import randn
-from tests.workflows._adapters import K, MADE, NAMES, Q, SHAPES, UP, base, folder, low, of
+from tests.workflows._adapters import MADE, NAMES, SHAPES, UP, K, Q, base, folder, low, of
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "spec" / "check.schema.json").read_text())
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
@@ -191,7 +191,7 @@ def test_a_target_or_a_predicate_that_is_none_is_told(tmp_path: Path) -> None:
         loratools.check(of(), "tgi")
     with pytest.raises(FormatError, match="no such predicate: found colour, expected format or kind"):
         hits("colour", {}, Subject(of(), ("peft",)))
-    with pytest.raises(FormatError, match="settings of the predicate rank: .*unexpected keyword argument 'below'"):
+    with pytest.raises(FormatError, match=r"settings of the predicate rank: .*unexpected keyword argument 'below'"):
         hits("rank", {"below": 4}, Subject(of(), ("peft",)))
 
 

@@ -78,8 +78,8 @@ def test_a_target_is_read_from_toml() -> None:
         ('title = "One"', "", "one.toml: lacks a word: expected title"),
         ('title = "One"', 'title = "One"\nname = "x"', r"one.toml: a word that is none: found name, expected fit, format"),
         ('url = "https', 'link = "https', "one.toml: sources.here: lacks a word: expected url"),
-        ('loses = "refuse"', 'loses = "break"', r"one.toml: rules\[0\]: loses: found break, expected refuse or ignore or mis-scale or note"),
-        ('fit = "lora"', 'fit = "repair"', r"one.toml: rules\[0\]: fit: found repair, expected lora or bake or rank or apart or write or none"),
+        ('loses = "refuse"', 'loses = "break"', r"rules\[0\]: loses: found break, expected refuse or ignore or mis-scale or note"),
+        ('fit = "lora"', 'fit = "repair"', r"rules\[0\]: fit: found repair, expected lora or bake or rank or apart or write or none"),
         ('source = "here"', 'source = "there"', r"one.toml: rules\[0\]: source: found there, expected here"),
         ('reason = "One has no DoRA."', "", r"one.toml: rules\[0\]: lacks a word: expected reason"),
         ('title = "One"', "title = One", "one.toml: no TOML"),
@@ -91,7 +91,7 @@ def test_what_is_no_target_is_told(old: str, new: str, message: str) -> None:
 
 
 def test_two_rules_of_one_id_are_told() -> None:
-    with pytest.raises(FormatError, match="one.toml: two rules of one id: found dora"):
+    with pytest.raises(FormatError, match=r"one.toml: two rules of one id: found dora"):
         parse("one", TOML + TOML[TOML.index("[[rules]]") :])
 
 
