@@ -88,7 +88,8 @@ def fit(
 
 def _saved_at(out: Path) -> Path:
     """Where what goes apart is written: beside the output, for some runtimes load every file of a folder."""
-    return out.parent / f"{out.name.removesuffix('.safetensors')}.saved.safetensors"
+    name = out.stem if out.suffix in (".safetensors", ".gguf") else out.name
+    return out.parent / f"{name}.saved.safetensors"
 
 
 def _write_beside(container: Container, place: Path, receipt: Receipt) -> None:
@@ -125,7 +126,7 @@ class _Fit:
         kept = {name: Fitted(delta=delta, norm=size_of(delta), error=0.0, optimal=0.0) for name, delta in stay.items()}
         touch = any(True for _ in self._of("bake"))
         fitted = levelled({**kept, **converted}, self.target, max_rank=self.limit, touch=touch)
-        own = _own_names(self.source, self.settled)
+        own = _own_names(self.source, self.settled) if self.target.format in _IN_MEMORY else {}
         self.fitted = {own.get(name, name): one for name, one in fitted.items()}
         self.settled = replace(self.settled, deltas={own.get(name, name): delta for name, delta in self.settled.items()})
         deltas = {name: one.delta for name, one in self.fitted.items()}
@@ -177,6 +178,7 @@ class _Fit:
         return told + list(dict.fromkeys(one.rule.reason for one in noted if one.rule.loses == "note"))
 
 
+_IN_MEMORY = ("peft", "mlx")  # formats whose runtimes look for the names that a model has in memory, as the adapter's own file has them
 _INSTEAD = "merge it into the base, and serve that"
 
 
@@ -189,10 +191,7 @@ def _lost(adapter: Adapter, target: Target, base: Base | None) -> list[Strike]:
 
 
 def _own_names(source: Adapter, resolved: Adapter) -> dict[str, str]:
-    """The adapter's own name by the base's, where each is the other with a prefix more or less.
-
-    Runtimes look for the names that the model has in memory, as the adapter's file has them. Flat names keep the base's dots.
-    """
+    """The adapter's own name by the base's, where each is the other with a prefix more or less; flat names keep the base's dots."""
     pairs = list(zip(source, resolved, strict=False))
     alike = len(source) == len(resolved) and all(one.endswith(other) or other.endswith(one) for one, other in pairs)
     return {} if source.flat or not alike else {name: own for own, name in pairs}

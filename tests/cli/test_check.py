@@ -32,9 +32,9 @@ def test_what_is_lost_is_exit_1_and_says_what_to_do(tmp_path: Path, capsys: pyte
         "for      SGLang, which does not take all of it",
         "",
         "mis-scales  SGLang scales by lora_alpha / r and does not read use_rslora.",
+        "            model.layers.0.mlp.up_proj.weight: scaled by 2 instead of 2.828",
         "            model.layers.0.self_attn.k_proj.weight: scaled by 2 instead of 2.828",
         "            model.layers.0.self_attn.q_proj.weight: scaled by 2 instead of 2.828",
-        "            model.layers.0.self_attn.up_proj.weight: scaled by 2 instead of 2.828",
         "            3 places: 100 % of ‖ΔW‖²",
         "            read from sglang issue 40835, open in September 2026, python/sglang/srt/lora/lora.py",
         "",
@@ -75,7 +75,8 @@ def test_refusals_come_before_what_is_ignored_and_mis_scaled(tmp_path: Path) -> 
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True, "alpha_pattern": {"k_proj": 16}}))
     lines = checked(check(tmp_path / "a", "sglang"), None)
-    assert [line.split()[0] for line in lines if line.startswith(("refuses", "ignores", "mis-scales"))] == ["refuses", "ignores", "mis-scales"]
+    verbs = [line.split()[0] for line in lines if line.startswith(("refuses", "ignores", "mis-scales"))]
+    assert verbs == ["refuses", "ignores", "mis-scales"]
     assert "share of ΔW unknown: how large it is depends on the base's weight: give --base" in "\n".join(lines)
     assert "of what can be measured without the base" in "\n".join(lines)
 

@@ -24,7 +24,7 @@ from tests.files import peft_config, write_adapter, write_checkpoint
 from tests.ops._bases import ROOT
 from tests.strategies import randn
 
-Q, K, UP = (f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "up_proj"))
+Q, K, UP = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
 SHAPES = {Q: (8, 8), K: (4, 8), UP: (12, 8)}
 
 
@@ -90,6 +90,12 @@ MADE: dict[str, Callable[[], Adapter]] = {
 }  # fmt: skip
 
 
+CONFIG = {
+    "model_type": "llama", "tie_word_embeddings": True, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_hidden_layers": 1, "intermediate_size": 12, "vocab_size": 16, "head_dim": 4,
+}  # fmt: skip
+
+
 def folder(path: Path, **config: object) -> Path:
     """LoRA in a peft folder whose config says more."""
     tensors = {}
@@ -104,4 +110,4 @@ def base(path: Path) -> Path:
     tensors = {name: randn(*shape, seed=11) for name, shape in SHAPES.items()}
     tensors |= {"model.embed_tokens.weight": randn(16, 8, seed=12), "model.norm.weight": randn(8, seed=13)}
     tensors |= {"score.weight": randn(3, 8, seed=14), "model.conv.weight": randn(6, 4, 3, 3, seed=15), NAMES["bias"]: randn(8, seed=16)}
-    return write_checkpoint(path, tensors, {"model_type": "llama", "tie_word_embeddings": True})
+    return write_checkpoint(path, tensors, CONFIG)

@@ -15,6 +15,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, OptionError
 from loratools.formats import FORMATS, load, save
+from loratools.ops._base import Base
 from loratools.tensors import read_tensor, to_ref
 from loratools.workflows._fitting import one_scaling
 from loratools.workflows.targets import names, target_of
@@ -45,6 +46,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base(tmp_path_factory.mktemp("base") / "base")
 
 
+def place(folder: Path, name: str) -> Path:
+    """Where the output of a target goes."""
+    return folder / ("out.gguf" if target_of(name).format == "gguf" else "out")
+
+
 def dotted(name: str) -> str:
     """A name as the adapter's own file has it, of one with what targets put before it."""
     return name.removeprefix("diffusion_model.").removeprefix("lora_unet_")
@@ -54,29 +60,32 @@ def dotted(name: str) -> str:
 @pytest.mark.parametrize("name", TARGETS)
 def test_check_finds_nothing_in_what_fit_wrote(name: str, word: str, tmp_path: Path, weights: Path) -> None:
     save(MADE[word](), tmp_path / "a.safetensors", format="loratools")
+    out = place(tmp_path, name)
     try:
-        receipt = loratools.fit(tmp_path / "a.safetensors", tmp_path / "out", name, base=weights)
+        receipt = loratools.fit(tmp_path / "a.safetensors", out, name, base=weights)
     except LoratoolsError as error:
         assert (name, word) in CANNOT, error
         assert isinstance(error, NotExpressible) and CANNOT[name, word] in str(error)
-        assert not (tmp_path / "out").exists()
+        assert not out.exists()
         return
     assert (name, word) not in CANNOT
-    checked(receipt, tmp_path / "out")
-    found = loratools.check(tmp_path / "out", name)
+    checked(receipt, out)
+    found = loratools.check(out, name)
     assert found["clean"], found["findings"]
     assert receipt["applied"] + sum(row["name"] not in rows_of(receipt) for row in receipt["left_out"]) >= receipt["expected"]
 
 
 @pytest.mark.parametrize("word", ["plain", "rslora", "patterns", "bfloat16", "bias", "saved", "conv"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_every_change_is_what_it_was(name: str, word: str, tmp_path: Path) -> None:
+def test_every_change_is_what_it_was(name: str, word: str, tmp_path: Path, weights: Path) -> None:
     if (name, word) in CANNOT:
         return
     before = MADE[word]()
     save(before, tmp_path / "a.safetensors", format="loratools")
-    receipt = loratools.fit(tmp_path / "a.safetensors", tmp_path / "out", name)
-    after = {dotted(key).replace("_", "."): delta for key, delta in load(tmp_path / "out").items()}
+    out, needed = place(tmp_path, name), target_of(name).format == "gguf"  # whose names only a base tells
+    receipt = loratools.fit(tmp_path / "a.safetensors", out, name, base=weights if needed else None)
+    read = Base(weights, {"embedding": (), "transposed": ()}).resolve(load(out)) if needed else load(out)
+    after = {dotted(key).replace("_", "."): delta for key, delta in read.items()}
     for key, delta in before.items():
         made = after.get(key.replace("_", "."))
         if not isinstance(delta, LowRank) or made is None:
@@ -127,13 +136,15 @@ def test_peft_computes_the_same_change_from_what_was_fitted(tmp_path: Path) -> N
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q_proj, self.k_proj, self.up_proj = (nn.Linear(8, SHAPES[name][0], bias=False) for name in (Q, K, UP))
+            self.q_proj, self.k_proj = (nn.Linear(8, SHAPES[name][0], bias=False) for name in (Q, K))
 
     def model() -> nn.Module:
         net = nn.Module()
         net.model = nn.Module()
         net.model.layers = nn.ModuleList([nn.Module()])
         net.model.layers[0].self_attn = Attention()
+        net.model.layers[0].mlp = nn.Module()
+        net.model.layers[0].mlp.up_proj = nn.Linear(8, 12, bias=False)
         return net
 
     folder(tmp_path / "a", use_rslora=True, alpha_pattern={"k_proj": 16})
