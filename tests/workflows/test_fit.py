@@ -21,7 +21,7 @@ from loratools.workflows._fitting import one_scaling
 from loratools.workflows.targets import names, target_of
 from tests.ops._lora import SCHEMA, checked, dense, rows_of
 from tests.strategies import randn
-from tests.workflows._adapters import MADE, NAMES, SHAPES, UP, K, Q, base, folder, low, of
+from tests.workflows._adapters import MADE, NAMES, SHAPES, K, Q, base, folder, low, of
 
 WRITTEN = {row.name for row in FORMATS if row.encode}
 TARGETS = [
