@@ -71,11 +71,12 @@ def look(adapter: str | Path | Adapter, target: str, base: str | Path | Base | N
 
 def subject_of(adapter: Adapter, target: Target, base: Base | None) -> Subject:
     """An adapter with what its own file says; one that was made in memory has no config and no keys."""
-    heads = frozenset(head for _, head in base.family.ties(base.checkpoint)) if base is not None else frozenset[str]()
+    pairs = base.family.ties(base.checkpoint) if base is not None else []
+    heads, tied = frozenset(head for _, head in pairs), frozenset(embedding for embedding, _ in pairs)
     if adapter.path is None or adapter.format is None:
-        return Subject(adapter, target.reads, heads=heads)
+        return Subject(adapter, target.reads, heads=heads, tied=tied)
     container = open_container(adapter.path)
-    return Subject(adapter, target.reads, container.config, tuple(container.tensors), heads)
+    return Subject(adapter, target.reads, container.config, tuple(container.tensors), heads, tied)
 
 
 @dataclass(frozen=True)

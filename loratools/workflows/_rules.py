@@ -40,7 +40,7 @@ class Hit:
 class Subject:
     """An adapter as the rules see it: its deltas, and, of one that was read from a file, its raw config and keys.
 
-    `heads` are the tensors of output heads that a base ties to its embedding.
+    `heads` are the tensors of output heads that a base ties to its embedding, `tied` the embeddings.
     """
 
     adapter: Adapter
@@ -48,6 +48,7 @@ class Subject:
     config: Mapping[str, Any] | None = None
     keys: Sequence[str] = ()
     heads: frozenset[str] = field(default_factory=frozenset)
+    tied: frozenset[str] = field(default_factory=frozenset)
 
     @cached_property
     def parts(self) -> list[tuple[str, Delta]]:
@@ -214,11 +215,11 @@ def passengers(subject: Subject) -> Iterator[Hit]:
         yield Hit(name, (), "no change of a weight")
 
 
-def tied(subject: Subject) -> Iterator[Hit]:
-    """A change of an output head that the base ties to its embedding; only a base tells."""
+def tied(subject: Subject, *, side: str) -> Iterator[Hit]:
+    """A change of the `head`, or of the `embedding`, where the base has one tensor for both; only a base tells."""
     for name in subject.adapter:
-        if name in subject.heads:
-            yield Hit(name, (name,), "tied to the embedding")
+        if name in (subject.heads if side == "head" else subject.tied):
+            yield Hit(name, (name,), f"tied to the {'embedding' if side == 'head' else 'head'}")
 
 
 PREDICATES: Mapping[str, Callable[..., Iterator[Hit]]] = {

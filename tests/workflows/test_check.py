@@ -77,6 +77,7 @@ BREAKING: dict[str, Callable[[str], Subject]] = {
     "default_rank": made("high rank"),
     "passengers": made("passengers"),
     "tied": made("head", heads=frozenset({NAMES["head"]})),
+    "tied_embedding": made("embedding", tied=frozenset({NAMES["embedding"]})),
 }  # fmt: skip
 KEEPING: dict[str, Callable[[str], Subject]] = {
     "format": lambda name: subject(name, replace(of(), format=target_of(name).reads[0])),
@@ -90,6 +91,7 @@ KEEPING: dict[str, Callable[[str], Subject]] = {
     "prefix": made("plain", "peft", config=CONFIG, keys=("base_model.model.q_proj.lora_A.weight",)),
     "vllm scale": read("rslora", use_rslora=True),
     "tied": made("head"),
+    "tied_embedding": made("embedding"),
 }  # fmt: skip
 
 
