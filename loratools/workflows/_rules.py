@@ -216,8 +216,8 @@ def passengers(subject: Subject) -> Iterator[Hit]:
 
 
 def tied(subject: Subject, *, side: str) -> Iterator[Hit]:
-    """A change of the `head`, or of the `embedding`, where the base has one tensor for both; only a base tells."""
-    for name in subject.adapter:
+    """LoRA on the `head`, or on the `embedding`, where the base has one tensor for both; only a base tells."""
+    for name, _ in subject.lows:
         if name in (subject.heads if side == "head" else subject.tied):
             yield Hit(name, (name,), f"tied to the {'embedding' if side == 'head' else 'head'}")
 
