@@ -29,6 +29,7 @@ from loratools.tensors import read_tensor
 from loratools.workflows.targets import Target
 
 _NARROW = ("F16", "BF16")  # dtypes in which multiplying a factor by anything but a power of two costs something one sees
+_TURNED = ("transposed", "embedding")
 _FOLLOWING = ("peft", "diffusers")  # formats in which a bias's difference is under the scaling of its module
 
 
@@ -169,10 +170,17 @@ def baked(low: LowRank, scaling: float) -> LowRank:
     import torch
 
     alpha = alpha_for(scaling, low.rank)
+    if low.layer in _TURNED and low.scaling != scaling:
+        return replace(baked(_straight(low), scaling).transposed(), layer=low.layer)
     if low.scaling == scaling:
         return low if not low.rslora else replace(low, alpha=alpha, rslora=False)
     wide = read_tensor(low.B, torch.float64) * (low.scaling / scaling)
     return replace(low, B=_stored(wide, low.B.spec.dtype), alpha=alpha, rslora=False)
+
+
+def _straight(low: LowRank) -> LowRank:
+    """The factors as a file has them, which of weights that lie the other way are exchanged: its B, not its A, takes a factor."""
+    return replace(low.transposed(), layer="unknown") if low.layer in _TURNED else low
 
 
 def _stored(wide: Any, code: str) -> Ref:
@@ -188,6 +196,7 @@ def _lost(before: LowRank, after: LowRank) -> float:
     """‖ΔW − ΔW′‖, 0 where the factors tell that they are the same product."""
     import torch
 
+    before, after = _straight(before), _straight(after)
     if after.rank >= before.rank:
         B, A = before.factors()
         made, other = after.factors()

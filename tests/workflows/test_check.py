@@ -18,13 +18,15 @@ from loratools.adapter import Adapter
 from loratools.deltas.full import Replacement
 from loratools.errors import FormatError, OptionError
 from loratools.formats import save
+from loratools.ops._base import Base
 from loratools.tensors import read_tensor
 from loratools.workflows._checking import Finding, findings, strikes
 from loratools.workflows._rules import Subject, hits
+from loratools.workflows._weights import weights
 from loratools.workflows.targets import Rule, names, target_of
 from tests.ops._lora import dense
 from tests.strategies import randn
-from tests.workflows._adapters import MADE, NAMES, SHAPES, UP, K, Q, base, folder, low, of
+from tests.workflows._adapters import MADE, NAMES, SHAPES, UP, K, Q, base, folder, low, of, ref
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "spec" / "check.schema.json").read_text())
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
@@ -211,3 +213,11 @@ def test_a_target_or_a_predicate_that_is_none_is_told(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_predicates_that_targets_may_use(when: str, settings: dict[str, Any], word: str, places: list[str]) -> None:
     assert [hit.place for hit in hits(when, settings, Subject(MADE[word](), ("peft",)))] == places
+
+
+def test_why_a_change_beside_its_base_has_no_size(tmp_path: Path) -> None:
+    adapter = Adapter({"head.weight": Replacement(value=ref(3, 8)), "score.weight": Replacement(value=ref(5, 8))})
+    found = weights(adapter, Base(base(tmp_path / "base"), {"embedding": (), "transposed": ()}))
+    assert found == {
+        "head.weight": "the base has no such tensor to compare it with", "score.weight": "it is of another shape than the base's",
+    }  # fmt: skip

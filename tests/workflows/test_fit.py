@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 import loratools
 from loratools.adapter import Adapter
+from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, OptionError
 from loratools.formats import FORMATS, load, save
@@ -19,6 +21,8 @@ from loratools.ops._base import Base
 from loratools.tensors import read_tensor, to_ref
 from loratools.workflows._fitting import one_scaling
 from loratools.workflows.targets import names, target_of
+from tests.files import write_checkpoint
+from tests.ops._bases import lora
 from tests.ops._lora import SCHEMA, checked, dense, rows_of
 from tests.strategies import randn
 from tests.workflows._adapters import MADE, NAMES, SHAPES, K, Q, base, folder, low, of
@@ -322,3 +326,55 @@ def test_a_file_apart_that_exists_is_kept(tmp_path: Path) -> None:
     with pytest.raises(LoratoolsError, match="exists already"):
         loratools.fit(tmp_path / "a", tmp_path / "out", "vllm")
     assert (tmp_path / "out.saved.safetensors").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+# -- names, dtypes, biases
+
+
+def test_names_stay_those_of_the_adapter_where_the_base_lacks_their_prefix(tmp_path: Path) -> None:
+    """GPT-2's files have no `transformer.`, the model that a runtime loads has."""
+    tensors = {f"h.{i}.attn.c_attn.weight": randn(8, 24, seed=i) for i in (0, 1)}
+    there = write_checkpoint(tmp_path / "base", tensors, {"model_type": "gpt2"})
+    names = {f"transformer.h.{i}.attn.c_attn": (24, 8) for i in (0, 1)}
+    mine = lora(tmp_path / "a", names, use_rslora=True, fan_in_fan_out=True)
+    loratools.fit(mine, tmp_path / "out", "sglang", base=there)
+    one, other = (load_file(tmp_path / where / "adapter_model.safetensors") for where in ("a", "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one if "lora_A" in key)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+
+
+def test_flat_names_need_a_base_for_a_format_with_dots_and_stay_without(tmp_path: Path) -> None:
+    tensors = {"mid.attn.to_q.weight": randn(8, 8, seed=1)}
+    unet = write_checkpoint(tmp_path / "unet", tensors, None)
+    save(Adapter({"mid.attn.to_q.weight": low()}), tmp_path / "k.safetensors", format="kohya")
+    loratools.fit(tmp_path / "k.safetensors", tmp_path / "same.safetensors", "comfyui")
+    assert (tmp_path / "same.safetensors").read_bytes() == (tmp_path / "k.safetensors").read_bytes()
+    with pytest.raises(LoratoolsError, match="--base"):
+        loratools.fit(tmp_path / "k.safetensors", tmp_path / "peft", "peft")
+    loratools.fit(tmp_path / "k.safetensors", tmp_path / "peft", "peft", base=unet)
+    assert list(load(tmp_path / "peft")) == ["mid.attn.to_q.weight"]
+
+
+def test_a_narrow_factor_without_room_is_widened(tmp_path: Path) -> None:
+    """float16 ends at 65504: alpha = r would need 40000 · 4."""
+    B = torch.full((8, 2), 40000.0, dtype=torch.float16)
+    wide = replace(low(dtype=torch.float16), B=to_ref(B), alpha=8.0)
+    save(Adapter({Q: wide, K: low(K, alpha=2.0, dtype=torch.float16)}), tmp_path / "a")
+    receipt = loratools.fit(tmp_path / "a", tmp_path / "out", "sglang")
+    found = deltas(tmp_path / "out")
+    assert (found[Q].B.spec.dtype, found[K].B.spec.dtype) == ("F32", "F16")
+    assert {row["error"] for row in receipt["tensors"]} == {0.0}
+    assert torch.equal(dense(found[Q]), dense(wide))
+
+
+def test_biases_of_peft_follow_the_scaling_of_their_modules(tmp_path: Path) -> None:
+    rows = {name.replace("weight", "bias"): Full(diff=to_ref(randn(SHAPES[name][0], seed=5)), scale=2.0) for name in SHAPES}
+    before = Adapter({**of(), **rows})
+    save(before, tmp_path / "a")
+    loratools.fit(tmp_path / "a", tmp_path / "out", "peft", max_rank=1)
+    after = load(tmp_path / "out")
+    for name in rows:
+        assert torch.equal(dense(after[name]), dense(before[name]))
+    loratools.fit(tmp_path / "a", tmp_path / "comfy", "comfyui")
+    assert torch.equal(dense(load(tmp_path / "comfy")["diffusion_model." + next(iter(rows))]), dense(before[next(iter(rows))]))
