@@ -16,11 +16,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "transformer": ("lora_unet", "lora_transformer", "lycoris"),
     "prior": ("lora_prior_unet", "lora_unet", "lycoris"),
     "text_encoder": ("lora_te", "lora_te1"),
-    "text_encoder_2": ("lora_te2",),
+    "text_encoder_2": ("lora_te2", "lora_te3"),  # Flux' T5, sd-scripts' third, is diffusers' second
     "text_encoder_3": ("lora_te3",),
     "model.diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris"),
     "diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris"),
     "cond_stage_model.transformer": ("lora_te",),
+    "cond_stage_model.model": ("lora_te",),
     "conditioner.embedders.0.transformer": ("lora_te1",),
     "conditioner.embedders.1.model": ("lora_te2",),
     "text_encoders.clip_l.transformer": ("lora_te1",),
@@ -87,5 +88,6 @@ def spelt(module: str, parts: Iterable[str]) -> str | None:
     several = "text_encoder_2" in set(parts)
     for part, prefixes in PARTS.items():
         if module.startswith(f"{part}."):
-            return f"{prefixes[1 if part == 'text_encoder' and several else 0]}_{flatten(module[len(part) + 1 :])}"
+            t5 = part == "text_encoder_2" and module.startswith("text_encoder_2.encoder.block.")
+            return f"{prefixes[1 if t5 or (part == 'text_encoder' and several) else 0]}_{flatten(module[len(part) + 1 :])}"
     return None
