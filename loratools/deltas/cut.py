@@ -120,7 +120,8 @@ def stack(parts: Sequence[Delta | None], sizes: Sequence[int]) -> Delta:
         diffs = [(part.diff if isinstance(part, Full) else None, size) for part, size in zip(parts, sizes, strict=True)]
         return Full(diff=above(diffs), scale=scale)
     if len(there) < len(parts):
-        raise UnsupportedError(f"a {there[0].kind} delta of some rows of a fused weight, and none of the others", remedy="give the base with --base")
+        fact = f"a {there[0].kind} delta of some rows of a fused weight, and none of the others"
+        raise UnsupportedError(fact, remedy="convert --kind lora first")
     if all(isinstance(part, Replacement) for part in there):
         values = [(part.value, size) for part, size in zip(there, sizes, strict=True) if isinstance(part, Replacement)]
         return Replacement(value=above(values), new=all(part.new for part in there if isinstance(part, Replacement)))
@@ -157,7 +158,8 @@ def _stacked(parts: Sequence[LowRank | None], sizes: Sequence[int]) -> LowRank:
 def alpha_for(scaling: float, rank: int) -> float:
     """The number that gives the scaling exactly when divided by the rank, where there is one."""
     near = scaling * rank
-    return next((alpha for alpha in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)) if alpha / rank == scaling), near)
+    tried = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    return next((alpha for alpha in tried if alpha / rank == scaling), near)
 
 
 def above(parts: Sequence[tuple[Ref | None, int]]) -> Ref:
@@ -187,7 +189,7 @@ def _same(one: Ref, other: Ref) -> bool:
 
 
 def unstacked(delta: LowRank, starts: Sequence[int]) -> list[LowRank]:
-    """A LoRA of a fused weight as one of each stretch of rows, at the same scaling: of B's blocks where it is nothing elsewhere, else with all of A.
+    """A LoRA of a fused weight as one of each stretch of rows, all with its A and scaling; of B's blocks where B is nothing elsewhere.
 
     Trained with `split_qkv`, sd-scripts saves B as blocks along a diagonal, each with its own rows of A (`networks/lora_flux.py`).
     """
