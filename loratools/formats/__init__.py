@@ -45,7 +45,8 @@ def load(path: str | Path, *, format: str | None = None, options: ReadOptions | 
     container = open_container(path)
     if not container.tensors:
         raise FormatError("no tensors in it", file=container.path)
-    row, options = _format_of(container, format), options or ReadOptions()
+    options = options or ReadOptions()
+    row = _format_of(container, format or options.format)
     if options.initial is not None and row.name != peft.NAME:
         raise OptionError("--initial is for peft's LoRA", file=container.path, found=row.name)
     return row.decode(container, options)

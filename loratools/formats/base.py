@@ -42,11 +42,12 @@ class Container:
 class ReadOptions:
     """What a user adds where a file does not say enough.
 
-    `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output") are for the tutorials' files, `enable_lora` (the
-    slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their convolution) for loralib's, `initial` (the path of
-    the adapter as it was initialised) for peft's whose initialisation changed the base.
+    `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
+    are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
+    convolution) for loralib's, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
     """
 
+    format: str | None = None
     alpha: float | None = None
     embeddings: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
@@ -70,6 +71,7 @@ def read_options(words: Mapping[str, Any]) -> ReadOptions:
         if words.get(word) not in (None, *known):
             raise UsageError(f"--{word.replace('_', '-')}", found=words[word], expected=" or ".join(known))
     return ReadOptions(
+        format=words.get("from_format"),
         alpha=words.get("alpha_in"),
         embeddings=tuple(words.get("embedding") or ()),
         transposed=tuple(words.get("transposed") or ()),
