@@ -12,21 +12,23 @@ from loratools.errors import AmbiguousError
 
 # how files spell the parts of a pipeline, by how bases do: diffusers' components, and the prefixes of single-file checkpoints
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "unet": ("lora_unet", "lora_unet_", "lycoris"),
-    "transformer": ("lora_unet", "lora_transformer", "lycoris"),
+    "unet": ("lora_unet", "lora_unet_", "lycoris", "oft_unet"),
+    "transformer": ("lora_unet", "lora_transformer", "lycoris", "oft_unet"),
     "prior": ("lora_prior_unet", "lora_unet", "lycoris"),
     "text_encoder": ("lora_te", "lora_te1"),
     "text_encoder_2": ("lora_te2",),
     "text_encoder_3": ("lora_te3",),
-    "model.diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris"),
-    "diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris"),
+    "model.diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris", "oft_unet"),
+    "diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris", "oft_unet"),
     "cond_stage_model.transformer": ("lora_te",),
+    "cond_stage_model.model": ("lora_te",),
     "conditioner.embedders.0.transformer": ("lora_te1",),
     "conditioner.embedders.1.model": ("lora_te2",),
     "text_encoders.clip_l.transformer": ("lora_te1",),
     "text_encoders.clip_g.transformer": ("lora_te2",),
     "text_encoders.t5xxl.transformer": ("lora_te3",),
 }
+_T5 = "text_encoder_2.encoder.block."  # Flux' second text encoder, which sd-scripts numbers as SD3's third
 PREFIXES = tuple(dict.fromkeys(prefix for prefixes in PARTS.values() for prefix in prefixes))
 
 
@@ -74,7 +76,7 @@ def _spellings(module: str) -> list[str]:
     """Every flat name of a base's module: of its part where it lies in one, else of any."""
     for part, prefixes in PARTS.items():
         if module.startswith(f"{part}."):
-            return [f"{prefix}_{flatten(module[len(part) + 1 :])}" for prefix in prefixes]
+            return [f"{prefix}_{flatten(module[len(part) + 1 :])}" for prefix in (("lora_te3",) if module.startswith(_T5) else prefixes)]
     return [f"{prefix}_{flatten(module)}" for prefix in PREFIXES]
 
 
@@ -87,5 +89,6 @@ def spelt(module: str, parts: Iterable[str]) -> str | None:
     several = "text_encoder_2" in set(parts)
     for part, prefixes in PARTS.items():
         if module.startswith(f"{part}."):
-            return f"{prefixes[1 if part == 'text_encoder' and several else 0]}_{flatten(module[len(part) + 1 :])}"
+            prefix = "lora_te3" if module.startswith(_T5) else prefixes[1 if part == "text_encoder" and several else 0]
+            return f"{prefix}_{flatten(module[len(part) + 1 :])}"
     return None

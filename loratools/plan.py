@@ -150,12 +150,22 @@ def _replaces(delta: Delta) -> bool:
     return isinstance(delta, Replacement) or (isinstance(delta, Chain) and _replaces(delta.first))
 
 
+def _grown(name: str, applications: Applications, base: Spec | None) -> list[LoratoolsError]:
+    """A weight that grows before it is changed grows once, and as a whole."""
+    grows = base is not None and any(delta.spec(base).shape != base.shape for delta, _ in applications)
+    if not grows or (len(applications) == 1 and applications[0][1] == 1):
+        return []
+    found = ", ".join(f"{strength:g}" for _, strength in applications)
+    return [ShapeError("a change that makes a tensor of another shape has strength 1 or 0, and meets no other", tensor=name, found=found)]
+
+
 def _check_meetings(plan: Plan, known: Mapping[str, Spec]) -> None:
     """A whole tensor meets nothing else on its name unless the bytes are equal, and one of another shape has strength 1."""
     faults: list[LoratoolsError] = []
     for name, applications in plan.changes.items():
         saved = [(delta, strength) for delta, strength in applications if _replaces(delta)]
         if not saved:
+            faults += _grown(name, applications, known.get(name))
             continue
         first = saved[0][0]
         equal = all(isinstance(d, Replacement) and isinstance(first, Replacement) and same_bytes(d.value, first.value) for d, _ in saved)

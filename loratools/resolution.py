@@ -12,6 +12,7 @@ from loratools.deltas.parameters import moved, names_of, settle_parameters
 from loratools.errors import LoratoolsError, MatchError, UnsupportedError, raise_all
 from loratools.families import Family, of_vocabulary
 from loratools.flatnames import meet
+from loratools.layouts.bridge import Bridge, bridge_of
 from loratools.layouts.transformers import every_layout, layouts_of
 from loratools.layouts.view import View, view_of
 from loratools.orientation import is_turned, settle
@@ -51,10 +52,12 @@ def resolve(
     allow_unmatched: bool = False,
 ) -> Resolved:
     """The deltas of an adapter under the base's names, each known to fit its weight; raises what `Adapter.resolve` says."""
-    named = _dotted(_renamed(deltas, renames), base) if told.flat else _renamed(deltas, renames)
+    renamed = _renamed(deltas, renames)
+    bridge = bridge_of(renamed, base, flat=told.flat)
+    named = _dotted(renamed, bridge.specs) if told.flat else renamed
     fixed = {name for name in named if name in base and name not in deltas}
-    view, (names, notes) = view_of(named, base, layouts_of(family), lambda: () if family.types else every_layout(), fixed)
-    meeting = _Meeting(view, family, told, allow_unmatched, list(notes))
+    view, (names, notes) = view_of(named, bridge.specs, layouts_of(family), lambda: () if family.types else every_layout(), fixed)
+    meeting = _Meeting(view, bridge, family, told, allow_unmatched, list(notes))
     matched = meeting.match(meeting.align(named, names))
     settled = meeting.settle(matched)
     if not meeting.faults and not allow_unmatched and told.expects is not None:
@@ -70,6 +73,7 @@ class _Meeting:
     """One adapter and one view of a base: each step hands its deltas to the next, and leaves its faults, notes and strays here."""
 
     view: View
+    bridge: Bridge
     family: Family
     told: Told
     allow_unmatched: bool
@@ -128,8 +132,10 @@ class _Meeting:
         """The deltas, with the banks they draw on, by the names of the base's own file; the last check of each against its tensor."""
         settled = with_banks(settled)
         self.notes += self.view.said(settled)
-        placed, apart = self.view.place(settled)
-        raise_all(apart)
+        named, apart = self.view.place(settled)
+        self.notes += self.bridge.said(named)
+        placed, uncut = self.bridge.place(named)
+        raise_all([*apart, *uncut])
         for name, delta in placed.items():
             delta.spec(disk.get(name))
         return placed

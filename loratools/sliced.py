@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
-from loratools.tensorfile import BITS, Buffer, Ref
+from loratools.tensorfile import BITS, Buffer, Ref, Spec
 
 
 class Sliced(Ref):
@@ -59,3 +59,22 @@ class Pooled(Ref):
     def rows(self, start: int, stop: int) -> Buffer:
         step = self.spec.row_bytes()
         return memoryview(self.read()).cast("B")[start * step : stop * step]
+
+
+class Blocks(Ref):
+    """A matrix that is others at some rows and columns, and zeros elsewhere; only what lies in the rows asked for is read."""
+
+    def __init__(self, spec: Spec, blocks: tuple[tuple[Ref, int, int], ...]) -> None:
+        self.spec, self.blocks_at = spec, blocks
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        import numpy as np
+
+        cells = np.zeros((stop - start, self.spec.shape[1]), dtype=f"V{BITS[self.spec.dtype] // 8}")
+        for ref, row, column in self.blocks_at:
+            height, width = ref.spec.shape
+            low, high = max(start, row), min(stop, row + height)
+            if low < high:
+                data = np.frombuffer(ref.rows(low - row, high - row), dtype=cells.dtype).reshape(high - low, width)
+                cells[low - start : high - start, column : column + width] = data
+        return memoryview(cells.tobytes())

@@ -115,7 +115,7 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
 
     spec = applied.target
     columns = applied.matrix()[1]
-    reader = _Reader(applied, columns) if applied.source is not None else None
+    reader = _Reader(applied, columns) if applied.source is not None else None  # of another shape, by W's own rows
     if reader and not applied.same_shape:
         for block in applied.source.blocks() if applied.source else ():
             seen(block)
@@ -168,6 +168,7 @@ class _Reader:
 
     def __init__(self, applied: Applied, columns: int) -> None:
         assert applied.source is not None
+        columns = columns if applied.same_shape else applied.source.spec.matrix[1]
         self.ref = applied.source.reshape(applied.source.spec.numel // max(1, columns), columns)
         self.columns, self.device, self.wide = columns, applied.device, applied.wide()
         self.made: dict[int, tuple[memoryview, Tensor, Tensor]] = {}

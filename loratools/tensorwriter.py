@@ -42,7 +42,7 @@ class TensorWriter:
         self.size = 8 + len(header) + end
         self._start = 8 + len(header)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        os.ftruncate(self._fd, self.size)
+        _reserve(self._fd, self.size)
         _write_at(self._fd, memoryview(struct.pack("<Q", len(header)) + header), 0)
 
     def write(self, name: str, blocks: Iterable[Buffer]) -> str:
@@ -105,6 +105,14 @@ def build_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tupl
 def canonical(specs: Mapping[str, Spec]) -> dict[str, Spec]:
     """The order the safetensors library writes: wider dtypes first, so that every tensor is aligned, then by name."""
     return dict(sorted(specs.items(), key=lambda item: (-list(BITS).index(item[1].dtype), item[0])))
+
+
+def _reserve(fd: int, size: int) -> None:
+    """The file's blocks at once where the system can: a full disk is known before any work, and each write finds its place."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size)
+    else:
+        os.ftruncate(fd, size)
 
 
 def _write_at(fd: int, view: memoryview, offset: int) -> None:

@@ -44,3 +44,10 @@ def test_the_words_themselves() -> None:
     assert flatten("a.b_c.0") == "a_b_c_0"
     assert split_prefix("model.layers") is None and split_prefix("lora_prior_unet_x") == ("lora_prior_unet", "x")
     assert spelt("transformer.x.y", ["transformer"]) == "lora_unet_x_y" and spelt("vae.x", ["vae"]) is None
+
+
+def test_the_t5_of_flux_is_the_second_to_diffusers_and_the_third_to_kohya() -> None:
+    name = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+    word = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    assert meet([f"{word}.weight"], [f"{name}.weight"]) == {f"{word}.weight": f"{name}.weight"}
+    assert spelt(name, ["transformer", "text_encoder", "text_encoder_2"]) == word

@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_the_package_its_marker_and_its_licence(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loratools").rglob("*.py")}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loratools").rglob("*") if path.suffix in (".py", ".toml")}
     assert sources <= names
     assert "loratools/py.typed" in names
     info = f"loratools-{loratools.__version__}.dist-info"
@@ -76,7 +76,7 @@ def test_every_requirement_is_pinned_within_its_range(line: str) -> None:
     assert need.specifier.contains(pins()[canonicalize_name(need.name)])
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("loratools", ["demo", "plot"]), ("tests", ["demo", "plot", "test"])])
+@pytest.mark.parametrize(("folder", "extras"), [("loratools", ["demo", "gguf", "plot"]), ("tests", ["demo", "gguf", "plot", "test"])])
 def test_what_is_imported_is_required(folder: str, extras: list[str]) -> None:
     """Nothing that happens to be installed here is needed, by the package or by its tests, without being asked for."""
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]

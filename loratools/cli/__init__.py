@@ -29,6 +29,8 @@ COMMANDS = {
     "resize": "Give an adapter other ranks.",
     "combine": "Make one adapter of several.",
     "compare": "Compare two adapters, module by module.",
+    "check": "Say what a runtime would refuse, ignore or mis-scale of an adapter.",
+    "fit": "Write an adapter as a runtime takes it.",
     "verify": "Check an output against its receipt, and against the merge itself.",
     "demo": "Train, extract and merge a small network, and print what it cost.",
 }

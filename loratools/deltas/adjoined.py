@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Bound, Delta, Read, exact_rows, require_floating
+from loratools.deltas.cored import cored
 from loratools.deltas.turn import exactness
 from loratools.errors import ShapeError
 from loratools.tensorfile import Ref, Spec
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class Adjoined(Delta):
     """W′ = W + (alpha/r)·(W·a1·a2 + b1·b2), a1 (in, r), a2 (r, in), b1 (out, r), b2 (r, in, *kernel).
 
-    Of a convolution a1·a2 mixes the input channels at each place of the kernel. Raises ShapeError for factors that do not meet.
+    With a core bm (r, r, *kernel) b2 is (r, in) and b1·bm·b2 takes the place of b1·b2, as in `Tucker`. Of a convolution a1·a2 mixes the
+    input channels at each place of the kernel. Raises ShapeError for factors that do not meet.
     """
 
     kind = "adjoined"
@@ -33,13 +35,19 @@ class Adjoined(Delta):
     b1: Ref
     b2: Ref
     alpha: float
+    bm: Ref | None = None
 
     def __post_init__(self) -> None:
         a1, a2, b1, b2 = (ref.spec.shape for ref in (self.a1, self.a2, self.b1, self.b2))
         met = len(a1) == len(a2) == len(b1) == 2 and len(b2) > 1 and a1 == a2[::-1] and b1[1] == b2[0] and b2[1] == a1[0] and a1[1]
+        core = None if self.bm is None else self.bm.spec.shape
+        if core is not None:
+            met = met and len(b2) == 2 and len(core) > 2 and core[:2] == (b1[1], b2[0])
         if not met:
             found = f"a1 {list(a1)}, a2 {list(a2)}, b1 {list(b1)}, b2 {list(b2)}"
             expected = "a1 [in, r], a2 [r, in], b1 [out, r], b2 [r, in, *kernel]"
+            if core is not None:
+                found, expected = f"{found}, bm {list(core)}", "a1 [in, r], a2 [r, in], b1 [out, r], b2 [r, in], bm [r, r, *kernel]"
             raise ShapeError("the factors do not meet", found=found, expected=expected)
 
     @property
@@ -47,7 +55,8 @@ class Adjoined(Delta):
         return self.alpha / self.a2.spec.shape[0]
 
     def spec(self, base: Spec | None) -> Spec:
-        shape = (self.b1.spec.shape[0], *self.b2.spec.shape[1:])
+        kernel = self.b2.spec.shape[2:] if self.bm is None else self.bm.spec.shape[2:]
+        shape = (self.b1.spec.shape[0], self.b2.spec.shape[1], *kernel)
         ends = (1,) * max(0, 0 if base is None else len(base.shape) - len(shape))
         if base is None or (*shape, *ends) != base.shape:
             found = None if base is None else list(base.shape)
@@ -56,6 +65,8 @@ class Adjoined(Delta):
         return base
 
     def fitted(self, base: Spec) -> Self:
+        if self.bm is not None:
+            return self
         return replace(self, b2=self.b2.reshape(self.b2.spec.shape[0], *base.shape[1:]))
 
     def facts(self) -> dict[str, Any]:
@@ -69,7 +80,8 @@ class Adjoined(Delta):
         assert base is not None
         a1, a2, b1, b2 = (read_tensor(ref, torch.float64, device) for ref in (self.a1, self.a2, self.b1, self.b2))
         into, out = (ExactRight(factor, slices=exactness(base)) for factor in (a1, a2))
-        plus, scale, width = exact_rows(b1, b2.flatten(1), base, self.scaling), self.scaling, len(a1)
+        right = b2.flatten(1) if self.bm is None else cored(read_tensor(self.bm, torch.float64, device), b2)
+        plus, scale, width = exact_rows(b1, right, base, self.scaling), self.scaling, len(a1)
 
         def rows(part: slice, W: Tensor | None) -> Tensor:
             assert W is not None

@@ -92,7 +92,8 @@ class Part(Delta):
         rows, columns = self.matrix(base)
         if not 0 <= self.start < self.stop <= rows:
             raise ShapeError("a part outside the weight", found=f"rows {self.start} to {self.stop}", expected=f"within {rows}")
-        return replace(base, shape=(self.stop - self.start, columns))
+        count = self.stop - self.start
+        return replace(base, shape=(count,) if len(base.shape) == 1 else (count, columns))
 
     def spec(self, base: Spec | None) -> Spec:
         if base is None:
@@ -108,7 +109,7 @@ class Part(Delta):
         return 1 if self.delta.align == 1 else None
 
     def matrix(self, base: Spec) -> tuple[int, int]:
-        return base.numel // base.shape[-1], base.shape[-1]
+        return rows_and_columns(base)
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         assert base is not None
@@ -165,6 +166,11 @@ class Part(Delta):
 
     def map(self, fn: Callable[[Ref], Ref]) -> Self:
         return replace(self, delta=self.delta.map(fn))
+
+
+def rows_and_columns(base: Spec) -> tuple[int, int]:
+    """(rows, columns) of a tensor whose axes but the last are rows, those of a vector its elements."""
+    return base.matrix if len(base.shape) == 1 else (base.numel // base.shape[-1], base.shape[-1])
 
 
 def _reblock(held: list[Tensor], rows: int) -> Iterator[tuple[slice, Tensor]]:

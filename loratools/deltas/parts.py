@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Additive, Affine, Bound, Delta, Dense, Keep, Read
-from loratools.deltas.compose import Part, apart
+from loratools.deltas.compose import Part, apart, rows_and_columns
 from loratools.errors import ShapeError
 from loratools.tensorfile import Ref, Spec
 
@@ -37,7 +37,7 @@ class _Apart(Delta):
     parts: tuple[Part, ...]
 
     def matrix(self, base: Spec) -> tuple[int, int]:
-        return base.numel // base.shape[-1], base.shape[-1]
+        return rows_and_columns(base)
 
     def facts(self) -> dict[str, Any]:
         """What all parts have in common."""
@@ -112,7 +112,8 @@ class Joined(_Apart, Additive):
 
         def bind(index: int) -> Dense:
             part = self.parts[index]
-            inner = replace(base, shape=(part.stop - part.start, columns))
+            count = part.stop - part.start
+            inner = replace(base, shape=(count,) if len(base.shape) == 1 else (count, columns))
             return _difference(part).bind_dense(inner, scale, device)
 
         return in_turn([(part.start, part.stop) for part in self.parts], bind, columns, device)

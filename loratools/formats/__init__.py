@@ -15,6 +15,8 @@ from loratools.formats import (
     comfyui,
     diffusers,
     diffusers_encode,
+    gguf,
+    gguf_encode,
     kohya,
     litgpt,
     loralib,
@@ -49,6 +51,7 @@ FORMATS = (
     Format(torchtune.NAME, torchtune.detect, torchtune.decode, torchtune.encode),
     Format(litgpt.NAME, litgpt.detect, litgpt.decode, litgpt.encode),
     Format(trtllm.NAME, trtllm.detect, trtllm.decode, trtllm.encode),
+    Format(gguf.NAME, gguf.detect, gguf.decode, gguf_encode.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),
 )
@@ -62,7 +65,8 @@ def load(path: str | Path, *, format: str | None = None, options: ReadOptions | 
     container = open_container(path)
     if not container.tensors:
         raise FormatError("no tensors in it", file=container.path)
-    row, options = _format_of(container, format), options or ReadOptions()
+    options = options or ReadOptions()
+    row = _format_of(container, format or options.format)
     if options.initial is not None and row.name != peft.NAME:
         raise OptionError("--initial is for peft's LoRA", file=container.path, found=row.name)
     return row.decode(container, options)

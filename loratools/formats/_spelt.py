@@ -6,26 +6,36 @@ import struct
 from collections.abc import Callable, Mapping
 
 from loratools.adapter import Adapter
+from loratools.deltas.adjoined import Adjoined
 from loratools.deltas.base import Additive, Delta
+from loratools.deltas.butterfly import Butterfly
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import Unsettled
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.padded import Padded
+from loratools.deltas.rotated import Rotated
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
+from loratools.formats._scalar import number
 from loratools.formats._scale import exact_alpha
+from loratools.formats._told import told_from
+from loratools.formats._turned import glora_slots, rotation_slots
 from loratools.tensorfile import InMemory, Ref, Spec
 
 _REMEDY = "convert it first: --kind lora, or --kind dense"
-_STALE = ("sshs_model_hash", "sshs_legacy_hash")  # digests of the tensors as another program wrote them
 _FAMILY = ("kohya", "comfyui")
 
 
-def spelt_tensors(adapter: Adapter, named: Callable[[str], str], lacking: Mapping[type[Delta], str]) -> dict[str, Ref]:
+def spelt_tensors(
+    adapter: Adapter, named: Callable[[str], str], lacking: Mapping[type[Delta], str], own: Callable[[str, Delta], dict[str, Ref] | None]
+) -> dict[str, Ref]:
     """The adapter's tensors by key; `named` tells how the format spells a module, `lacking` which kinds it has not, and who has.
+
+    `own` may give the suffixes of a module that the format spells in a way of its own, or refuse it.
 
     Raises NotExpressible, all together, for what these suffixes cannot say.
     """
@@ -36,7 +46,9 @@ def spelt_tensors(adapter: Adapter, named: Callable[[str], str], lacking: Mappin
         beside = adapter.get(f"{module}.weight")
         try:
             word = named(module)
-            found = _slots(leaf, delta, lacking, norm=isinstance(beside, Full) and len(beside.diff.spec.shape) == 1)
+            found = own(word, delta)
+            if found is None:
+                found = _slots(leaf, delta, lacking, norm=isinstance(beside, Full) and len(beside.diff.spec.shape) == 1)
             met = [suffix for suffix in found if f"{word}.{suffix}" in tensors]
             if met:
                 raise NotExpressible("another module's name is spelt alike", found=f"{word}.{met[0]}")
@@ -57,20 +69,8 @@ def orientation(adapter: Adapter) -> list[LoratoolsError]:
 
 
 def carried(adapter: Adapter) -> dict[str, str]:
-    """The metadata of a file of this family, less digests that no longer hold."""
-    table = adapter.metadata.get("safetensors", {}) if adapter.format in _FAMILY else {}
-    return {key: value for key, value in table.items() if key not in _STALE}
-
-
-def number(value: float) -> Ref:
-    """A number as a tensor without axes: float32 where that holds it exactly, else float64."""
-    try:
-        data = struct.pack("<f", value)
-    except OverflowError:
-        data = b""
-    if data and struct.unpack("<f", data)[0] == value:
-        return InMemory(Spec("F32", ()), data)
-    return InMemory(Spec("F64", ()), struct.pack("<d", value))
+    """The metadata of a file of this family."""
+    return dict(adapter.metadata.get("safetensors", {})) if adapter.format in _FAMILY else {}
 
 
 def alpha_of(low: LowRank) -> float:
@@ -103,13 +103,30 @@ def _slots(leaf: str, delta: Delta, lacking: Mapping[type[Delta], str], *, norm:
         return _additive(inner.direction) | {"dora_scale": _magnitude(inner)}
     if isinstance(inner, Full) and norm:
         return {"w_norm": plain(inner)}
+    if isinstance(inner, Padded):
+        size = inner.size
+        return _slots(leaf, inner.delta, lacking, norm=False) | {"reshape_weight": InMemory(Spec("I64", (len(size),)), pack(size))}
+    if isinstance(inner, Adjoined):
+        return glora_slots(inner, _nonzero(inner.alpha))
+    if isinstance(inner, Rotated | Butterfly):
+        return rotation_slots(inner)
     if isinstance(inner, Scaled):
-        if inner.offset != 1:
-            raise NotExpressible("LyCORIS multiplies by 1 + l, this (IA)³ by l", remedy=_REMEDY)
-        return {"weight": inner.l, "on_input": InMemory(Spec("I64", ()), struct.pack("<q", inner.axis))}
+        return {"weight": _scales(inner), "on_input": InMemory(Spec("I64", ()), pack((inner.axis,)))}
     if isinstance(inner, Replacement):
         return {"set_weight": inner.value}
     return _additive(inner)
+
+
+def pack(values: tuple[int, ...]) -> bytes:
+    """Whole numbers as int64."""
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def _scales(delta: Scaled) -> Ref:
+    """l as LyCORIS has it, which multiplies by 1 + l; a vector for linear layers."""
+    l = told_from(delta.l, delta.offset, 1.0)  # noqa: E741
+    shape = l.spec.shape
+    return l.reshape(l.spec.numel) if len(shape) == 2 else l.reshape(1, l.spec.numel, *shape[2:]) if len(shape) > 2 else l
 
 
 def _additive(delta: Delta) -> dict[str, Ref]:

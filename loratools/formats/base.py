@@ -11,6 +11,7 @@ from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError, UnsupportedError, UsageError
 from loratools.formats._sides import SideFiles
+from loratools.gguffile import GGUFFile, is_gguf
 from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
 from loratools.tensorwriter import TensorWriter, canonical
@@ -31,7 +32,8 @@ class Container:
 
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
-    returns each tensor's digest, where it is not safetensors.
+    returns each tensor's digest, where it is not safetensors. `sealed` gives, of the tensors and the metadata, what more the metadata
+    says that only the tensors' bytes tell.
     """
 
     tensors: Mapping[str, Ref]
@@ -43,6 +45,7 @@ class Container:
     name: str = WEIGHTS[0]
     fields: Mapping[str, Any] = field(default_factory=dict)
     writer: Callable[[Container, Path], dict[str, str]] | None = None
+    sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
 
     def used(self, *names: str) -> tuple[Path, ...]:
@@ -55,11 +58,12 @@ class Container:
 class ReadOptions:
     """What a user adds where a file does not say enough.
 
-    `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output") are for the tutorials' files, `enable_lora` (the
-    slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their convolution) for loralib's, `initial` (the path of
-    the adapter as it was initialised) for peft's whose initialisation changed the base.
+    `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
+    are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
+    convolution) for loralib's, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
     """
 
+    format: str | None = None
     alpha: float | None = None
     embeddings: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
@@ -83,6 +87,7 @@ def read_options(words: Mapping[str, Any]) -> ReadOptions:
         if words.get(word) not in (None, *known):
             raise UsageError(f"--{word.replace('_', '-')}", found=words[word], expected=" or ".join(known))
     return ReadOptions(
+        format=words.get("from_format"),
         alpha=words.get("alpha_in"),
         embeddings=tuple(words.get("embedding") or ()),
         transposed=tuple(words.get("transposed") or ()),
@@ -118,6 +123,9 @@ def open_container(path: str | Path) -> Container:
         return Container(load_pickle(weights), {}, config, weights, files, beside=sides)
     if weights.suffix == ".npz":
         return Container(load_npz(weights), {}, config, weights, files)
+    if weights.suffix == ".gguf" or is_gguf(weights):
+        found = GGUFFile(weights)
+        return Container(found, {}, None, weights, (weights,), fields=found.fields)
     opened = TensorFile(weights)
     return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides)
 
@@ -171,16 +179,17 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
     """
     if container.writer is not None:
         return container.writer(container, folder)
+    metadata = {**container.metadata, **(container.sealed(container.tensors, container.metadata) if container.sealed else {})}
     if container.config is None and folder.suffix == ".safetensors":
-        return write_tensors(folder, container.tensors, container.metadata)
+        return write_tensors(folder, container.tensors, metadata)
     if folder.suffix == ".safetensors":
         expected = "OUT without the ending .safetensors"
         raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
     if container.config is None:
-        return write_tensors(folder / container.name, container.tensors, container.metadata)
+        return write_tensors(folder / container.name, container.tensors, metadata)
     (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return write_tensors(folder / container.name, container.tensors, container.metadata)
+    return write_tensors(folder / container.name, container.tensors, metadata)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:

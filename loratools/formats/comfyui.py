@@ -7,9 +7,14 @@ Also whole differences `.diff` and `.diff_b`, replacements `.set_weight`. Withou
 from __future__ import annotations
 
 from loratools.adapter import Adapter
+from loratools.deltas.adjoined import Adjoined
+from loratools.deltas.base import Delta
+from loratools.deltas.butterfly import Butterfly
+from loratools.deltas.rotated import Rotated
 from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
 from loratools.flatnames import PARTS
+from loratools.formats._digests import resealed
 from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats._spelt import carried, spelt_tensors
 from loratools.formats.base import Container, ReadOptions
@@ -52,8 +57,21 @@ def encode(adapter: Adapter) -> Container:
         fact, remedy = "where its name has dots only the base tells", "give the base with --base"
         faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]
     raise_all(faults)
-    tensors = spelt_tensors(adapter, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"})
-    return Container(tensors, carried(adapter))
+    tensors = spelt_tensors(adapter, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
+    return Container(tensors, carried(adapter), sealed=resealed)
+
+
+def _read_otherwise(word: str, delta: Delta) -> None:
+    """Refuses what ComfyUI would take from these suffixes for another change than it is."""
+    fact = None
+    if isinstance(delta, Adjoined) and delta.bm is not None:
+        fact = "ComfyUI reads no core of GLoRA"
+    elif isinstance(delta, Rotated) and delta.scale is not None:
+        fact = "ComfyUI turns a weight and leaves the rows' factors out"
+    elif isinstance(delta, Rotated | Butterfly) and delta.bound is not None:
+        fact = "ComfyUI bounds a rotation by alpha, where LyCORIS bounds it by alpha times the outputs"
+    if fact is not None:
+        raise NotExpressible(fact, remedy="--format kohya keeps what was trained, or convert it first: --kind lora")
 
 
 def _named(module: str) -> str:

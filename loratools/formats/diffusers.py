@@ -16,8 +16,10 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
+from loratools.formats._module import Slots
 from loratools.formats._patterns import pattern_key
-from loratools.formats._slots import SPELLINGS, Slots, collect, made
+from loratools.formats._scale import exact_alpha
+from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats.base import Container, ReadOptions
 
 NAME = "diffusers"
@@ -108,4 +110,4 @@ def _alpha(module: str, slots: Slots, stated: Mapping[str, Any]) -> float:
         raise MatchError("the rank is not the metadata's", found=rank, expected=said)
     if bool(stated.get(f"{prefix}use_dora")) != ("magnitude" in slots):
         raise FormatError("use_dora of the metadata and the tensors disagree", found="a magnitude" if "magnitude" in slots else "none")
-    return alpha * math.sqrt(rank) if stated.get(f"{prefix}use_rslora") else float(alpha)
+    return exact_alpha(alpha / math.sqrt(rank), rank) if stated.get(f"{prefix}use_rslora") else float(alpha)

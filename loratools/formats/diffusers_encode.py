@@ -87,7 +87,8 @@ def _take(part: _Part, name: str, delta: Delta) -> None:
     if not module or leaf != "weight" or not isinstance(low, LowRank):
         raise NotExpressible(f"diffusers cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
     if low.layer in ("embedding", "transposed"):
-        raise NotExpressible(f"a LoRA of a weight that lies as {low.layer} ones do, of which diffusers' models have none")
+        fact = f"a LoRA of a weight that lies as {low.layer} ones do, of which diffusers' models have none"
+        raise NotExpressible(fact, remedy="--format loratools keeps it")
     part.lows[module] = low
     if isinstance(delta, DoRA):
         if delta.axis != "out":

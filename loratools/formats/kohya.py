@@ -10,11 +10,17 @@ import re
 from collections.abc import Callable, Mapping
 
 from loratools.adapter import Adapter
+from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
+from loratools.deltas.padded import Padded
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
 from loratools.flatnames import PARTS, flatten, spelt, split_prefix
+from loratools.formats._digests import sealed
+from loratools.formats._module import Slots
+from loratools.formats._network import network
 from loratools.formats._slots import SUFFIX, collect, made
 from loratools.formats._spelt import carried, spelt_tensors
+from loratools.formats._turned import OWN, own_slots
 from loratools.formats.base import Container, ReadOptions
 from loratools.tensorfile import Ref
 
@@ -44,6 +50,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     spelt = {_FLATTENED.sub(r".\1", key): ref for key, ref in container.tensors.items() if key not in passengers}
     try:
         modules, others = collect(spelt)
+        _as_parts(modules)
         deltas, faults = made(modules, lambda module, slots: options.alpha)
         faults += _strays(others, modules)
         raise_all(faults)
@@ -52,6 +59,13 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     return Adapter(
         deltas, {"safetensors": dict(container.metadata)}, passengers, container.path, NAME, container.files, flat=True,
     )  # fmt: skip
+
+
+def _as_parts(modules: Mapping[str, Slots]) -> None:
+    """sd-scripts' rotations of a whole weight as those of its one part: the prefix tells them from LyCORIS', which have another bound."""
+    for name, slots in modules.items():
+        if name.startswith(OWN) and "oft_blocks" in slots:
+            slots.refs["oft_blocks.0"], slots.keys["oft_blocks.0"] = slots.refs.pop("oft_blocks"), slots.keys.pop("oft_blocks")
 
 
 def _strays(others: Mapping[str, Ref], modules: Mapping[str, object]) -> list[LoratoolsError]:
@@ -73,12 +87,20 @@ def encode(adapter: Adapter) -> Container:
     strange = [name for name in adapter.passengers if not _PASSENGER.match(name)]
     faults += [NotExpressible("kohya's files have no place for it", tensor=name) for name in strange]
     raise_all(faults)
-    tensors = spelt_tensors(adapter, _namer(adapter), {Replacement: "--format comfyui has whole tensors, and --format loratools"})
-    said = {"ss_network_module": "networks.lora" if all(_SD_SCRIPTS.search(key) for key in tensors) else "lycoris.kohya"}
-    return Container(tensors | dict(adapter.passengers), said | carried(adapter))
+    stated = carried(adapter)
+    indexed = stated.get("ss_network_module") == "networks.oft_flux"
+    tensors = spelt_tensors(adapter, _namer(adapter), _LACKING, lambda word, delta: _own(word, delta, indexed=indexed))
+    return Container(tensors | dict(adapter.passengers), network(tensors, stated), sealed=sealed)
 
 
-_SD_SCRIPTS = re.compile(r"\.(?:lora_(?:down|up)\.weight|alpha)$")  # what sd-scripts' own networks load
+_LACKING: Mapping[type[Delta], str] = {
+    Replacement: "--format comfyui has whole tensors, and --format loratools",
+    Padded: "--format comfyui has weights that grow, and --format loratools",
+}
+
+
+def _own(word: str, delta: Delta, *, indexed: bool) -> dict[str, Ref] | None:
+    return own_slots(delta, indexed=indexed) if word.startswith(OWN) else None
 
 
 def _namer(adapter: Adapter) -> Callable[[str], str]:

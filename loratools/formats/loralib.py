@@ -174,6 +174,7 @@ def encode(adapter: Adapter) -> Container:
             tensors |= _encoded(name, delta, alphas)
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
+    faults += [] if alphas or faults else [NotExpressible("no low-rank change to write", tensor=next(iter(adapter), None), remedy=_KEPT)]
     raise_all(faults)
     return Container(tensors, {ALPHA: repr(only(alphas, "one alpha is given for all of a loralib file's layers"))})
 
@@ -183,9 +184,9 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
         return {name: delta.value}
     module, _, leaf = name.rpartition(".")
     if not isinstance(delta, LowRank) or leaf != "weight":
-        raise NotExpressible(f"loralib cannot say a {delta.kind} delta", remedy="convert it first")
+        raise NotExpressible(f"loralib cannot say a {delta.kind} delta", remedy=f"convert it first: --kind lora; {_KEPT}")
     A, B, rank = delta.A, delta.B, delta.rank
-    if delta.layer == "conv":
+    if delta.layer == "conv" or len(A.spec.shape) > 2:
         A, B, rank = _as_loralib(delta)
         module = module.removesuffix(".conv") if module.endswith(".conv") else module
     elif delta.layer in ("embedding", "transposed"):
@@ -194,17 +195,22 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
     return {_join(module, "lora_A"): A, _join(module, "lora_B"): B}
 
 
+_KEPT = "--format loratools keeps it"
+
+
 def _as_loralib(delta: LowRank) -> tuple[Ref, Ref, int]:
     """(A, B, r) of a convolution whose A is one matrix k times on the diagonal, as `_conv` makes it."""
     rank, into, *kernel = delta.A.spec.shape
     k = kernel[0]
     shape = f"A {list(delta.A.spec.shape)}"
     if len(kernel) != 2 or kernel != [k, k] or rank % (k * k):
-        raise NotExpressible("loralib factorises kernels of k × k another way", found=shape, expected="a rank of a multiple of k²")
+        expected = "a rank of a multiple of k²"
+        raise NotExpressible("loralib factorises kernels of k × k another way", found=shape, expected=expected, remedy=_KEPT)
     rows, wide = rank // k, into * k
     A = Derived(delta.A, (rows, wide), lambda found: found.reshape(k, rows, k, wide)[0, :, 0])
     if bytes(cells(block_diagonal(A, k))) != bytes(cells(delta.A.reshape(rank, into * k * k))):
-        raise NotExpressible("loralib factorises kernels of k × k another way, and this change has not its form", found=shape)
+        fact = "loralib factorises kernels of k × k another way, and this change has not its form"
+        raise NotExpressible(fact, found=shape, remedy=_KEPT)
     return A, delta.B.reshape(delta.B.spec.shape[0] * k, rows), rows // k
 
 

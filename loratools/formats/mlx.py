@@ -112,6 +112,8 @@ def _delta(name: str, parts: Mapping[str, Ref], config: Mapping[str, Any], optio
     factor = _factor(scale, config, left[1])
     if matches(name, options.embeddings) or matches(name, EMBEDDINGS):
         low = _low(b, a, factor, "embedding")
+    elif matches(name, options.transposed) and "m" not in parts:
+        low = _low(b, a, factor, "transposed")
     else:
         low = _low(a.T, b.T, factor, "linear")
     if config.get("fine_tune_type") == "dora" and "m" not in parts:
@@ -153,10 +155,15 @@ def encode(adapter: Adapter) -> Container:
     ranks: dict[str, float] = {}
     for name, delta in adapter.items():
         low = delta.direction if isinstance(delta, DoRA) else delta
-        if not isinstance(low, LowRank) or low.layer == "conv" or not name.endswith(".weight") or adapter.flat:
-            faults.append(NotExpressible(f"MLX cannot say a {delta.kind} delta", tensor=name, remedy="convert it to LoRA first"))
+        matrix = isinstance(low, LowRank) and len(low.A.spec.shape) == 2
+        if not isinstance(low, LowRank) or not matrix or not name.endswith(".weight") or adapter.flat:
+            lies = f" ({low.layer})" if isinstance(low, LowRank) else ""
+            remedy = "--format loratools keeps it" if lies else "convert it first: --kind lora; --format loratools keeps it"
+            faults.append(NotExpressible(f"MLX cannot say a {delta.kind} delta{lies}", tensor=name, remedy=remedy))
             continue
         module = name.removesuffix(".weight")
+        if low.layer == "transposed":  # MLX's own model has that weight as (out, in)
+            low = low.transposed()
         pair = (low.B, low.A) if low.layer == "embedding" else (low.A.T, low.B.T)
         tensors |= {f"{module}.lora_a": pair[0], f"{module}.lora_b": pair[1]}
         scales[name], ranks[name] = low.scaling, float(low.rank)

@@ -161,9 +161,14 @@ def encode(adapter: Adapter) -> Container:
             tensors |= _encoded(name, delta, adapted, scalings)
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
+    if not scalings and not faults:
+        faults.append(NotExpressible("no low-rank change to write", tensor=next(iter(adapter), None), remedy=_REMEDY))
     raise_all(faults)
     alpha = only(scalings, "the tutorial's classes share one alpha, and the scaling is alpha itself")
     return Container(tensors, {ALPHA: repr(alpha), SCALE: "alpha"})
+
+
+_REMEDY = "convert it first: --kind lora; --format loratools keeps it"
 
 
 def _encoded(name: str, delta: Delta, adapted: set[str], scalings: dict[str, float]) -> dict[str, Ref]:
@@ -176,12 +181,13 @@ def _encoded(name: str, delta: Delta, adapted: set[str], scalings: dict[str, flo
         delta = delta.then
     low = delta.direction if isinstance(delta, DoRA) else delta
     if not isinstance(low, LowRank) or low.layer not in ("linear", "unknown") or len(low.shape()) != 2 or leaf != "weight":
-        found = f"{delta.kind} of a {low.layer} weight" if isinstance(low, LowRank) else delta.kind
-        raise NotExpressible("the tutorial's classes change linear layers by LoRA and DoRA alone", found=found)
+        found: object = f"{delta.kind} of a {low.layer} weight" if isinstance(low, LowRank) else delta.kind
+        raise NotExpressible("the tutorial's classes change linear layers by LoRA and DoRA alone", found=found, remedy=_REMEDY)
     if isinstance(delta, DoRA):
         if delta.magnitude.spec.shape != (1, low.shape()[1]):
             expected = f"[1, {low.shape()[1]}], one for each column"
-            raise NotExpressible("the tutorial's DoRA has another axis", found=list(delta.magnitude.spec.shape), expected=expected)
+            found, remedy = list(delta.magnitude.spec.shape), "convert --magnitude-axis in --base BASE refits it"
+            raise NotExpressible("the tutorial's DoRA has another axis", found=found, expected=expected, remedy=remedy)
         tensors[_join(module, "m")] = delta.magnitude
     scalings[name] = low.scaling
     return tensors | {_join(module, "lora.A"): low.A.T, _join(module, "lora.B"): low.B.T}

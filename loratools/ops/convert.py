@@ -7,6 +7,7 @@ new kind can say it, and states how far off it is, beside the best there is, whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -72,11 +73,13 @@ def convert(
         if options.changes:
             work.run()
         made = work.adapter() if options.changes else source
-        with whole(target) as place:
+        # what went in is digested beside the writing
+        with ThreadPoolExecutor(1) as beside, whole(target) as place:
+            inputs = beside.submit(adapter_inputs, given)
             written = format or ("loratools" if kind == "dense" else None)
             receipt.digests = write_container(encode(made, format_of(written, given)), place)
             receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes()]
-            receipt.inputs = [*adapter_inputs(given), *([on.input(count)] if on is not None else [])]
+            receipt.inputs = [*inputs.result(), *([on.input(count)] if on is not None else [])]
             receipt.expected, receipt.applied = len(source), len(made)
             receipt.outputs, receipt.history = output_rows(place), adapter_history(given)
             if sha256:

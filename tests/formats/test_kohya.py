@@ -142,8 +142,13 @@ FAULTS: dict[str, tuple[dict[str, Tensor], type[LoratoolsError], str]] = {
     "half a product": ({"lokr_w1": UP, "lokr_w2_a": UP}, ShapeError, "w2 is neither whole nor a product of two"),
     "a whole and a product": ({"lokr_w1": UP, "lokr_w1_a": UP}, FormatError, "of several kinds at once: found lokr_w1, lokr_w1_a"),
     "two wholes and a core": ({"lokr_w1": UP, "lokr_w2": UP, "lokr_t2": UP}, ShapeError, "w2 is neither whole nor a product of two"),
-    "GLoRA of the older layout": (OLD_GLORA, ShapeError, "a1.weight: the factors do not meet: found a1 [2, 4]"),
-    "GLoRA with a core": (GLORA | {"bm.weight": UP}, FormatError, "bm.weight: not used by this kind of change: found a1.weight"),
+    "GLoRA of both layouts": (dict.fromkeys(GLORA, randn(4, 4, seed=0)), AmbiguousError, "whether it is GLoRA of the older layout"),
+    "GLoRA of the older layout with a kernel": (
+        OLD_GLORA | {"b1.weight": randn(2, 4, 3, seed=0)}, ShapeError, "b1.weight: not a matrix: found [2, 4, 3]",
+    ),
+    "GLoRA with a core that does not meet": (GLORA | {"bm.weight": UP}, ShapeError, "the factors do not meet"),
+    "a shape of no axes": (PAIR | {"reshape_weight": torch.tensor(3)}, FormatError, "reshape_weight is no short vector of whole numbers"),
+    "a shape of nothing": (PAIR | {"reshape_weight": torch.tensor([0, 3])}, FormatError, "reshape_weight has a number below 1"),
     "GLoRA without a2": ({"a1.weight": UP}, FormatError, "has no a2.weight beside it"),
     "one its kind does not use": (PAIR | {"rescale": UP}, FormatError, "rescale: not used by this kind of change"),
 }

@@ -18,10 +18,10 @@ from lycoris.modules.ia3 import IA3Module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loratools import merge
+from loratools import convert, merge
 from loratools.formats import load
 from tests.files import read_checkpoint, write_checkpoint
 
@@ -112,3 +112,20 @@ def test_its_own_difference_is_scaled_twice(name: str) -> None:
         x = torch.randn(3, 12)
         torch.testing.assert_close(module(x) - module.org_forward(x), x @ once.T, rtol=1e-4, atol=1e-4)
     assert module.scale != 1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", CASES)
+def test_written_again_it_is_what_lycoris_saved(tmp_path: Path, name: str, kind: str) -> None:
+    """The same keys, shapes and numbers, so that LyCORIS makes the same modules of them; an alpha's dtype may be wider."""
+    if kind not in LAID.get(name, LAYERS):
+        return
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    saved, _ = trained(name, make(), torch.randn(shape))
+    save_file({f"lora_unet_layer.{key}": tensor for key, tensor in saved.items()}, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", format="kohya")
+    found = {key.removeprefix("lora_unet_layer."): tensor for key, tensor in load_file(tmp_path / "b.safetensors").items()}
+    assert set(found) == set(saved)
+    for key, tensor in saved.items():
+        assert found[key].shape == tensor.shape and torch.equal(found[key].double(), tensor.double()), key

@@ -1,0 +1,100 @@
+"""Factors laid as llama.cpp has them: rows of q and k interleaved, ranks filled up with zeros, experts stacked. Never arithmetic.
+
+    HF → GGUF   rows (heads, 2, half) → (heads, half, 2)       `LlamaModel.permute` of llama.cpp's conversion/llama.py
+
+Rotary embeddings turn pairs of rows: transformers pairs row i with i + half of its head, ggml's `LLAMA_ROPE_TYPE_NORM` neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loratools.errors import AmbiguousError, ShapeError
+from loratools.formats._derived import Derived
+from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def interleaved(B: Ref, heads: int) -> Ref:
+    """B (out, rank) of q or k with its rows as llama.cpp wants them. Raises ShapeError where its rows are no pairs of so many heads."""
+    return _laid(B, heads, (2, _half(B, heads)))
+
+
+def halved(B: Ref, heads: int) -> Ref:
+    """B (out, rank) of q or k as llama.cpp has it, with its rows as transformers has them: undoes `interleaved`."""
+    return _laid(B, heads, (_half(B, heads), 2))
+
+
+def _half(B: Ref, heads: int) -> int:
+    half, odd = divmod(B.spec.shape[0], 2 * heads)
+    if odd or not half:
+        raise ShapeError("rows that are no pairs of all heads", found=B.spec.shape[0], expected=f"a multiple of {2 * heads}")
+    return half
+
+
+def _laid(B: Ref, heads: int, pairs: tuple[int, int]) -> Ref:
+    shape = B.spec.shape
+    return Derived(B, shape, lambda found: found.reshape(heads, *pairs, *shape[1:]).swapaxes(1, 2).reshape(shape))
+
+
+class Waiting(Ref):
+    """B of q or k as llama.cpp has it, of a model whose number of heads is not known yet: its size is known, its rows are not."""
+
+    def __init__(self, origin: Ref) -> None:
+        self.origin, self.spec = origin, origin.spec
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        raise AmbiguousError(
+            "rows that llama.cpp interleaved by the model's heads, whose number the file does not tell",
+            remedy="give --base a model with its config.json",
+        )
+
+
+def filled(ref: Ref, rank: int, axis: int) -> Ref:
+    """A factor of that rank, zeros added at the end of the axis its rank is on."""
+    shape = tuple(rank if index == axis else size for index, size in enumerate(ref.spec.shape))
+
+    def make(found: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        made = np.zeros(shape, found.dtype)
+        made[tuple(slice(size) for size in found.shape)] = found
+        return made
+
+    return ref if shape == ref.spec.shape else Derived(ref, shape, make)
+
+
+class Member(Ref):
+    """One matrix of a stack (members, rows, columns), read alone."""
+
+    def __init__(self, origin: Ref, index: int) -> None:
+        self.origin, self.index, self.spec = origin, index, replace(origin.spec, shape=origin.spec.shape[1:])
+
+    def read(self) -> Buffer:
+        return self.origin.rows(self.index, self.index + 1)
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        step = self.spec.row_bytes()
+        return memoryview(self.read()).cast("B")[start * step : stop * step]
+
+
+class Stack(Ref):
+    """Matrices of one shape as one tensor (members, rows, columns), read one after the other."""
+
+    def __init__(self, members: Sequence[Ref]) -> None:
+        first = members[0].spec
+        found = next((ref.spec for ref in members if ref.spec != first), None)
+        if found is not None:
+            raise ShapeError("factors of one stack that differ", found=found, expected=first)
+        self.members, self.spec = tuple(members), replace(first, shape=(len(members), *first.shape))
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        return b"".join(bytes(ref.read()) for ref in self.members[start:stop])
+
+    def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
+        for ref in self.members:
+            yield from ref.blocks(size)

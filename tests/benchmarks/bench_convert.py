@@ -1,0 +1,108 @@
+"""convert of a large adapter between formats beside `cp` and `sync` of its file; times, ratios, peak memory.
+
+usage: python tests/benchmarks/bench_convert.py ROOM [--megabytes 1000] [--runs 5] [--to kohya]
+
+An adapter of so many megabytes is made in ROOM: rank 256, Llama-shaped, float32. Runs alternate; the ratio is the median of the ratios of
+neighbours. convert is timed inside its own process, imports aside, digests and fsync included. Formats of the same orientation only move
+bytes: the factors' are compared in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONVERT = """
+import resource, sys, time
+import blake3, loratools.ops.convert, loratools.formats
+start = time.perf_counter()
+receipt = loratools.ops.convert.convert(sys.argv[1], sys.argv[2], format=sys.argv[3])
+seconds = time.perf_counter() - start
+assert receipt["applied"] == receipt["expected"] > 0
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+RANK, WIDTH = 256, 4096
+
+
+def make_adapter(out: Path, size: float) -> None:
+    """A peft adapter of about `size` bytes on q_proj and v_proj of as many layers as that takes."""
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    tensors, each = {}, 2 * RANK * WIDTH * 4
+    for place in range(max(1, round(size / each))):
+        root = f"base_model.model.model.layers.{place // 2}.self_attn.{'qv'[place % 2]}_proj"
+        tensors[f"{root}.lora_A.weight"] = torch.randn(RANK, WIDTH)
+        tensors[f"{root}.lora_B.weight"] = torch.randn(WIDTH, RANK)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj", "v_proj"]}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+
+
+def copy(file: Path, out: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["cp", str(file), str(out)], check=True)
+    subprocess.run(["sync", str(out)], check=True)
+    return time.perf_counter() - start
+
+
+def converted(adapter: Path, out: Path, to: str) -> tuple[float, float]:
+    done = subprocess.run([sys.executable, "-c", CONVERT, str(adapter), str(out), to], check=True, stdout=subprocess.PIPE, text=True)
+    seconds, peak = map(float, done.stdout.split())
+    return seconds, peak
+
+
+def gone(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    subprocess.run(["sync"], check=True)
+    return path
+
+
+def same_bytes(adapter: Path, out: Path) -> bool:
+    """Whether the two files hold the same factors, by their bytes, whatever they are called."""
+    from loratools.tensorfile import TensorFile
+
+    held = []
+    for path in (adapter, out):
+        file = TensorFile(path)
+        held.append(sorted(b"".join(map(bytes, ref.blocks()))[:4096] for ref in file.values() if ref.spec.numel > 1))
+    return held[0] == held[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("room", type=Path)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--to", default="kohya")
+    options = parser.parse_args()
+    file = options.room / "bench_adapter" / "adapter_model.safetensors"
+    maker = multiprocessing.get_context("spawn").Process(target=make_adapter, args=(file.parent, options.megabytes * 1e6))
+    maker.start()  # a process of its own: a child's peak memory is never below what its parent had
+    maker.join()
+    beside, out = options.room / "bench_copy", options.room / "bench_out"
+    rows = []
+    for _ in range(options.runs + 1):
+        copied = copy(file, gone(beside))
+        seconds, peak = converted(file.parent, gone(out), options.to)
+        rows.append((copied, seconds, peak, seconds / copied))
+    copied, seconds, peak, ratio = (statistics.median(column) for column in zip(*rows[1:], strict=True))  # the first warms the page cache
+    print(f"cp and sync of {file.stat().st_size / 1e6:.0f} MB   {copied:6.2f} s")
+    print(f"convert to {options.to:13}  {seconds:6.2f} s   {ratio:.2f} x the copy (median of pairs)   peak {peak:.0f} MB")
+    print(f"  each ratio: {[round(row[3], 2) for row in rows[1:]]}")
+    print(f"  factors' bytes equal: {same_bytes(file, next(out.glob('*.safetensors')))}")
+    for path in (beside, out, file.parent):
+        gone(path)
+
+
+if __name__ == "__main__":
+    main()

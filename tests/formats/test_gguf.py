@@ -1,0 +1,66 @@
+"""GGUF: what llama.cpp's names and rows become, one alpha, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from loratools.adapter import Adapter
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import AmbiguousError, FormatError, NotExpressible, UnsupportedError
+from loratools.formats import encode, load, save
+from loratools.formats.gguf_rows import halved, interleaved
+from loratools.gguffile import GGUFFile, write_gguf
+from loratools.tensors import read_tensor, to_ref
+from tests.strategies import randn
+
+CONFIG = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+Q, V = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.v_proj.weight"
+
+
+def low(rank: int = 2, alpha: float = 4.0) -> LowRank:
+    return LowRank(A=to_ref(randn(rank, 8, seed=0)), B=to_ref(randn(8, rank, seed=1)), alpha=alpha, layer="linear")
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    save(Adapter({Q: low(), V: low()}, model=CONFIG), tmp_path / "a.gguf", format="gguf")
+    stored = GGUFFile(tmp_path / "a.gguf")
+    expected = read_tensor(low().B).reshape(2, 2, 2, 2).swapaxes(1, 2).reshape(8, 2)
+    assert torch.equal(read_tensor(stored["blk.0.attn_q.weight.lora_b"]), expected)
+    assert stored.fields["adapter.lora.alpha"] == 4.0 and stored.fields["general.architecture"] == "llama"
+    found = load(tmp_path / "a.gguf")
+    assert found.format == "gguf" and list(found) == [Q, V]
+    for name in found:
+        assert torch.equal(read_tensor(found[name].refs()["B"]), read_tensor(low().B)) and found[name].facts()["alpha"] == 4.0
+
+
+def test_rows_there_and_back() -> None:
+    B = to_ref(randn(12, 3, seed=2))
+    assert bytes(halved(interleaved(B, 3), 3).read()) == bytes(B.read())
+
+
+def test_heads_that_nothing_tells(tmp_path: Path) -> None:
+    fields = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    tensors = {"blk.0.attn_q.weight.lora_a": to_ref(randn(2, 8, seed=0)), "blk.0.attn_q.weight.lora_b": to_ref(randn(8, 2, seed=1))}
+    write_gguf(tmp_path / "a.gguf", fields, tensors)
+    with pytest.raises(AmbiguousError, match="give --base"):
+        load(tmp_path / "a.gguf")[Q].refs()["B"].read()
+    write_gguf(tmp_path / "m.gguf", fields | {"general.type": "model"}, tensors)
+    with pytest.raises(UnsupportedError, match="no adapter"):
+        load(tmp_path / "m.gguf")
+    (tmp_path / "t.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:90])
+    with pytest.raises(FormatError, match="not a GGUF file"):
+        load(tmp_path / "t.gguf")
+
+
+def test_one_alpha() -> None:
+    same = encode(Adapter({Q: low(2, 4.0), V: low(4, 8.0)}, model=CONFIG), "gguf")
+    assert same.fields["adapter.lora.alpha"] == 8.0 and same.tensors["blk.0.attn_q.weight.lora_a"].spec.shape == (4, 8)
+    assert encode(Adapter({Q: low(2, 2.0), V: low(4, 4.0)}, model=CONFIG), "gguf").fields["adapter.lora.alpha"] == 0.0
+    for alpha, message in ((3.0, "rescale --bake"), (0.0, "one alpha|0 stands")):
+        with pytest.raises(NotExpressible, match=message):
+            encode(Adapter({Q: low(), V: low(2, alpha)}, model=CONFIG), "gguf")
+    with pytest.raises(NotExpressible, match="give convert --base"):
+        encode(Adapter({Q: low()}), "gguf")
