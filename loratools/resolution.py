@@ -22,11 +22,13 @@ from loratools.tensorfile import Spec
 class Told:
     """What an adapter's file tells of its weights beside their changes.
 
-    `flat` names have underscores for dots (`flatnames`); `expects` are, of a base's specs, the tensors it promises to change; a
-    `flagged` one has seen weights stored transposed; `straight` says why it can change none that are, where it cannot.
+    `flat` names have underscores for dots (`flatnames`); `numbered` puts the deltas of modules that a file counts under a base's
+    names; `expects` are, of a base's specs, the tensors it promises to change; a `flagged` one has seen weights stored transposed;
+    `straight` says why it can change none that are, where it cannot.
     """
 
     flat: bool = False
+    numbered: Callable[[Mapping[str, Delta], Mapping[str, Spec]], Mapping[str, Delta]] | None = None
     expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
     flagged: bool = False
     straight: str | None = None
@@ -51,7 +53,8 @@ def resolve(
     allow_unmatched: bool = False,
 ) -> Resolved:
     """The deltas of an adapter under the base's names, each known to fit its weight; raises what `Adapter.resolve` says."""
-    named = _dotted(_renamed(deltas, renames), base) if told.flat else _renamed(deltas, renames)
+    named = _renamed(deltas, renames)
+    named = told.numbered(named, base) if told.numbered is not None else _dotted(named, base) if told.flat else named
     fixed = {name for name in named if name in base and name not in deltas}
     view, (names, notes) = view_of(named, base, layouts_of(family), lambda: () if family.types else every_layout(), fixed)
     meeting = _Meeting(view, family, told, allow_unmatched, list(notes))

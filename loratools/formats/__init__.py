@@ -5,6 +5,7 @@ A format is one file with NAME, `detect` and `decode` (and an `encode` where it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError, UsageError
 from loratools.formats import (
+    cloneofsimo,
+    cloneofsimo_encode,
     comfyui,
     diffusers,
     diffusers_encode,
@@ -23,7 +26,9 @@ from loratools.formats import (
     native,
     peft,
     peft_encode,
+    samlora,
     scratch,
+    xlabs,
 )
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
@@ -47,6 +52,9 @@ FORMATS = (
     Format(mlx.NAME, mlx.detect, mlx.decode, mlx.encode),
     Format(gguf.NAME, gguf.detect, gguf.decode, gguf_encode.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
+    Format(cloneofsimo.NAME, cloneofsimo.detect, cloneofsimo.decode, cloneofsimo_encode.encode),
+    Format(samlora.NAME, samlora.detect, samlora.decode, samlora.encode),
+    Format(xlabs.NAME, xlabs.detect, xlabs.decode, xlabs.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),
 )
 
@@ -84,8 +92,14 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     if adapter.flat and row.name in _DOTTED:
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
         raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
+    counted = next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
+    if counted is not None and row.name != adapter.format:
+        fact = "its file counts modules instead of naming them, and which this is only the base tells"
+        raise NotExpressible(fact, file=adapter.path, tensor=counted, remedy="convert --base gives it the model's names")
     return row.encode(adapter)
 
+
+_COUNTED = re.compile(r"\w+:\d+\.weight")  # a module's place in the order of a file that has no names
 
 # formats whose readers look for a module of the name written, and skip some that they do not find without a word
 _DOTTED = (peft.NAME, native.NAME, loralib.NAME, scratch.NAME)
