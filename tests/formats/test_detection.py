@@ -19,7 +19,10 @@ EXPECTED = {
     "flux_lora_aitoolkit_format": "comfyui", "flux_lora_diffusers_format": "diffusers", "flux_lora_kohya_format": "kohya",
     "krea2_lora_kohya_format": "kohya", "qwen_image_lora_kohya_format": "kohya",
 }  # fmt: skip
-REAL = {"peft_clip_text_encoder": "peft", "peft_convnext": "peft", "loralib/roberta_base_lora_mnli.bin": "loralib"}
+REAL = {
+    "cloneofsimo/lora_disney_inpainting.safetensors": "cloneofsimo", "mlx": "mlx", "sam_lora/lora_rank2.safetensors": "samlora",
+    "peft_clip_text_encoder": "peft", "peft_convnext": "peft", "loralib/roberta_base_lora_mnli.bin": "loralib",
+}  # fmt: skip
 
 
 def claims(found: Container) -> list[str]:
