@@ -30,6 +30,7 @@ from loratools.formats import (
     scratch,
     xlabs,
 )
+from loratools.formats._marks import NEEDS, near, shown
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -114,12 +115,18 @@ def _format_of(container: Container, name: str | None) -> Format:
     found = [row for row in FORMATS if row.detect(container)]
     if len(found) == 1:
         return found[0]
+    total, looks = len(container.tensors), near(container.tensors, [row.name for row in FORMATS])
     if found:
-        raise FormatError("several formats claim it", file=container.path, found=", ".join(row.name for row in found), remedy="give --from")
+        claims = dict.fromkeys((row.name for row in found), 0) | {name: count for name, count in looks if name in {row.name for row in found}}
+        remedy = "a file is of one format: write each of its adapters to a file of its own"
+        raise FormatError("several formats claim it", file=container.path, found=shown(claims.items(), total), remedy=remedy)
     keys = nearest(container.tensors)
     if any(".lora_A" in key or ".lora_embedding_A" in key for key in container.tensors):
         remedy = "put its adapter_config.json beside it: without one the scale is unknown"
         raise FormatError(
             "peft tensors without an adapter_config.json that names a peft_type", file=container.path, found=keys, remedy=remedy
         )
-    raise UnsupportedError("no format that loratools reads", file=container.path, found=keys)
+    best = looks[:3]
+    needs = [f"{name} needs {NEEDS[name]}" for name, _ in best if name in NEEDS]
+    remedy = "; ".join([f"nearest {shown(best, total)}", *needs]) if best else "is it a checkpoint, or an adapter of another program?"
+    raise UnsupportedError("no format that loratools reads", file=container.path, found=keys, remedy=remedy)

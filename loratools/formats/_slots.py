@@ -55,9 +55,26 @@ class Slots:
 
     def __getitem__(self, slot: str) -> Ref:
         if slot not in self.refs:
-            raise FormatError(f"has no {slot} beside it", tensor=next(iter(self.keys.values())), remedy="the file is incomplete")
+            raise FormatError(f"has no {self.spelt(slot)} beside it", tensor=self.first, remedy="the file is incomplete")
         self.used.add(slot)
         return self.refs[slot]
+
+    @property
+    def first(self) -> str:
+        """The key that stands for the module in a message: that of a factor rather than of its alpha."""
+        return next((key for slot, key in self.keys.items() if slot != "alpha"), next(iter(self.keys.values())))
+
+    def spelt(self, slot: str) -> str:
+        """A slot as this file would spell it."""
+        pair = ("lora_down.weight", "lora_up.weight")
+        if slot not in pair or (key := self.keys.get(pair[slot == pair[0]])) is None:
+            return slot
+        suffix = max((text for text in (*_OTHERS, *pair) if key.endswith(text)), key=len, default=pair[slot == pair[0]])
+        for words in (("lora_A", "lora_B"), ("down", "up")):
+            here, there = words if slot == pair[1] else words[::-1]
+            if here in suffix:
+                return suffix.replace(here, there)
+        return slot
 
     def get(self, slot: str) -> Ref | None:
         self.used.add(slot)
@@ -87,8 +104,11 @@ def deltas_of(slots: Slots, alpha: float | None) -> dict[str, Delta]:
     """
     kinds = [kind for kind in KINDS if kind in slots]
     if len(kinds) > 1:
-        raise FormatError("of several kinds at once", tensor=next(iter(slots.keys.values())), found=", ".join(kinds))
+        raise FormatError("of several kinds at once", tensor=slots.first, found=", ".join(kinds))
     found: dict[str, Delta] = {}
+    half = next((slot for slot in _HALVES if slot in slots), None) if not kinds else None
+    if half is not None:
+        slots[_HALVES[half]]  # raises: it is what the kind would be known by
     if kinds:
         found = dict(KINDS[kinds[0]](slots, alpha))
     for slot, leaf in (("diff_b", "bias"), ("b_norm", "bias")):
@@ -192,6 +212,14 @@ KINDS: dict[str, Callable[[Slots, float | None], Mapping[str, Delta]]] = {
 }
 
 
+# what is nothing without another, by which its kind is known
+_HALVES = {
+    "lora_up.weight": "lora_down.weight", "lora_mid.weight": "lora_down.weight", "hada_w1_a": "hada_w1_b", "hada_w2_a": "hada_w1_b",
+    "hada_w2_b": "hada_w1_b", "lokr_w1_b": "lokr_w1_a", "lokr_w2": "lokr_w1", "lokr_w2_a": "lokr_w1", "lokr_w2_b": "lokr_w1",
+    "dora_scale": "lora_down.weight", "magnitude": "lora_down.weight",
+}  # fmt: skip
+
+
 def _decomposed(slots: Slots, direction: Additive) -> Mapping[str, Delta]:
     """The change itself, or, where a `dora_scale` lies beside it, the weight under that magnitude."""
     plain, magnitude = slots.get("magnitude"), slots.get("dora_scale")
@@ -252,5 +280,5 @@ def made(modules: Mapping[str, Slots], alpha: Callable[[str, Slots], float | Non
         try:
             deltas |= {f"{module}.{leaf}": delta for leaf, delta in deltas_of(slots, alpha(module, slots)).items()}
         except LoratoolsError as error:
-            faults.append(error.at(tensor=next(iter(slots.keys.values()))))
+            faults.append(error.at(tensor=slots.first))
     return deltas, faults

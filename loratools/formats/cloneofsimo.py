@@ -64,7 +64,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
             except LoratoolsError as error:
                 faults.append(error.at(tensor=f"{part}:{index}:{next(iter(pair))}"))
         targets = {part: targets_of(container.metadata, part) for part in parts}
-        faults += [fault for part, found in parts.items() for fault in _gaps(part, found)]
+        faults += [fault for part in parts for fault in _gaps(part, {index for other, index in pairs if other == part})]
         raise_all(faults)
     except LoratoolsError as error:
         raise error.at(file=container.path) from None
@@ -108,8 +108,11 @@ def _low_rank(pair: Mapping[str, Ref], scale: float) -> LowRank:
     a, b = down.spec.shape, up.spec.shape
     if len(a) not in (2, 4) or len(b) != len(a) or a[0] != b[1] or any(size != 1 for size in b[2:]):
         found, expected = f"down {list(a)}, up {list(b)}", "down [rank, in], up [out, rank], or a convolution's with up [out, rank, 1, 1]"
-        remedy = "they are swapped" if len(a) == len(b) == 2 and a[1] == b[0] else None
+        remedy = "they are swapped" if len(a) == len(b) == 2 and a[1] == b[0] < min(a[0], b[1]) else None
         raise ShapeError("down and up do not meet", found=found, expected=expected, remedy=remedy)
+    if a[0] > min(a[1], b[0]):  # the project's own layers refuse that
+        found, expected = f"down {list(a)}, up {list(b)}", "down [rank, in], up [out, rank]"
+        raise ShapeError("the rank is above in and out", found=found, expected=expected, remedy="they are swapped")
     layer = "conv" if len(a) == 4 else "linear"
     return LowRank(A=down, B=up.reshape(*b[:2]), alpha=exact_alpha(scale, a[0]), layer=layer)
 
@@ -136,8 +139,8 @@ def targets_of(metadata: Mapping[str, str], part: str) -> tuple[frozenset[str], 
     return (frozenset(told),)
 
 
-def _gaps(part: str, found: Mapping[int, LowRank]) -> list[LoratoolsError]:
-    lacking = sorted(set(range(max(found) + 1)) - set(found))
+def _gaps(part: str, found: set[int]) -> list[LoratoolsError]:
+    lacking = sorted(set(range(max(found) + 1)) - found)
     fact, remedy = "modules are counted without gaps", "the file is incomplete"
     return [FormatError(fact, tensor=f"{part}:{index}:up", found="none", remedy=remedy) for index in lacking[:3]]
 

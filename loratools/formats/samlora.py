@@ -53,7 +53,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         for block in range((max(factors, default=-1) + 2) // 2):
             try:
                 query, value = (_pair(factors, 2 * block + place, scale) for place in (0, 1))
-                blocks.append(_alike(query, value))
+                blocks.append(_alike(block, query, value))
             except LoratoolsError as error:
                 faults.append(error)
         deltas: dict[str, Delta] = {f"block:{block}.weight": _fused(*pair) for block, pair in enumerate(blocks)}
@@ -99,8 +99,11 @@ def _pair(factors: Mapping[int, Mapping[str, Ref]], index: int, scale: float) ->
             raise FormatError(fact, tensor=here or f"w_{side}_{index:03}", remedy="the file is incomplete")
     A, B = pair["a"], pair["b"]
     a, b = A.spec.shape, B.spec.shape
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[1] != b[0]:
-        found, remedy = f"w_a {list(a)}, w_b {list(b)}", "they are swapped" if len(a) == len(b) == 2 and a[0] == b[1] else None
+    strange = next((f"w_{side}_{index:03}" for side, ref in pair.items() if not ref.spec.floating), None)
+    if strange is not None:
+        raise FormatError("not a floating-point tensor", tensor=strange, found=pair[strange[2]].spec)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[1] != b[0] or a[0] > a[1]:
+        found, remedy = f"w_a {list(a)}, w_b {list(b)}", "they are swapped" if a == b[::-1] and len(a) == 2 else None
         raise ShapeError("w_a and w_b do not meet", tensor=f"w_a_{index:03}", found=found, expected="[r, dim], [dim, r]", remedy=remedy)
     try:
         return LowRank(A=A, B=B, alpha=exact_alpha(scale, a[0]), layer="linear")
@@ -108,10 +111,11 @@ def _pair(factors: Mapping[int, Mapping[str, Ref]], index: int, scale: float) ->
         raise error.at(tensor=f"w_a_{index:03}") from None
 
 
-def _alike(query: LowRank, value: LowRank) -> tuple[LowRank, LowRank]:
+def _alike(block: int, query: LowRank, value: LowRank) -> tuple[LowRank, LowRank]:
     if query.A.spec.shape != value.A.spec.shape:
         found, expected = list(value.A.spec.shape), f"{list(query.A.spec.shape)}, as its queries have"
-        raise ShapeError("a block's values are changed at another size than its queries", found=found, expected=expected)
+        fact = "a block's values are changed at another size than its queries"
+        raise ShapeError(fact, tensor=f"w_a_{2 * block + 1:03}", found=found, expected=expected)
     return query, value
 
 

@@ -79,7 +79,7 @@ def _delta(name: str, pair: Mapping[str, Ref], scale: float) -> Delta:
             raise FormatError(f"has no {side} beside it", remedy="the file is incomplete")
     a, b = pair["down"].spec.shape, pair["up"].spec.shape
     if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-        remedy = "they are swapped" if len(a) == len(b) == 2 and a[1] == b[0] else None
+        remedy = "they are swapped" if len(a) == len(b) == 2 and a[1] == b[0] < min(a[0], b[1]) else None
         raise ShapeError("down and up do not meet", found=f"down {list(a)}, up {list(b)}", expected="[r, in], [out, r]", remedy=remedy)
     low = LowRank(A=pair["down"], B=pair["up"], alpha=exact_alpha(scale, a[0]), layer="linear")
     return Part(delta=low, start=0, stop=b[0]) if name.endswith(".linear1.weight") else low

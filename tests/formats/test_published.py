@@ -88,7 +88,7 @@ def test_counted_blocks_merge_onto_an_image_encoder(tmp_path: Path) -> None:
             expected[rows] += tensors[f"w_b_{index:03}"].double() @ tensors[f"w_a_{index:03}"].double()
         assert torch.allclose(out[names[block]].double(), expected, **HALF), block
     assert inspect(DATA / "sam_lora/lora_rank2.safetensors")["modules_total"] == 12
-    convert(DATA / "sam_lora/lora_rank2.safetensors", tmp_path / "peft", base=tmp_path / "base")
+    convert(DATA / "sam_lora/lora_rank2.safetensors", tmp_path / "peft", format="peft", base=tmp_path / "base")
     assert load(tmp_path / "peft").keys() == set(names)
 
 
