@@ -155,7 +155,14 @@ def _renamed(deltas: Mapping[str, Delta], renames: Sequence[tuple[str, str]]) ->
 def _dotted(deltas: Mapping[str, Delta], base: Iterable[str]) -> Mapping[str, Delta]:
     """Flat names as the base's that flatten to them; those the base lacks stay as they are."""
     met = meet(deltas, base)
-    return {met.get(word, word): delta for word, delta in deltas.items()}
+    found: dict[str, Delta] = {}
+    words: dict[str, str] = {}
+    for word, delta in deltas.items():
+        name = met.get(word, word)
+        if name in found:
+            raise MatchError("two of the adapter's modules are one of the base's", tensor=word, found=f"{words[name]}, both {name}")
+        found[name], words[name] = delta, word
+    return found
 
 
 def _missing(name: str) -> MatchError:

@@ -117,9 +117,12 @@ def _format_of(container: Container, name: str | None) -> Format:
         return found[0]
     total, looks = len(container.tensors), near(container.tensors, [row.name for row in FORMATS])
     if found:
-        claims = dict.fromkeys((row.name for row in found), 0) | {name: count for name, count in looks if name in {row.name for row in found}}
+        counts = dict(looks)
+        claims = [(row.name, counts.get(row.name, 0)) for row in found]
         remedy = "a file is of one format: write each of its adapters to a file of its own"
-        raise FormatError("several formats claim it", file=container.path, found=shown(claims.items(), total), remedy=remedy)
+        if container.config is not None:
+            remedy = "does the adapter_config.json beside it belong to it?"
+        raise FormatError("several formats claim it", file=container.path, found=shown(claims, total), remedy=remedy)
     keys = nearest(container.tensors)
     if any(".lora_A" in key or ".lora_embedding_A" in key for key in container.tensors):
         remedy = "put its adapter_config.json beside it: without one the scale is unknown"

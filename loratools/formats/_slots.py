@@ -83,12 +83,19 @@ class Slots:
     def __contains__(self, slot: str) -> bool:
         return slot in self.refs
 
+    def number(self, slot: str) -> float:
+        """The one number that a slot holds. Raises FormatError where it is none."""
+        try:
+            return scalar(self[slot], slot)
+        except LoratoolsError as error:
+            raise error.at(tensor=self.keys[slot]) from None
+
     def alpha(self, rank: int, given: float | None) -> float:
         """The alpha in the file, else the one a user gave, else the rank, which is what trainers mean by none."""
         ref = self.get("alpha")
         if ref is None:
             return float(rank) if given is None else given
-        value = scalar(ref, "alpha")
+        value = self.number("alpha")
         if value == 0 and given is None:
             raise AmbiguousError(
                 "alpha is 0, which kohya reads as the rank and ComfyUI as no effect", tensor=self.keys["alpha"],
@@ -150,7 +157,7 @@ def _lokr(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     ranked = refs.get("w1_b", refs.get("w2_b"))
     if ranked is None:
         told = slots.get("alpha")
-        return _decomposed(slots, LoKr(**refs, scale=1.0, alpha=None if told is None else scalar(told, "alpha")))
+        return _decomposed(slots, LoKr(**refs, scale=1.0, alpha=None if told is None else slots.number("alpha")))
     rank = ranked.spec.shape[0]
     scale = slots.alpha(rank, alpha)
     return _decomposed(slots, LoKr(**refs, scale=scale / rank, alpha=scale))
@@ -163,7 +170,7 @@ def _turned(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
         expected = "[blocks, b, b] or [factors, blocks, b, b]"
         raise ShapeError("no blocks of rotations", tensor=slots.keys["oft_blocks"], found=list(shape), expected=expected)
-    constraint = 0.0 if told is None else scalar(told, "alpha")
+    constraint = 0.0 if told is None else slots.number("alpha")
     bound = constraint * shape[-1] * shape[-3] if constraint > 0 else None
     if len(shape) == 3:  # diag_oft.py contracts over the first axis of a rotation, which is its inverse; boft.py over the second
         return {"weight": Rotated(numbers=numbers, side="out", scale=scale, factor=-1.0, bound=bound, together=True, floor=1e-8)}
@@ -182,7 +189,7 @@ def _norm(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
 
 def _ia3(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     slots.get("alpha")
-    return {"weight": Scaled(l=slots["weight"], axis=1 if scalar(slots["on_input"], "on_input") else 0, offset=1.0)}
+    return {"weight": Scaled(l=slots["weight"], axis=1 if slots.number("on_input") else 0, offset=1.0)}
 
 
 def _set(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:

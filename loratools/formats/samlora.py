@@ -26,7 +26,7 @@ from loratools.tensorfile import Ref, Spec
 NAME = "samlora"
 MARKS = ("w_a_", "w_b_", "fc_")
 HEAD = "head.weight"
-_KEY = re.compile(r"w_(?P<side>[ab])_(?P<index>\d{3,})")
+_KEY = re.compile(r"w_(?P<side>[ab])_(?P<index>\d{3}|[1-9]\d{3,})")
 _HEAD = re.compile(r"fc_(?P<into>\d+)in_(?P<out>\d+)out")
 _DECODER = ("prompt_encoder.", "mask_decoder.")  # of a SAM that was trained whole beside its encoder's LoRA
 _FUSED = re.compile(r"(?P<root>(?:.+\.)?(?:blocks|layers))\.(?P<block>\d+)\.attn\.qkv\.weight")

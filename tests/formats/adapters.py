@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loratools.formats.native import encode
-from loratools.formats.base import write_container
 from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
+from loratools.formats.native import encode
 from loratools.tensors import to_ref
 from tests.files import peft_config, write_checkpoint
 from tests.strategies import randn
