@@ -124,7 +124,7 @@ def _format_of(container: Container, name: str | None) -> Format:
             remedy = "does the adapter_config.json beside it belong to it?"
         raise FormatError("several formats claim it", file=container.path, found=shown(claims, total), remedy=remedy)
     keys = nearest(container.tensors)
-    if any(".lora_A" in key or ".lora_embedding_A" in key for key in container.tensors):
+    if any(".lora_A." in key or ".lora_embedding_A" in key for key in container.tensors):
         remedy = "put its adapter_config.json beside it: without one the scale is unknown"
         raise FormatError(
             "peft tensors without an adapter_config.json that names a peft_type", file=container.path, found=keys, remedy=remedy

@@ -69,8 +69,13 @@ def test_most_keys_of_a_format_look_like_its_own() -> None:
 
 UNKNOWN = {
     "a half": ({"q.lora_A": (2, 4), "k.lora_A": (2, 4)}, "nearest loralib (2 of 2 keys); loralib needs lora_A and lora_B of a module"),
-    "a prefix": ({"lora_foo_x.lora_down.weight": (2, 4), "other": (3,)}, "nearest kohya (1 of 2 keys); kohya needs a prefix such as lora_unet_"),
-    "two looks": ({"h.0.lora_b": (2, 4), "x.lora.A": (4, 2), "y.lora.A": (4, 2)}, "nearest scratch (2 of 3 keys), mlx (1 of 3 keys); scratch needs"),
+    "a prefix": (
+        {"lora_foo_x.lora_down.weight": (2, 4), "other": (3,)}, "nearest kohya (1 of 2 keys); kohya needs a prefix such as lora_unet_",
+    ),
+    "two looks": (
+        {"h.0.lora_b": (2, 4), "x.lora.A": (4, 2), "y.lora.A": (4, 2)},
+        "nearest scratch (2 of 3 keys), mlx (1 of 3 keys); scratch needs lora.A and lora.B of a module; mlx needs MLX's adapter_config.json",
+    ),
     "none": ({"blocks.0.mystery": (2, 2)}, "is it a checkpoint, or an adapter of another program?"),
 }  # fmt: skip
 

@@ -46,7 +46,7 @@ def test_merges_as_diffusers_converts(tmp_path: Path) -> None:
     theirs = _convert_xlabs_flux_lora_to_diffusers(tensors())
 
     def change(*names: str) -> Tensor:
-        pairs = [(theirs[f"transformer.{name}.lora_B.weight"].double(), theirs[f"transformer.{name}.lora_A.weight"].double()) for name in names]
+        pairs = [[theirs[f"transformer.{name}.lora_{side}.weight"].double() for side in "BA"] for name in names]
         return torch.cat([B @ A for B, A in pairs]).float()
 
     double, single = "transformer_blocks.0.attn", "single_transformer_blocks.1"
@@ -70,6 +70,7 @@ def test_round_trip_keeps_bytes(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
-    save_file({"down_blocks.0.fc.lora.down.weight": torch.ones(2, 4), "down_blocks.0.fc.lora.up.weight": torch.ones(4, 2)}, tmp_path / "x.safetensors")
+    path = "down_blocks.0.fc.lora"
+    save_file({f"{path}.down.weight": torch.ones(2, 4), f"{path}.up.weight": torch.ones(4, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(NotExpressible, match="these files change the attention of Flux' blocks alone"):
         encode(load(tmp_path / "x.safetensors"), "xlabs")
