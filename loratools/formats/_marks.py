@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 LOOKS = {
-    "peft": r".*\.(lora_(embedding_)?[ABE]|lora_magnitude_vector)(\.[^.]+)?(\.weight|\.bias)?|base_model\.model\..*",
+    "peft": r".*\.lora_([ABE]|magnitude_vector)(\.[^.]+)?\.(weight|bias)|.*\.lora_(embedding_[AB]|magnitude_vector)|base_model\.model\..*",
     "loralib": r"(.*\.)?lora_[AB]",
     "kohya": r"(lora_[a-z0-9]+|lycoris)_[^.]*\.(lora_(down|up|mid)\.weight|alpha|dora_scale|hada_.*|lokr_.*|oft_.*|diff(_b)?)",
     "diffusers": r"(unet|transformer|transformer_2|text_encoder|text_encoder_2|prior|controlnet)\..*lora.*",

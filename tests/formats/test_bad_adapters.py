@@ -265,7 +265,7 @@ TWICE: list[tuple[str, str, dict[str, torch.Tensor], str]] = [
         "unet:4:up: modules are counted without gaps",
     ),
     ("another part", "cloneofsimo", {"vae:0:up": torch.ones(6, 2)}, "vae:0:up: a part whose modules are not known"),
-    ("a head of another shape", "samlora", {"fc_6in_3out": torch.ones(6, 3)}, "alpha is not in the file: it is an argument of LoRA-ViT's class"),
+    ("a head without an alpha", "samlora", {"fc_6in_3out": torch.ones(3, 6)}, "alpha is not in the file: it is an argument of LoRA-ViT's"),
     ("a third factor", "loralib", {"down_blocks.0.fc.weight": torch.ones(4, 6)}, "whether the LoRA is already merged"),
     ("no layer of its", "scratch", {"down_blocks.0.fc.linear.weight": torch.ones(4, 5)}, "the factors do not fit the layer"),
     ("an m of no size", "mlx", {"down_blocks.0.fc.m": torch.ones(3)}, "the magnitude does not fit its factors: found [3], expected [4]"),

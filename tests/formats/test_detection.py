@@ -74,7 +74,7 @@ UNKNOWN = {
     ),
     "two looks": (
         {"h.0.lora_b": (2, 4), "x.lora.A": (4, 2), "y.lora.A": (4, 2)},
-        "nearest scratch (2 of 3 keys), mlx (1 of 3 keys); scratch needs lora.A and lora.B of a module; mlx needs MLX's adapter_config.json",
+        "nearest scratch (2 of 3 keys), mlx (1 of 3 keys); scratch needs lora.A and lora.B of a module; mlx needs MLX's",
     ),
     "none": ({"blocks.0.mystery": (2, 2)}, "is it a checkpoint, or an adapter of another program?"),
 }  # fmt: skip
