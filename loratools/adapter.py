@@ -27,8 +27,10 @@ class Adapter(Mapping[str, Delta]):
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
     are what a person should be told; `left` counts the deltas that a base should have a tensor for, and had none; `initial` are
     the files of the adapter as it was initialised, where its own do not tell what it means; names of a `flat` one have underscores
-    for dots (`flatnames`). `pending` makes, of the `config.json` of the base that it meets, the adapter that its file could not
-    tell without, and `model` is that config once it has met one: what formats need that are written for one model.
+    for dots (`flatnames`); of one whose file counts modules instead of naming them, `numbered` puts its deltas under a base's names,
+    and leaves as they are those that the base tells nothing of. `pending` makes, of the `config.json` of the base that it meets, the
+    adapter that its file could not tell without, and `model` is that config once it has met one: what formats need that are written
+    for one model.
     """
 
     deltas: Mapping[str, Delta]
@@ -44,6 +46,7 @@ class Adapter(Mapping[str, Delta]):
     flat: bool = False
     pending: Callable[[Mapping[str, Any]], Adapter] | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
+    numbered: Callable[[Mapping[str, Delta], Mapping[str, Spec]], Mapping[str, Delta]] | None = None
 
     def __getitem__(self, name: str) -> Delta:
         return self.deltas[name]
@@ -88,14 +91,17 @@ class Adapter(Mapping[str, Delta]):
         except LoratoolsError as error:
             raise error.at(file=self.path) from None
         notes = (*self.notes, *found.notes)
-        return replace(self, deltas=found.deltas, notes=notes, expects=None, left=found.left, flat=False, model=family.config)
+        return replace(
+            self, deltas=found.deltas, notes=notes, expects=None, left=found.left, flat=False, numbered=None, model=family.config,
+        )  # fmt: skip
 
     def _told(self) -> Told:
         peft = self.metadata.get("peft", {})
         # peft's OLoRA moves a part of W as it lies, and adds the change to it turned: for a weight stored (in, out) that is no LoRA
         olora = str(peft.get("init_lora_weights")).lower() == "olora"
         straight = "peft's OLoRA changes weights stored (in, out) as if they were (out, in)" if olora else None
-        return Told(flat=self.flat, expects=self.expects, flagged=bool(peft.get("fan_in_fan_out")), straight=straight)
+        flagged = bool(peft.get("fan_in_fan_out"))
+        return Told(flat=self.flat, numbered=self.numbered, expects=self.expects, flagged=flagged, straight=straight)
 
 
 def is_whole(delta: Delta) -> bool:

@@ -110,6 +110,9 @@ def make_plan(
     for adapter, strength in adapters:
         resolved = adapter.resolve(known, family, renames=renames, allow_unmatched=allow_unmatched)
         plan.notes += [note for note in resolved.notes if note not in plan.notes]
+        if adapter.passengers:
+            shown = ", ".join([*adapter.passengers][:3]) + (", …" if len(adapter.passengers) > 3 else "")
+            plan.notes.append(f"{len(adapter.passengers)} tensors of the adapter change no weight and are left out: {shown}")
         plan.expected += len(resolved) + resolved.left
         for name, delta in resolved.items():
             if strength == 0:

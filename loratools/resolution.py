@@ -23,11 +23,13 @@ from loratools.tensorfile import Spec
 class Told:
     """What an adapter's file tells of its weights beside their changes.
 
-    `flat` names have underscores for dots (`flatnames`); `expects` are, of a base's specs, the tensors it promises to change; a
-    `flagged` one has seen weights stored transposed; `straight` says why it can change none that are, where it cannot.
+    `flat` names have underscores for dots (`flatnames`); `numbered` puts the deltas of modules that a file counts under a base's
+    names; `expects` are, of a base's specs, the tensors it promises to change; a `flagged` one has seen weights stored transposed;
+    `straight` says why it can change none that are, where it cannot.
     """
 
     flat: bool = False
+    numbered: Callable[[Mapping[str, Delta], Mapping[str, Spec]], Mapping[str, Delta]] | None = None
     expects: Callable[[Mapping[str, Spec]], Iterable[str]] | None = None
     flagged: bool = False
     straight: str | None = None
@@ -54,7 +56,8 @@ def resolve(
     """The deltas of an adapter under the base's names, each known to fit its weight; raises what `Adapter.resolve` says."""
     renamed = _renamed(deltas, renames)
     bridge = bridge_of(renamed, base, flat=told.flat)
-    named = _dotted(renamed, bridge.specs) if told.flat else renamed
+    dotted = _dotted(renamed, bridge.specs) if told.flat else renamed
+    named = told.numbered(dotted, base) if told.numbered is not None else dotted
     fixed = {name for name in named if name in base and name not in deltas}
     view, (names, notes) = view_of(named, bridge.specs, layouts_of(family), lambda: () if family.types else every_layout(), fixed)
     meeting = _Meeting(view, bridge, family, told, allow_unmatched, list(notes))
@@ -158,7 +161,14 @@ def _renamed(deltas: Mapping[str, Delta], renames: Sequence[tuple[str, str]]) ->
 def _dotted(deltas: Mapping[str, Delta], base: Iterable[str]) -> Mapping[str, Delta]:
     """Flat names as the base's that flatten to them; those the base lacks stay as they are."""
     met = meet(deltas, base)
-    return {met.get(word, word): delta for word, delta in deltas.items()}
+    found: dict[str, Delta] = {}
+    words: dict[str, str] = {}
+    for word, delta in deltas.items():
+        name = met.get(word, word)
+        if name in found:
+            raise MatchError("two of the adapter's modules are one of the base's", tensor=word, found=f"{words[name]}, both {name}")
+        found[name], words[name] = delta, word
+    return found
 
 
 def _missing(name: str) -> MatchError:

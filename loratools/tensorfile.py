@@ -256,7 +256,8 @@ def identity(ref: Ref) -> tuple[int, int]:
 def file_of(ref: Ref) -> Path | None:
     """The file a tensor lies in, if any."""
     found = origin(ref)
-    return found.path if isinstance(found, InFile) else None
+    joined = getattr(found, "parts", ())
+    return found.path if isinstance(found, InFile) else file_of(joined[0]) if joined else None
 
 
 class WeightFile(Mapping[str, Ref]):

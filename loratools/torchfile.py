@@ -30,14 +30,17 @@ class TorchFile(WeightFile):
     """A torch pickle of tensors by name, in the order it has them.
 
     `mapped` tells whether the file is mapped or had to be read whole, `beside` the keys that lie beside the dictionary of
-    tensors, `aliases` the sets of names under which it holds one and the same tensor. Raises FormatError, naming the file, for
-    what torch cannot read, for a pickle of more than tensors, and for tensors that a safetensors file cannot hold.
+    tensors, `aliases` the sets of names under which it holds one and the same tensor; with `lists` a list of pairs of matrices is
+    read too, under "0", "1", … Raises FormatError, naming the file, for what torch cannot read, for a pickle of more than tensors,
+    and for tensors that a safetensors file cannot hold.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, lists: bool = False) -> None:
         self.path = Path(path)
         table, self.mapped = _load(self.path)
         table, self.beside = _unwrapped(table)
+        if lists and _is_pairs(table):
+            table = {str(place): tensor for place, tensor in enumerate(table)}
         if not isinstance(table, dict) or not table:
             raise FormatError("not a dictionary of tensors", file=self.path, found=type(table).__name__ if table != {} else "an empty one")
         refs: dict[str, Ref] = {}
@@ -81,6 +84,13 @@ def _unwrapped(table: Any) -> tuple[Any, tuple[str, ...]]:
     if inner is None:
         return table, ()
     return table[inner], tuple(str(key) for key in table if key != inner)
+
+
+def _is_pairs(table: Any) -> bool:
+    """Whether it is a list of an even number of tensors, each of two axes or more."""
+    import torch
+
+    return isinstance(table, list) and len(table) % 2 == 0 and all(isinstance(one, torch.Tensor) and one.ndim >= 2 for one in table)
 
 
 def _ref(name: Any, tensor: Any) -> Ref:

@@ -44,7 +44,9 @@ class LowRank(Additive):
     def __post_init__(self) -> None:
         a, b = self.A.spec.shape, self.B.spec.shape
         if len(a) < 2 or len(b) != 2 or a[0] != b[1]:
-            raise ShapeError("A and B do not meet", found=f"A {list(a)}, B {list(b)}", expected="A [rank, in, ...], B [out, rank]")
+            remedy = "they are swapped" if len(a) == len(b) == 2 and a[1] == b[0] < min(a[0], b[1]) else None
+            found, expected = f"A {list(a)}, B {list(b)}", "A [rank, in, ...], B [out, rank]"
+            raise ShapeError("A and B do not meet", found=found, expected=expected, remedy=remedy)
         if a[0] == 0:
             raise ShapeError("rank 0", found=f"A {list(a)}, B {list(b)}", expected="a rank of at least 1")
 

@@ -5,6 +5,7 @@ A format is one file with NAME, `detect` and `decode` (and an `encode` where it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError, UsageError
 from loratools.formats import (
+    cloneofsimo,
+    cloneofsimo_encode,
     comfyui,
     diffusers,
     diffusers_encode,
@@ -24,10 +27,13 @@ from loratools.formats import (
     native,
     peft,
     peft_encode,
+    samlora,
     scratch,
     torchtune,
     trtllm,
+    xlabs,
 )
+from loratools.formats._marks import NEEDS, near, shown
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -53,6 +59,9 @@ FORMATS = (
     Format(trtllm.NAME, trtllm.detect, trtllm.decode, trtllm.encode),
     Format(gguf.NAME, gguf.detect, gguf.decode, gguf_encode.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
+    Format(cloneofsimo.NAME, cloneofsimo.detect, cloneofsimo.decode, cloneofsimo_encode.encode),
+    Format(samlora.NAME, samlora.detect, samlora.decode, samlora.encode),
+    Format(xlabs.NAME, xlabs.detect, xlabs.decode, xlabs.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),
 )
 
@@ -90,8 +99,14 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     if adapter.flat and row.name in _DOTTED:
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
         raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
+    counted = next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
+    if counted is not None and row.name != adapter.format:
+        fact = "its file counts modules instead of naming them, and which this is only the base tells"
+        raise NotExpressible(fact, file=adapter.path, tensor=counted, remedy="convert --base gives it the model's names")
     return row.encode(adapter)
 
+
+_COUNTED = re.compile(r"\w+:\d+\.weight")  # a module's place in the order of a file that has no names
 
 # formats whose readers look for a module of the name written, and skip some that they do not find without a word
 _DOTTED = (peft.NAME, native.NAME, loralib.NAME, scratch.NAME)
@@ -106,12 +121,21 @@ def _format_of(container: Container, name: str | None) -> Format:
     found = [row for row in FORMATS if row.detect(container)]
     if len(found) == 1:
         return found[0]
+    total, looks = len(container.tensors), near(container.tensors, [row.name for row in FORMATS])
     if found:
-        raise FormatError("several formats claim it", file=container.path, found=", ".join(row.name for row in found), remedy="give --from")
+        counts = dict(looks)
+        claims = [(row.name, counts.get(row.name, 0)) for row in found]
+        remedy = "a file is of one format: write each of its adapters to a file of its own"
+        if container.config is not None:
+            remedy = "does the adapter_config.json beside it belong to it?"
+        raise FormatError("several formats claim it", file=container.path, found=shown(claims, total), remedy=remedy)
     keys = nearest(container.tensors)
-    if any(".lora_A" in key or ".lora_embedding_A" in key for key in container.tensors):
+    if any(".lora_A." in key or ".lora_embedding_A" in key for key in container.tensors):
         remedy = "put its adapter_config.json beside it: without one the scale is unknown"
         raise FormatError(
             "peft tensors without an adapter_config.json that names a peft_type", file=container.path, found=keys, remedy=remedy
         )
-    raise UnsupportedError("no format that loratools reads", file=container.path, found=keys)
+    best = looks[:3]
+    needs = [f"{name} needs {NEEDS[name]}" for name, _ in best if name in NEEDS]
+    remedy = "; ".join([f"nearest {shown(best, total)}", *needs]) if best else "is it a checkpoint, or an adapter of another program?"
+    raise UnsupportedError("no format that loratools reads", file=container.path, found=keys, remedy=remedy)

@@ -20,7 +20,7 @@ from loratools.deltas.padded import Padded
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
 from loratools.formats._module import Slots, check_tail, matrix
-from loratools.formats._scalar import scalar, whole_numbers
+from loratools.formats._scalar import whole_numbers
 from loratools.formats._turned import glora, own_rotations, rotations
 
 
@@ -56,7 +56,7 @@ def _lokr(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     ranked = refs.get("w1_b", refs.get("w2_b"))
     if ranked is None:
         told = slots.get("alpha")
-        return _decomposed(slots, LoKr(**refs, scale=1.0, alpha=None if told is None else scalar(told, "alpha")))
+        return _decomposed(slots, LoKr(**refs, scale=1.0, alpha=None if told is None else slots.number("alpha")))
     rank = ranked.spec.shape[0]
     scale = slots.alpha(rank, alpha)
     return _decomposed(slots, LoKr(**refs, scale=scale / rank, alpha=scale))
@@ -74,7 +74,7 @@ def _norm(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
 
 def _ia3(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     slots.get("alpha")
-    return {"weight": Scaled(l=slots["weight"], axis=1 if scalar(slots["on_input"], "on_input") else 0, offset=1.0)}
+    return {"weight": Scaled(l=slots["weight"], axis=1 if slots.number("on_input") else 0, offset=1.0)}
 
 
 def _set(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from loratools.errors import AmbiguousError, FormatError, ShapeError
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError
 from loratools.formats._scalar import scalar
 from loratools.tensorfile import Ref
+
+# other spellings of the same things: peft's, those of diffusers' older releases, and bare ones
+OTHERS = {
+    "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_A.default.weight": "lora_down.weight",
+    "lora_B.default.weight": "lora_up.weight", "lora.down.weight": "lora_down.weight", "lora.up.weight": "lora_up.weight",
+    "lora_linear_layer.down.weight": "lora_down.weight", "lora_linear_layer.up.weight": "lora_up.weight", "lora_A": "lora_down.weight",
+    "lora_B": "lora_up.weight", "lora_B.bias": "lora_bias", "lora_B.default.bias": "lora_bias", "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude", "lora_magnitude_vector.default.weight": "magnitude", "magnitude": "magnitude",
+}  # fmt: skip
 
 
 @dataclass
@@ -19,9 +28,26 @@ class Slots:
 
     def __getitem__(self, slot: str) -> Ref:
         if slot not in self.refs:
-            raise FormatError(f"has no {slot} beside it", tensor=next(iter(self.keys.values())), remedy="the file is incomplete")
+            raise FormatError(f"has no {self.spelt(slot)} beside it", tensor=self.first, remedy="the file is incomplete")
         self.used.add(slot)
         return self.refs[slot]
+
+    @property
+    def first(self) -> str:
+        """The key that stands for the module in a message: that of a factor rather than of its alpha."""
+        return next((key for slot, key in self.keys.items() if slot != "alpha"), next(iter(self.keys.values())))
+
+    def spelt(self, slot: str) -> str:
+        """A slot as this file would spell it."""
+        pair = ("lora_down.weight", "lora_up.weight")
+        if slot not in pair or (key := self.keys.get(pair[slot == pair[0]])) is None:
+            return slot
+        suffix = max((text for text in (*OTHERS, *pair) if key.endswith(text)), key=len, default=pair[slot == pair[0]])
+        for words in (("lora_A", "lora_B"), ("down", "up")):
+            here, there = words if slot == pair[1] else words[::-1]
+            if here in suffix:
+                return suffix.replace(here, there)
+        return slot
 
     def get(self, slot: str) -> Ref | None:
         self.used.add(slot)
@@ -30,12 +56,19 @@ class Slots:
     def __contains__(self, slot: str) -> bool:
         return slot in self.refs
 
+    def number(self, slot: str) -> float:
+        """The one number that a slot holds. Raises FormatError where it is none."""
+        try:
+            return scalar(self[slot], slot)
+        except LoratoolsError as error:
+            raise error.at(tensor=self.keys[slot]) from None
+
     def alpha(self, rank: int, given: float | None) -> float:
         """The alpha in the file, else the one a user gave, else the rank, which is what trainers mean by none."""
         ref = self.get("alpha")
         if ref is None:
             return float(rank) if given is None else given
-        value = scalar(ref, "alpha")
+        value = self.number("alpha")
         if value == 0 and given is None:
             raise AmbiguousError(
                 "alpha is 0, which kohya reads as the rank and ComfyUI as no effect", tensor=self.keys["alpha"],

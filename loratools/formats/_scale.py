@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from loratools.errors import FormatError, NotExpressible
+from loratools.errors import FormatError, NotExpressible, ShapeError
 
 ALPHA = "loratools.alpha"  # metadata of files that loratools writes in formats without an alpha
 
 
 def exact_alpha(scaling: float, rank: int) -> float:
-    """The alpha whose quotient by the rank is this scaling, to the last bit where there is one.
+    """The alpha whose quotient by the rank is this scaling, to the last bit where there is one. Raises ShapeError for rank 0.
 
     >>> exact_alpha(16.0, 7)
     112.0
     """
+    if rank == 0:
+        raise ShapeError("rank 0", expected="a rank of at least 1")
     near = scaling * rank
     candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     return next((alpha for alpha in candidates if alpha / rank == scaling), near)

@@ -9,7 +9,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.full import Full
 from loratools.errors import FormatError, LoratoolsError
 from loratools.formats._kinds import KINDS
-from loratools.formats._module import Slots
+from loratools.formats._module import OTHERS, Slots
 from loratools.tensorfile import Ref
 
 _OWN = (
@@ -17,17 +17,16 @@ _OWN = (
     r"|[ab][12]\.weight|bm\.weight|oft_blocks(?:\.\d+)?|oft_diag|rescale|scalar|set_weight|reshape_weight"
 )
 SUFFIX = re.compile(rf"(?P<module>.+?)\.(?P<slot>{_OWN}|weight)")
-# other spellings of the same things: peft's, those of diffusers' older releases, and bare ones
-_OTHERS = {
-    "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_A.default.weight": "lora_down.weight",
-    "lora_B.default.weight": "lora_up.weight", "lora.down.weight": "lora_down.weight", "lora.up.weight": "lora_up.weight",
-    "lora_linear_layer.down.weight": "lora_down.weight", "lora_linear_layer.up.weight": "lora_up.weight", "lora_A": "lora_down.weight",
-    "lora_B": "lora_up.weight", "lora_B.bias": "lora_bias", "lora_B.default.bias": "lora_bias", "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude", "lora_magnitude_vector.default.weight": "magnitude", "magnitude": "magnitude",
-}  # fmt: skip
-SPELLINGS = re.compile(rf"(?P<module>.+?)\.(?P<slot>{_OWN}|{'|'.join(re.escape(text) for text in _OTHERS)})")
+SPELLINGS = re.compile(rf"(?P<module>.+?)\.(?P<slot>{_OWN}|{'|'.join(re.escape(text) for text in OTHERS)})")
 # diffusers in 2023: attn1.processor.to_q_lora.down.weight is a tensor of attn1.to_q
 _PROCESSOR = re.compile(r"(?P<module>.+)\.processor\.(?P<part>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight")
+
+# what is nothing without another, by which its kind is known
+_HALVES = {
+    "lora_up.weight": "lora_down.weight", "lora_mid.weight": "lora_down.weight", "hada_w1_a": "hada_w1_b", "hada_w2_a": "hada_w1_b",
+    "hada_w2_b": "hada_w1_b", "lokr_w1_b": "lokr_w1_a", "lokr_w2": "lokr_w1", "lokr_w2_a": "lokr_w1", "lokr_w2_b": "lokr_w1",
+    "dora_scale": "lora_down.weight", "magnitude": "lora_down.weight",
+}  # fmt: skip
 
 
 def deltas_of(slots: Slots, alpha: float | None) -> dict[str, Delta]:
@@ -37,8 +36,11 @@ def deltas_of(slots: Slots, alpha: float | None) -> dict[str, Delta]:
     """
     kinds = [kind for kind in KINDS if kind in slots]
     if len(kinds) > 1:
-        raise FormatError("of several kinds at once", tensor=next(iter(slots.keys.values())), found=", ".join(kinds))
+        raise FormatError("of several kinds at once", tensor=slots.first, found=", ".join(kinds))
     found: dict[str, Delta] = {}
+    half = next((slot for slot in _HALVES if slot in slots), None) if not kinds else None
+    if half is not None:
+        slots[_HALVES[half]]  # raises: it is what the kind would be known by
     if kinds:
         found = dict(KINDS[kinds[0]](slots, alpha))
     for slot, leaf in (("diff_b", "bias"), ("b_norm", "bias")):
@@ -76,7 +78,7 @@ def _place(key: str, grammar: re.Pattern[str]) -> tuple[str, str] | None:
         part = "to_out.0" if match["part"] == "to_out" else match["part"]
         return f"{match['module']}.{part}", f"lora_{match['side']}.weight"
     match = grammar.fullmatch(key)
-    return None if match is None else (match["module"], _OTHERS.get(match["slot"], match["slot"]))
+    return None if match is None else (match["module"], OTHERS.get(match["slot"], match["slot"]))
 
 
 def made(modules: Mapping[str, Slots], alpha: Callable[[str, Slots], float | None]) -> tuple[dict[str, Delta], list[LoratoolsError]]:
@@ -87,5 +89,5 @@ def made(modules: Mapping[str, Slots], alpha: Callable[[str, Slots], float | Non
         try:
             deltas |= {f"{module}.{leaf}": delta for leaf, delta in deltas_of(slots, alpha(module, slots)).items()}
         except LoratoolsError as error:
-            faults.append(error.at(tensor=next(iter(slots.keys.values()))))
+            faults.append(error.at(tensor=slots.first))
     return deltas, faults

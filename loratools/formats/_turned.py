@@ -16,7 +16,7 @@ from loratools.deltas.compose import Chain, Part
 from loratools.deltas.rotated import Rotated
 from loratools.errors import AmbiguousError, FormatError, NotExpressible, ShapeError
 from loratools.formats._module import Slots, check_tail, matrix
-from loratools.formats._scalar import as_float32, number, scalar
+from loratools.formats._scalar import as_float32, number
 from loratools.tensorfile import Ref
 
 _FLOOR = 1e-8  # added to a norm
@@ -70,7 +70,7 @@ def rotations(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
         expected = "[blocks, b, b] or [factors, blocks, b, b]"
         raise ShapeError("no blocks of rotations", tensor=slots.keys["oft_blocks"], found=list(shape), expected=expected)
-    constraint = 0.0 if told is None else scalar(told, "alpha")
+    constraint = 0.0 if told is None else slots.number("alpha")
     bound = constraint * (shape[-1] * shape[-3]) if constraint > 0 else None
     if len(shape) == 3:  # diag_oft.py contracts over the first axis of a rotation, which is its inverse; boft.py over the second
         return {"weight": Rotated(numbers=numbers, side="out", scale=scale, factor=-1.0, bound=bound, together=True, floor=_FLOOR)}
@@ -92,7 +92,7 @@ def own_rotations(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     A norm above the bound becomes bound·(norm + 10⁻⁸)⁻¹ of itself, 10⁻⁸ added to the bound too; an alpha of 0 is a bound of 0.
     """
     places = sorted((int(slot.rpartition(".")[2]), slot) for slot in slots.refs if slot.startswith("oft_blocks."))
-    constraint = scalar(slots["alpha"], "alpha")
+    constraint = slots.number("alpha")
     parts: list[Delta] = []
     for index, (place, slot) in enumerate(places):
         numbers = slots[slot]

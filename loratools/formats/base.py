@@ -150,8 +150,8 @@ def _weights_in(folder: Path) -> Path:
 
 
 def load_pickle(path: Path) -> dict[str, Ref]:
-    """A torch pickle of tensors by name, loaded with weights_only so that no code in it runs."""
-    return dict(TorchFile(path))
+    """A torch pickle of tensors by name, or of a list of them, loaded with weights_only so that no code in it runs."""
+    return dict(TorchFile(path, lists=True))
 
 
 def load_npz(path: Path) -> dict[str, Ref]:

@@ -47,9 +47,8 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     """
     options = options or ReadOptions()
     passengers = {key: ref for key, ref in container.tensors.items() if _PASSENGER.match(key)}
-    spelt = {_FLATTENED.sub(r".\1", key): ref for key, ref in container.tensors.items() if key not in passengers}
     try:
-        modules, others = collect(spelt)
+        modules, others = collect(_spelt({key: ref for key, ref in container.tensors.items() if key not in passengers}))
         _as_parts(modules)
         deltas, faults = made(modules, lambda module, slots: options.alpha)
         faults += _strays(others, modules)
@@ -66,6 +65,17 @@ def _as_parts(modules: Mapping[str, Slots]) -> None:
     for name, slots in modules.items():
         if name.startswith(OWN) and "oft_blocks" in slots:
             slots.refs["oft_blocks.0"], slots.keys["oft_blocks.0"] = slots.refs.pop("oft_blocks"), slots.keys.pop("oft_blocks")
+
+
+def _spelt(tensors: Mapping[str, Ref]) -> dict[str, Ref]:
+    """The tensors under keys whose suffix has its dot."""
+    found: dict[str, Ref] = {}
+    for key, ref in tensors.items():
+        spelt = _FLATTENED.sub(r".\1", key)
+        if spelt in found:
+            raise FormatError("the same tensor twice under two spellings", tensor=key, found=spelt)
+        found[spelt] = ref
+    return found
 
 
 def _strays(others: Mapping[str, Ref], modules: Mapping[str, object]) -> list[LoratoolsError]:

@@ -58,6 +58,10 @@ class Base:
 def resolved(adapters: Iterable[Adapter], base: Base | None) -> list[Adapter]:
     """The adapters under the base's names, or as they are where there is none. Raises MatchError where names are of two spellings."""
     adapters = list(adapters)
+    if base is None and len({one.numbered is None for one in adapters}) > 1:
+        counted = next(one for one in adapters if one.numbered is not None)
+        fact = "its file counts modules instead of naming them, as the others' do"
+        raise MatchError(fact, file=counted.path, found=next(iter(counted)), remedy="give --base")
     if base is None and len({one.flat for one in adapters}) > 1:
         flat = next(one for one in adapters if one.flat)
         fact = "its names have underscores where the others' have dots, so no tensor of theirs would meet"

@@ -163,4 +163,7 @@ def _fill(
     receipt.applied = plan.without_effect + sum(statistic.applied for statistic in statistics.values())
     receipt.tensors = [statistic.row(name) for name, statistic in statistics.items()]
     receipt.left_out, receipt.changed_files, receipt.notes = done.left_out, done.changed_files, checkpoint.notes + done.notes + plan.notes
+    reason = "changes no weight, such as a textual inversion: it stays in the adapter"
+    names = [name for adapter in adapters for name in adapter.passengers]
+    receipt.left_out = receipt.left_out + [{"name": name, "reason": reason, "relative_norm": None} for name in names]
     receipt.history = history_of(checkpoint)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 
 import pytest
 
-from loratools.errors import UnsupportedError
+import loratools.formats as formats
+from loratools.errors import FormatError, UnsupportedError
 from loratools.formats import FORMATS, load
+from loratools.formats._marks import LOOKS
 from loratools.formats.base import Container, open_container
 from tests.files import write_adapter
+from tests.formats.adapters import SMALL
 from tests.formats.keytables import TABLES, container
 from tests.strategies import randn
 
@@ -19,7 +24,10 @@ EXPECTED = {
     "flux_lora_aitoolkit_format": "comfyui", "flux_lora_diffusers_format": "diffusers", "flux_lora_kohya_format": "kohya",
     "krea2_lora_kohya_format": "kohya", "qwen_image_lora_kohya_format": "kohya",
 }  # fmt: skip
-REAL = {"peft_clip_text_encoder": "peft", "peft_convnext": "peft", "loralib/roberta_base_lora_mnli.bin": "loralib"}
+REAL = {
+    "cloneofsimo/lora_disney_inpainting.safetensors": "cloneofsimo", "mlx": "mlx", "sam_lora/lora_rank2.safetensors": "samlora",
+    "peft_clip_text_encoder": "peft", "peft_convnext": "peft", "loralib/roberta_base_lora_mnli.bin": "loralib",
+}  # fmt: skip
 
 
 def claims(found: Container) -> list[str]:
@@ -34,6 +42,52 @@ def test_recorded_keys(table: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(name: str) -> None:
     assert claims(open_container(DATA / name)) == [REAL[name]]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_files_of_each(tmp_path: Path, name: str) -> None:
+    assert claims(open_container(SMALL[name]().write(tmp_path)[1])) == [name]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_the_table_decides_nothing(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    rows = list(FORMATS)
+    random.Random(seed).shuffle(rows)
+    monkeypatch.setattr(formats, "FORMATS", tuple(rows))
+    found = {name: formats._format_of(container(name), None).name for name in TABLES}
+    found |= {name: formats._format_of(open_container(DATA / name), None).name for name in REAL}
+    assert found == EXPECTED | REAL
+
+
+def test_most_keys_of_a_format_look_like_its_own() -> None:
+    """What the nearest formats of an unknown file are told by; loratools' own has keys of any shape."""
+    for name, make in SMALL.items():
+        if name != "loratools":
+            keys = list(make().tensors)
+            assert sum(re.fullmatch(LOOKS[name], key) is not None for key in keys) == len(keys) or name == "diffusers", name
+
+
+UNKNOWN = {
+    "a half": ({"q.lora_A": (2, 4), "k.lora_A": (2, 4)}, "nearest loralib (2 of 2 keys); loralib needs lora_A and lora_B of a module"),
+    "a prefix": (
+        {"lora_foo_x.lora_down.weight": (2, 4), "other": (3,)}, "nearest kohya (1 of 2 keys); kohya needs a prefix such as lora_unet_",
+    ),
+    "two looks": (
+        {"h.0.lora_b": (2, 4), "x.lora.A": (4, 2), "y.lora.A": (4, 2)},
+        "nearest scratch (2 of 3 keys), mlx (1 of 3 keys); scratch needs lora.A and lora.B of a module; mlx needs MLX's",
+    ),
+    "none": ({"blocks.0.mystery": (2, 2)}, "is it a checkpoint, or an adapter of another program?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_the_formats_that_an_unknown_file_comes_near_to(tmp_path: Path, case: str) -> None:
+    shapes, said = UNKNOWN[case]
+    folder = write_adapter(tmp_path / "a", {key: randn(*shape, seed=0) for key, shape in shapes.items()}, None)
+    with pytest.raises((UnsupportedError, FormatError)) as caught:
+        load(folder / "adapter_model.safetensors")
+    assert said in str(caught.value)
+    assert next(iter(sorted(shapes))) in str(caught.value)
 
 
 def test_an_unknown_file_is_told_by_its_first_keys(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_published_file() -> None:
 
 MAGNITUDE = {"unet.mid.to_q.lora_magnitude_vector": torch.ones(4)}
 FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, type[LoratoolsError], str]] = {
-    "no partner": ({"unet.mid.to_q.lora_A.weight": DOWN}, None, FormatError, "has no lora_up.weight beside it"),
+    "no partner": ({"unet.mid.to_q.lora_A.weight": DOWN}, None, FormatError, "has no lora_B.weight beside it"),
     "a stray": (PAIR | {"unet.norm.weight": UP}, None, FormatError, "unet.norm.weight: neither a LoRA tensor"),
     "twice": (PAIR | {"unet.mid.to_q.lora.up.weight": UP}, None, FormatError, "the same tensor twice under two spellings"),
     "two scales": (PAIR | {"unet.mid.to_q.alpha": torch.tensor(1.0)}, STATED, FormatError, "to_q.alpha: an alpha beside the metadata"),

@@ -130,7 +130,7 @@ GLORA = {"a1.weight": randn(4, 2, seed=0), "a2.weight": randn(2, 4, seed=1), "b1
 OLD_GLORA = {"a1.weight": randn(2, 4, seed=0), "a2.weight": randn(4, 2, seed=1), "b1.weight": DOWN, "b2.weight": UP}
 FAULTS: dict[str, tuple[dict[str, Tensor], type[LoratoolsError], str]] = {
     "no up": ({"lora_down.weight": DOWN}, FormatError, "lora_down.weight: has no lora_up.weight beside it"),
-    "an up alone": ({"lora_up.weight": UP}, FormatError, "lora_up.weight: no kind of change that is known"),
+    "an up alone": ({"lora_up.weight": UP}, FormatError, "lora_up.weight: has no lora_down.weight beside it"),
     "ranks that differ": (PAIR | {"lora_up.weight": UP[:, :1]}, ShapeError, "A and B do not meet"),
     "a kernel on up": (PAIR | {"lora_up.weight": randn(6, 2, 3, 3, seed=0)}, ShapeError, "lora_up.weight: not a matrix"),
     "two kinds": (PAIR | {"diff": LINEAR}, FormatError, "of several kinds at once: found lora_down.weight, diff"),

@@ -390,11 +390,11 @@ def test_what_is_an_adapter_but_none_that_is_read_is_not_taken_for_a_checkpoint(
     from safetensors.torch import save_file
 
     save_file(
-        {"unet:0:down": torch.ones(2, 4), "unet:0:up": torch.ones(4, 2)},
-        tmp_path / "cloneofsimo.safetensors",
+        {"blocks.0.lora_left": torch.ones(2, 4), "blocks.0.lora_right": torch.ones(4, 2)},
+        tmp_path / "unknown.safetensors",
     )
-    with pytest.raises((UnsupportedError, FormatError), match="unet:0:down"):
-        inspect(tmp_path / "cloneofsimo.safetensors")
+    with pytest.raises((UnsupportedError, FormatError), match=r"blocks\.0\.lora_left"):
+        inspect(tmp_path / "unknown.safetensors")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
     with pytest.raises(FormatError, match="no adapter in it"):
