@@ -11,6 +11,7 @@
     │   ├── NotInvertible                   the change cannot be undone
     │   └── QuantizedError                  the base's weights are quantised
     ├── OptionError (ValueError)            options that contradict each other or the input
+    │   └── UsageError                      options that no input could make right
     ├── OutputError (OSError)               the output cannot be written where it was asked for
     ├── ConvergenceError (ArithmeticError)  a decomposition did not converge on any rung of the ladder
     ├── MissingExtra (ImportError)          an optional dependency is not installed
@@ -103,6 +104,10 @@ class QuantizedError(UnsupportedError):
 
 class OptionError(LoratoolsError, ValueError):
     """Options that contradict each other or the input."""
+
+
+class UsageError(OptionError):
+    """Options that no input could make right; the command line exits with 2."""
 
 
 class OutputError(LoratoolsError, OSError):

@@ -19,7 +19,7 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.rows import Rows
-from loratools.errors import LoratoolsError, MatchError, OptionError, QuantizedError, ShapeError, UnsupportedError, raise_all
+from loratools.errors import LoratoolsError, MatchError, QuantizedError, ShapeError, UnsupportedError, UsageError, raise_all
 from loratools.families import of_vocabulary
 from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
 from loratools.tensorfile import Spec, same_bytes
@@ -71,7 +71,7 @@ def split_strength(item: str | Path | Adapter) -> tuple[str | Path | Adapter, fl
     except ValueError:
         strength = None
     if strength is not None and strength - strength != 0:
-        raise OptionError("a strength must be finite", found=item)
+        raise UsageError("a strength must be finite", found=item)
     return (head, strength) if strength is not None else (item, 1.0)
 
 
@@ -83,7 +83,7 @@ def split_renames(texts: Iterable[str]) -> list[tuple[str, str]]:
 def _pair(text: str) -> tuple[str, str]:
     old, equals, new = text.partition("=")
     if not equals or not old:
-        raise OptionError("--rename", found=text, expected="OLD=NEW")
+        raise UsageError("--rename", found=text, expected="OLD=NEW")
     return old, new
 
 

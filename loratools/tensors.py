@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratools.errors import FormatError, OptionError
+from loratools.errors import FormatError, UsageError
 from loratools.tensorfile import FLOATS, Buffer, InMemory, Ref, Spec
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def dtype_code(name: str) -> str:
     short = {"half": "F16", "float": "F32", "double": "F64", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
     code = _CODES.get(name, short.get(name, name.upper()))
     if code not in FLOATS:
-        raise OptionError("unknown --dtype", found=name, expected="float64, float32, float16 or bfloat16")
+        raise UsageError("unknown --dtype", found=name, expected="float64, float32, float16 or bfloat16")
     return code
 
 

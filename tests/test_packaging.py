@@ -42,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_the_package_its_marker_and_its_licence(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loratools").rglob("*.py")}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loratools").rglob("*") if path.suffix in (".py", ".toml")}
     assert sources <= names
     assert "loratools/py.typed" in names
     info = f"loratools-{loratools.__version__}.dist-info"

@@ -16,7 +16,7 @@ import click
 from loratools import __version__
 from loratools.cli._lazy import LazyGroup
 from loratools.cli._signals import stop_on_signals
-from loratools.errors import Faults, LoratoolsError
+from loratools.errors import Faults, LoratoolsError, UsageError
 
 # what `loratools --help` says of each command; its module has its name
 COMMANDS = {
@@ -29,6 +29,8 @@ COMMANDS = {
     "resize": "Give an adapter other ranks.",
     "combine": "Make one adapter of several.",
     "compare": "Compare two adapters, module by module.",
+    "check": "Say what a runtime would refuse, ignore or mis-scale of an adapter.",
+    "fit": "Write an adapter as a runtime takes it.",
     "verify": "Check an output against its receipt, and against the merge itself.",
     "demo": "Train, extract and merge a small network, and print what it cost.",
 }
@@ -80,7 +82,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         for line in lines:
             click.echo(f"Error: {line}", err=True)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def told(error: Exception) -> list[str] | None:

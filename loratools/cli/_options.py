@@ -24,6 +24,7 @@ embedding: Option[Any] = click.option("--embedding", multiple=True, metavar="GLO
 transposed: Option[Any] = click.option(
     "--transposed", multiple=True, metavar="GLOB", help="Weights stored (in, out), as GPT-2's; may be repeated."
 )
+from_format: Option[Any] = click.option("--from", "from_format", metavar="F", help="The format an adapter is in, where several claim it.")
 alpha_in: Option[Any] = click.option("--alpha-in", type=float, metavar="A", help="The adapter's alpha, where its config lacks it.")
 
 format: Option[Any] = click.option("--format", metavar="F", help="The format to write; by default the one that was read.")
@@ -62,4 +63,4 @@ def exactly_one(words: Mapping[str, Any], *names: str) -> None:
 
 
 # what tells of an adapter's file what it leaves open
-reading = together(alpha_in, scale, scratch_dora, enable_lora, conv, transposed, embedding, initial)
+reading = together(from_format, alpha_in, scale, scratch_dora, enable_lora, conv, transposed, embedding, initial)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError
+from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError, UsageError
 from loratools.formats import comfyui, diffusers, diffusers_encode, kohya, loralib, mlx, native, peft, peft_encode, scratch
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
@@ -45,7 +45,8 @@ def load(path: str | Path, *, format: str | None = None, options: ReadOptions | 
     container = open_container(path)
     if not container.tensors:
         raise FormatError("no tensors in it", file=container.path)
-    row, options = _format_of(container, format), options or ReadOptions()
+    options = options or ReadOptions()
+    row = _format_of(container, format or options.format)
     if options.initial is not None and row.name != peft.NAME:
         raise OptionError("--initial is for peft's LoRA", file=container.path, found=row.name)
     return row.decode(container, options)
@@ -65,7 +66,7 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     """The adapter as a format's files, nothing written yet. Raises NotExpressible for what the format cannot say."""
     row = next((row for row in FORMATS if row.name == format), None)
     if row is None or row.encode is None:
-        raise OptionError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
+        raise UsageError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
     if adapter.flat and row.name in _DOTTED:
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
         raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
@@ -80,7 +81,7 @@ def _format_of(container: Container, name: str | None) -> Format:
     if name is not None:
         row = next((row for row in FORMATS if row.name == name), None)
         if row is None:
-            raise OptionError("unknown --from", found=name, expected=" or ".join(row.name for row in FORMATS))
+            raise UsageError("unknown --from", found=name, expected=" or ".join(row.name for row in FORMATS))
         return row
     found = [row for row in FORMATS if row.detect(container)]
     if len(found) == 1:

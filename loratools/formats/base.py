@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import FormatError, LoratoolsError, OptionError
+from loratools.errors import FormatError, LoratoolsError, OptionError, UsageError
 from loratools.jsonfile import read_json
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
 from loratools.tensorwriter import TensorWriter, canonical
@@ -42,11 +42,12 @@ class Container:
 class ReadOptions:
     """What a user adds where a file does not say enough.
 
-    `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output") are for the tutorials' files, `enable_lora` (the
-    slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their convolution) for loralib's, `initial` (the path of
-    the adapter as it was initialised) for peft's whose initialisation changed the base.
+    `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
+    are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
+    convolution) for loralib's, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
     """
 
+    format: str | None = None
     alpha: float | None = None
     embeddings: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
@@ -65,11 +66,12 @@ def read_options(words: Mapping[str, Any]) -> ReadOptions:
     """
     slots = words.get("enable_lora")
     if slots is not None and not all(slot in ("0", "1") for slot in slots.split(",")):
-        raise OptionError("--enable-lora", found=slots, expected="a 1 or 0 for each slot, such as 1,0,1")
+        raise UsageError("--enable-lora", found=slots, expected="a 1 or 0 for each slot, such as 1,0,1")
     for word, known in (("scale", ("alpha", "alpha/r")), ("scratch_dora", ("merged", "output"))):
         if words.get(word) not in (None, *known):
-            raise OptionError(f"--{word.replace('_', '-')}", found=words[word], expected=" or ".join(known))
+            raise UsageError(f"--{word.replace('_', '-')}", found=words[word], expected=" or ".join(known))
     return ReadOptions(
+        format=words.get("from_format"),
         alpha=words.get("alpha_in"),
         embeddings=tuple(words.get("embedding") or ()),
         transposed=tuple(words.get("transposed") or ()),
@@ -84,7 +86,7 @@ def read_options(words: Mapping[str, Any]) -> ReadOptions:
 def _kernel(text: str) -> tuple[str, int]:
     glob, _, size = text.rpartition("=")
     if not glob or not size.isdigit() or int(size) < 1:
-        raise OptionError("--conv", found=text, expected="GLOB=K, K the size of the kernel")
+        raise UsageError("--conv", found=text, expected="GLOB=K, K the size of the kernel")
     return glob, int(size)
 
 

@@ -23,6 +23,7 @@ R = TypeVar("R")
 class Reading(TypedDict, total=False):
     """The words of `formats.base.read_options`, which tells what each means."""
 
+    from_format: str | None
     alpha_in: float | None
     scale: str | None
     scratch_dora: str | None
@@ -34,8 +35,8 @@ class Reading(TypedDict, total=False):
 
 
 DEFAULTS: Mapping[str, Any] = {
-    "alpha_in": None, "scale": None, "scratch_dora": None, "enable_lora": None, "conv": (), "transposed": (), "embedding": (),
-    "initial": None,
+    "from_format": None, "alpha_in": None, "scale": None, "scratch_dora": None, "enable_lora": None, "conv": (), "transposed": (),
+    "embedding": (), "initial": None,
 }  # fmt: skip
 _NAME = "reading"
 

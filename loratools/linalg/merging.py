@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loratools.errors import OptionError
+from loratools.errors import UsageError
 
 Blocks: TypeAlias = Callable[[], Iterable[Tensor]]  # all rows of a change in order, anew at each call
 Pruner: TypeAlias = Callable[[Tensor], Tensor]  # the next block of rows -> the same rows, pruned
@@ -75,7 +75,7 @@ def by_rank(density: float, epsilon: float, key: bytes) -> Pruner:
     if density == 1:
         return lambda D: D
     if not 0 < density - epsilon <= density + epsilon < 1:
-        raise OptionError("--density plus and minus --epsilon", found=f"{density:g} ± {epsilon:g}", expected="between 0 and 1")
+        raise UsageError("--density plus and minus --epsilon", found=f"{density:g} ± {epsilon:g}", expected="between 0 and 1")
     draw = _Draw(key)
 
     def prune(D: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loratools import threads
 from loratools.checkpoint import Change, Checkpoint, Seen
 from loratools.deltas.base import Additive, Delta
-from loratools.errors import NotInvertible, OptionError
+from loratools.errors import NotInvertible, UsageError
 from loratools.formats import load
 from loratools.output import whole
 from loratools.plan import Plan, changes_of, make_plan, split_strength
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def approximate(merged: Checkpoint, target: Path, adapters: Sequence[str | Path], receipt: Receipt, workers: int) -> dict[str, Any]:
     """Subtract adapters, given with the strengths they were merged at. Raises NotInvertible for what is no sum."""
     if not adapters:
-        raise OptionError("--approximate needs the adapters that were merged", remedy="give each with --adapter, its strength included")
+        raise UsageError("--approximate needs the adapters that were merged", remedy="give each with --adapter, its strength included")
     given = [(load(str(path)), strength) for path, strength in map(split_strength, adapters)]
     plan = make_plan(merged, [(adapter, -strength) for adapter, strength in given])
     _check_sums(merged, plan)

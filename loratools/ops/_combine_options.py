@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratools.errors import OptionError
+from loratools.errors import UsageError
 from loratools.tensors import dtype_code
 
 # what each method takes beside weights and ranks; the first is needed
@@ -59,18 +59,18 @@ def checked(words: Mapping[str, Any]) -> Options:
     """The options of these words, by their names in Python; raises OptionError for what has no meaning together."""
     method = words["method"]
     if method not in METHODS:
-        raise OptionError("unknown --method", found=method, expected=" or ".join(METHODS))
+        raise UsageError("unknown --method", found=method, expected=" or ".join(METHODS))
     takes = METHODS[method]
     for word in ("density", *DEFAULTS):
         if words[word] is not None and word not in takes:
-            raise OptionError(f"{_spelt(word)} has no meaning for --method {method}", found=words[word])
+            raise UsageError(f"{_spelt(word)} has no meaning for --method {method}", found=words[word])
     ways = [_spelt(word) for word in RANKS if words[word] is not None]
     if len(ways) > 1 or (takes and not ways):
         fact = f"--method {method} needs one way to choose ranks" if takes else "at most one way to choose ranks"
-        raise OptionError(fact, found=" and ".join(ways) or "none", expected=WAYS)
+        raise UsageError(fact, found=" and ".join(ways) or "none", expected=WAYS)
     density = words["density"]
     if takes and density is None:
-        raise OptionError(f"--method {method} needs --density, the share of each change that stays")
+        raise UsageError(f"--method {method} needs --density, the share of each change that stays")
     _check_ranges(words)
     settled = {word: default if words[word] is None else words[word] for word, default in DEFAULTS.items()}
     energy, dtype = words["energy"], words["dtype"]
@@ -98,7 +98,7 @@ def _check_ranges(words: Mapping[str, Any]) -> None:
 
 def _check(holds: bool, word: str, found: object, expected: str) -> None:
     if not holds:
-        raise OptionError(_spelt(word), found=found, expected=expected)
+        raise UsageError(_spelt(word), found=found, expected=expected)
 
 
 def _spelt(word: str) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from loratools import threads as workers
-from loratools.errors import OptionError
+from loratools.errors import OptionError, UsageError
 from loratools.formats import FORMATS
 from loratools.tensors import dtype_code
 
@@ -50,7 +50,7 @@ class Options:
         fact = "--dtype is for what is computed anew; all else keeps its bytes"
         _check(computes or kind == "dense" or dtype is None, fact, found, f"--kind dense, {expected}")
         if magnitude_axis is not None and kind in ("lora", "dense"):
-            raise OptionError(f"--kind {kind} leaves no magnitudes", found=f"--magnitude-axis {magnitude_axis}")
+            raise UsageError(f"--kind {kind} leaves no magnitudes", found=f"--magnitude-axis {magnitude_axis}")
         _check_device(device)
         return cls(
             kind=kind, axis=magnitude_axis, rank=rank, limit=math.sqrt(1 - energy) if energy is not None else max_error,
@@ -66,7 +66,7 @@ class Options:
 
 def _check(holds: bool, option: str, found: object, expected: str) -> None:
     if not holds:
-        raise OptionError(option, found=found, expected=expected)
+        raise UsageError(option, found=found, expected=expected)
 
 
 def _check_device(device: str) -> None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from loratools import threads as workers
-from loratools.errors import OptionError
+from loratools.errors import OptionError, UsageError
 from loratools.factors import How
 from loratools.formats import FORMATS
 from loratools.ops._size import parse_size
@@ -38,7 +38,7 @@ class Options:
         given = {"--rank": rank, "--energy": energy, "--max-error": max_error, "--size": size}
         chosen = [name for name, value in given.items() if value is not None]
         if len(chosen) != 1:
-            raise OptionError("one way to choose ranks is needed", found=" and ".join(chosen) or "none", expected=" or ".join(given))
+            raise UsageError("one way to choose ranks is needed", found=" and ".join(chosen) or "none", expected=" or ".join(given))
         _check(rank is None or (type(rank) is int and rank >= 1), "--rank", rank, "a whole number of at least 1")
         _check(energy is None or 0 < energy <= 1, "--energy", energy, "more than 0, at most 1")
         _check(max_error is None or 0 < max_error < 1, "--max-error", max_error, "between 0 and 1")
@@ -58,7 +58,7 @@ class Options:
 
 def _check(holds: bool, option: str, found: object, expected: str) -> None:
     if not holds:
-        raise OptionError(option, found=found, expected=expected)
+        raise UsageError(option, found=found, expected=expected)
 
 
 def _check_device(device: str) -> None:

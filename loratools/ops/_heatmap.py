@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools.errors import MissingExtra, OptionError
+from loratools.errors import MissingExtra, UsageError
 from loratools.ops._layers import place_of
 from loratools.output import check_output, whole
 
@@ -45,7 +45,7 @@ def checked(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
     """The file to draw to, which may be replaced. Raises OptionError for another ending, MissingExtra without matplotlib."""
     target = Path(path)
     if target.suffix.lower() not in ENDINGS:
-        raise OptionError("--plot", found=target.name, expected=f"a name that ends in {' or '.join(ENDINGS)}")
+        raise UsageError("--plot", found=target.name, expected=f"a name that ends in {' or '.join(ENDINGS)}")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loratools.compress import error_of, hollow, known_of, lossless_rank, padded, recast, style_of, truncated, widest, within
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import OptionError
+from loratools.errors import OptionError, UsageError
 from loratools.factors import Factored
 from loratools.formats.base import Container
 from loratools.ops._size import file_bytes, parse_size
@@ -40,13 +40,13 @@ class Policy:
         given = {"--rank": rank, "--energy": energy, "--max-error": max_error, "--size": size}
         chosen = [name for name, value in given.items() if value is not None]
         if len(chosen) != 1:
-            raise OptionError("one way to choose ranks is needed", found=" and ".join(chosen) or "none", expected=" or ".join(given))
+            raise UsageError("one way to choose ranks is needed", found=" and ".join(chosen) or "none", expected=" or ".join(given))
         if rank is not None and (type(rank) is not int or rank < 1):
-            raise OptionError("--rank", found=rank, expected="a whole number of at least 1")
+            raise UsageError("--rank", found=rank, expected="a whole number of at least 1")
         if energy is not None and not 0 < energy <= 1:
-            raise OptionError("--energy", found=energy, expected="more than 0, at most 1")
+            raise UsageError("--energy", found=energy, expected="more than 0, at most 1")
         if max_error is not None and not 0 < max_error < 1:
-            raise OptionError("--max-error", found=max_error, expected="between 0 and 1")
+            raise UsageError("--max-error", found=max_error, expected="between 0 and 1")
         limit = math.sqrt(1 - energy) if energy is not None else max_error
         return cls(rank=rank, limit=limit, size=None if size is None else parse_size(size), code=dtype_code(dtype) if dtype else None)
 

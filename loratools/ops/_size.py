@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import OptionError
+from loratools.errors import OptionError, UsageError
 from loratools.formats.base import Container
 from loratools.linalg.ranks import DENSE, Module, budget
 from loratools.tensorfile import BITS, InMemory, Spec
@@ -31,7 +31,7 @@ def parse_size(size: str | int) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size).strip().lower())
     if not found or found[2] not in _UNITS or isinstance(size, bool):
-        raise OptionError("--size", found=size, expected="bytes, as in 40MB, 1.5GiB or 300000")
+        raise UsageError("--size", found=size, expected="bytes, as in 40MB, 1.5GiB or 300000")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

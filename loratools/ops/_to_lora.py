@@ -34,7 +34,7 @@ def to_lora(case: Case, options: Options) -> Job | None:
     if case.vector:
         return partial(_vector, case, options)
     check_form(case)
-    if isinstance(delta, Additive) and _has_product(delta):
+    if isinstance(delta, Additive) and has_product(delta):
         return partial(_product, case, options)
     check_rank(case, options)
     return partial(_dense, case, options)
@@ -50,7 +50,7 @@ def _is_low(delta: Delta) -> bool:
     return isinstance(delta, Stacked) and all(member is None or isinstance(member, LowRank) or _is_low(member) for member in delta.members)
 
 
-def _has_product(delta: Additive) -> bool:
+def has_product(delta: Additive) -> bool:
     """Whether its kind knows a product at all; whether this one does, its data tells."""
     inner = delta.delta if isinstance(delta, TurnedAdditive) else delta
     return type(inner).product is not Additive.product

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
-from loratools.errors import MatchError, OptionError
+from loratools.errors import MatchError, UsageError
 from loratools.formats.base import read_options
 from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import format_of, label, loaded, low_of, rank_of, write
@@ -103,12 +103,12 @@ def _weighted(item: str | Path | Adapter | tuple[str | Path | Adapter, float]) -
 
 def _check(given: Sequence[tuple[Any, float]], threads: int | None) -> None:
     if not given:
-        raise OptionError("adapters to combine", found="none", expected="one or more")
+        raise UsageError("adapters to combine", found="none", expected="one or more")
     for item, weight in given:
         if not math.isfinite(weight):
-            raise OptionError("a weight must be finite", found=f"{label(item)}:{weight}")
+            raise UsageError("a weight must be finite", found=f"{label(item)}:{weight}")
     if threads is not None and threads < 1:
-        raise OptionError("--threads", found=threads, expected="at least 1")
+        raise UsageError("--threads", found=threads, expected="at least 1")
 
 
 def _terms(read: Sequence[tuple[Adapter, float]]) -> dict[str, Terms]:

@@ -18,7 +18,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
-from loratools.errors import LoratoolsError, OptionError
+from loratools.errors import LoratoolsError, OptionError, UsageError
 from loratools.formats.base import read_options
 from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops import _heatmap
@@ -93,14 +93,14 @@ def check(words: Mapping[str, Any]) -> None:
     """Raise OptionError for words that have no meaning together, or a value outside its range."""
     for word in ("top_k", "epsilon"):
         if words[word] is not None and words["base"] is None:
-            raise OptionError(f"--{word.replace('_', '-')} has no meaning without --base", found=words[word])
+            raise UsageError(f"--{word.replace('_', '-')} has no meaning without --base", found=words[word])
     top_k, epsilon, threads = (words[word] for word in ("top_k", "epsilon", "threads"))
     if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise OptionError("--top-k", found=top_k, expected="a whole number of at least 1")
+        raise UsageError("--top-k", found=top_k, expected="a whole number of at least 1")
     if epsilon is not None and not 0 < epsilon <= 1:
-        raise OptionError("--epsilon", found=epsilon, expected="more than 0, at most 1")
+        raise UsageError("--epsilon", found=epsilon, expected="more than 0, at most 1")
     if threads is not None and threads < 1:
-        raise OptionError("--threads", found=threads, expected="at least 1")
+        raise UsageError("--threads", found=threads, expected="at least 1")
 
 
 def _one(name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[str, Row], alone: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
-from loratools.errors import OptionError
+from loratools.errors import UsageError
 from loratools.formats import encode
 from loratools.formats.base import read_options, write_container
 from loratools.formats.reading import Reading, arguments, paths, reads
@@ -63,7 +63,7 @@ def convert(
     target = check_output(out, overwrite=overwrite, inputs=paths(reading, [adapter], base))
     receipt = Receipt("convert", {"adapter": label(adapter), "out": str(out), **words})
     if rename and base is None:
-        raise OptionError("--rename maps names to a base's", found="no --base")
+        raise UsageError("--rename maps names to a base's", found="no --base")
     given = loaded(adapter, read_options(reading))
     on = None if base is None else Base(base, reading)
     source = given if on is None else given.resolve(on.specs, on.family, renames=split_renames(rename))

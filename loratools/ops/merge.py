@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from loratools import threads
 from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint, Rewritten
-from loratools.errors import OptionError
+from loratools.errors import OptionError, UsageError
 from loratools.formats import load
 from loratools.formats.base import read_options
 from loratools.formats.reading import DEFAULTS, Reading, arguments, paths, reads
@@ -125,7 +125,7 @@ def _rewrite(
 ) -> Rewritten:
     count = workers or (1 if device != "cpu" else threads.default_threads())
     if count < 1:
-        raise OptionError("--threads", found=count, expected="at least 1")
+        raise UsageError("--threads", found=count, expected="at least 1")
     if checkpoint.single and place.suffix != ".safetensors":
         raise OptionError("a base that is one file gives one file", found=place.name, expected="OUT with the ending .safetensors")
     if not checkpoint.single and place.suffix == ".safetensors":

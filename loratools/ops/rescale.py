@@ -17,7 +17,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, OptionError, UnsupportedError, raise_all
+from loratools.errors import LoratoolsError, UnsupportedError, UsageError, raise_all
 from loratools.formats.base import read_options
 from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import bias_of, format_of, label, loaded, low_of, scaled_to, with_low, write
@@ -80,13 +80,13 @@ class _Rescaling:
         chosen = [name for name, there in given.items() if there]
         if len(chosen) > 1 or (not chosen and self.rslora is None):
             expected = " or ".join([*given, "--rslora", "--no-rslora"])
-            raise OptionError("one way to rescale is needed", found=" and ".join(chosen) or "none", expected=expected)
+            raise UsageError("one way to rescale is needed", found=" and ".join(chosen) or "none", expected=expected)
         if self.bake and self.rslora:
-            raise OptionError("--bake puts the scaling into B, and leaves no rsLoRA", found="--bake and --rslora")
+            raise UsageError("--bake puts the scaling into B, and leaves no rsLoRA", found="--bake and --rslora")
         for name, value in (("--alpha", self.alpha), ("--by", self.by)):
             if value is not None and (not math.isfinite(value) or value == 0 or (name == "--alpha" and value < 0)):
                 expected = "a finite number above 0" if name == "--alpha" else "a finite number other than 0"
-                raise OptionError(name, found=value, expected=expected)
+                raise UsageError(name, found=value, expected=expected)
 
     def apply(self, source: Mapping[str, Delta]) -> tuple[dict[str, Delta], list[dict[str, Any]]]:
         """The deltas rescaled, and a row for each that has a scaling; biases follow the LoRA of their module."""

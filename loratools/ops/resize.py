@@ -18,7 +18,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, MatchError, OptionError, raise_all
+from loratools.errors import LoratoolsError, MatchError, UsageError, raise_all
 from loratools.factors import Factored
 from loratools.formats import encode
 from loratools.formats.base import Container, read_options
@@ -60,7 +60,7 @@ def resize(
     words = arguments(locals(), "adapter", "out")
     policy = Policy.checked(rank=rank, energy=energy, max_error=max_error, size=size, dtype=dtype)
     if threads is not None and threads < 1:
-        raise OptionError("--threads", found=threads, expected="at least 1")
+        raise UsageError("--threads", found=threads, expected="at least 1")
     target = check_output(out, overwrite=overwrite, inputs=paths(reading, [adapter]))
     source = loaded(adapter, read_options(reading))
     receipt = Receipt("resize", {"adapter": label(adapter), "out": str(out), **words})

@@ -18,7 +18,7 @@ from loratools import threads as pool
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint, weights_entry
 from loratools.corrections import corrected, inflated, segments
-from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError
+from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError, UsageError
 from loratools.families import Family
 from loratools.formats import load
 from loratools.formats.base import read_options
@@ -66,7 +66,7 @@ def unmerge(
     receipt = Receipt("unmerge", arguments | {"overwrite": overwrite, "threads": threads})
     count = threads or pool.default_threads()
     if count < 1:
-        raise OptionError("--threads", found=count, expected="at least 1")
+        raise UsageError("--threads", found=count, expected="at least 1")
     checkpoint = open_checkpoint(merged)
     if checkpoint.single and target.suffix != ".safetensors":
         raise OptionError("a model that is one file gives one file", found=target.name, expected="OUT with the ending .safetensors")

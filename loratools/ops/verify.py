@@ -19,7 +19,7 @@ from blake3 import blake3
 from loratools import threads as pool
 from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint, combined_digest
-from loratools.errors import FormatError, OptionError
+from loratools.errors import FormatError, UsageError
 from loratools.formats import load
 from loratools.formats.base import open_container, read_options
 from loratools.pipeline import open_checkpoint
@@ -52,7 +52,7 @@ def verify(
     """
     listed = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if bool(listed) != (base is not None):
-        raise OptionError("--base and --adapter belong together")
+        raise UsageError("--base and --adapter belong together")
     path = Path(path)
     receipt = read_receipt(path)
     if receipt is None and base is None:

@@ -57,4 +57,4 @@ def test_what_has_no_meaning_is_wrong_usage(words: str) -> None:
 
 def test_a_picture_of_another_kind_is_refused_before_work(tmp_path: Path) -> None:
     found = loratools("compare", "no such adapter", "nor this", "--plot", tmp_path / "both.gif")
-    assert (found.returncode, found.stderr) == (1, "Error: --plot: found both.gif, expected a name that ends in .png or .svg or .pdf\n")
+    assert (found.returncode, found.stderr) == (2, "Error: --plot: found both.gif, expected a name that ends in .png or .svg or .pdf\n")

@@ -90,11 +90,14 @@ def test_options_reach_the_function(tmp_path: Path, pair: tuple[Path, Path]) -> 
     assert config["lora_alpha"] == 8 and all(tensor.dtype == torch.bfloat16 for tensor in tensors.values()) and len(tensors) == 8
 
 
-@pytest.mark.parametrize("arguments", [("--size", "1B"), ("--energy", 2), ("--rank", 2, "--device", "nowhere")])
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [(1, ("--size", "1B")), (1, ("--rank", 2, "--device", "nowhere")), (2, ("--energy", 2)), (2, ("--size", "4 cubits"))],
+)
 def test_options_that_make_no_sense_are_faults_and_leave_nothing(
-    tmp_path: Path, pair: tuple[Path, Path], arguments: tuple[object, ...]
+    tmp_path: Path, pair: tuple[Path, Path], code: int, arguments: tuple[object, ...]
 ) -> None:
     found = run("extract", *pair, "-o", tmp_path / "rooms" / "adapter", *arguments)
-    assert (found.returncode, found.stdout) == (1, "")
+    assert (found.returncode, found.stdout) == (code, "")
     assert found.stderr.startswith("Error: ") and "Traceback" not in found.stderr
     assert not (tmp_path / "rooms").exists() or not list((tmp_path / "rooms").iterdir())

@@ -178,3 +178,13 @@ def test_a_pipeline_is_told_by_its_models(tmp_path: Path) -> None:
     models = {"unet": ({"a.weight": torch.ones(4, 4)}, {}), "vae": ({"b.weight": torch.ones(5)}, quantised)}
     lines = run("inspect", write_pipeline(tmp_path / "base", models)).stdout.splitlines()
     assert lines[1:4] == ["pipeline    unet (16), vae (5)", "quantised   vae: x", "parameters  21 in 2 tensors"]
+
+
+def test_the_format_may_be_named(tmp_path: Path) -> None:
+    adapter = llama_adapter(tmp_path / "adapter")
+    named = run("inspect", adapter, "--from", "peft", "--json")
+    assert named.returncode == 0 and json.loads(named.stdout)["format"] == "peft"
+    other = run("inspect", adapter, "--from", "kohya")
+    assert other.returncode == 1 and other.stderr.startswith("Error: ")
+    none = run("inspect", adapter, "--from", "petf")
+    assert none.returncode == 2 and none.stderr.startswith("Error: unknown --from: found petf, expected peft or ")

@@ -30,7 +30,7 @@ def test_json_is_the_receipt(tmp_path: Path) -> None:
 def test_a_refusal_is_one_line(tmp_path: Path) -> None:
     adapter = llama_adapter(tmp_path / "adapter")
     found = loratools("rescale", adapter, "-o", tmp_path / "out", "--by", 0)
-    assert (found.returncode, found.stdout) == (1, "")
+    assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("Error: --by: found 0.0, expected a finite number other than 0") and found.stderr.count("\n") == 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loratools.adapter import Adapter, settle
+from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Full, Replacement
@@ -14,6 +14,7 @@ from loratools.deltas.scaled import Scaled
 from loratools.deltas.vera import VeRA
 from loratools.errors import AmbiguousError, MatchError, ShapeError
 from loratools.families import Family
+from loratools.orientation import settle
 from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loratools.adapter import with_banks
 from loratools.deltas.seeded import Bases, Projections, normal
 from loratools.deltas.vera import VeRA
 from loratools.errors import UnsupportedError
+from loratools.resolution import with_banks
 from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
 from loratools.threads import single_threaded_blas

@@ -1,0 +1,197 @@
+"""fit: an adapter as a runtime takes it, with the error of every tensor beside the best possible; `check` finds nothing in what it writes.
+
+What must be done is what the target's rules say of it (`workflows/targets/`): made LoRA, one scaling, other ranks, a file apart. What
+nothing can be done about is NotExpressible with its reason, all of it at once and before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from loratools import threads as workers
+from loratools.adapter import Adapter
+from loratools.errors import LoratoolsError, NotExpressible, OptionError, raise_all
+from loratools.formats import FORMATS, encode, load
+from loratools.formats.base import Container, open_container, read_options, write_container
+from loratools.formats.peft_config import CARRIED
+from loratools.formats.reading import Reading, arguments, paths, reads
+from loratools.ops._algebra import label, loaded, output_rows
+from loratools.ops._base import Base
+from loratools.output import check_output, whole
+from loratools.receipt import Receipt, adapter_history, adapter_inputs, receipt_path
+from loratools.workflows._checking import Strike, strikes, subject_of
+from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, size_of, split
+from loratools.workflows.targets import Target, target_of
+
+
+@reads
+def fit(
+    adapter: str | Path | Adapter,
+    out: str | Path,
+    target: str,
+    *,
+    max_rank: int | None = None,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    **reading: Unpack[Reading],
+) -> dict[str, Any]:
+    """Write an adapter as a runtime takes it; returns the receipt, whose rows have each tensor's error beside the best at its rank.
+
+    `target` is peft, vllm, sglang, llama.cpp, mlx, diffusers, comfyui or kohya. `max_rank` bounds every rank, by the best truncation.
+    `base`, the checkpoint it belongs to, is needed for what only the weights tell: DoRA as LoRA, dotted names. Saved modules and
+    biases that the runtime has no place for go into OUT.saved.safetensors, to be merged into the base. Raises OptionError for a
+    target or rank there is not, NotExpressible for what the runtime cannot take in any way, UnsupportedError where a base is needed,
+    and what reading and `Adapter.resolve` raise.
+
+    >>> receipt = fit("adapter/", "served/", "vllm", max_rank=16)  # doctest: +SKIP
+    >>> check("served/", "vllm")["clean"]  # doctest: +SKIP
+    True
+    """
+    words = arguments(locals(), "adapter", "out")
+    chosen = target_of(target)
+    if max_rank is not None and (type(max_rank) is not int or max_rank < 1):
+        raise OptionError("--max-rank", found=max_rank, expected="a whole number of at least 1")
+    if chosen.format not in [row.name for row in FORMATS if row.encode]:
+        raise NotExpressible(f"{chosen.title} loads the format {chosen.format}, which this version does not write")
+    place_at = check_output(out, overwrite=overwrite, inputs=paths(reading, [adapter], base))
+    receipt = Receipt("fit", {"adapter": label(adapter), "out": str(out), **words})
+    source = loaded(adapter, read_options(reading))
+    on = None if base is None else Base(base, reading)
+    work = _Fit(source, on, chosen, max_rank)
+    try:
+        with workers.single_threaded_blas():
+            work.run()
+    except LoratoolsError as error:
+        raise error.at(file=source.path) from None
+    saved = _saved_at(place_at)
+    if work.apart:
+        check_output(saved, overwrite=overwrite, inputs=paths(reading, [adapter], base))
+    encoded = work.encoded()
+    beside = encode(work.away, "loratools") if work.apart else None
+    with whole(place_at) as place:
+        receipt.digests = write_container(encoded, place)
+        work.prove(place)
+        receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved)]
+        reasons = {name: f"{why} It is in {saved.name}." for name, why in work.apart.items()}
+        receipt.left_out = [{"name": name, "reason": why, "relative_norm": None} for name, why in reasons.items()]
+        receipt.inputs = [*adapter_inputs(source), *([on.input(workers.default_threads())] if on is not None else [])]
+        receipt.expected, receipt.applied = len(source), len(work.made)
+        receipt.outputs, receipt.history = output_rows(place), adapter_history(source)
+        if beside is not None:
+            _write_beside(beside, place.parent / saved.name, receipt)
+        receipt.write(receipt_path(place, folder=place.is_dir()))
+    return receipt.as_json()
+
+
+def _saved_at(out: Path) -> Path:
+    """Where what goes apart is written: beside the output, for some runtimes load every file of a folder."""
+    name = out.stem if out.suffix in (".safetensors", ".gguf") else out.name
+    return out.parent / f"{name}.saved.safetensors"
+
+
+def _write_beside(container: Container, place: Path, receipt: Receipt) -> None:
+    """The file of what goes apart, with a receipt of its own."""
+    own = Receipt("fit", receipt.arguments, inputs=receipt.inputs, history=receipt.history, started=receipt.started)
+    own.digests = write_container(container, place)
+    own.outputs, own.expected, own.applied = output_rows(place), receipt.expected, receipt.expected - receipt.applied
+    own.write(receipt_path(place, folder=False))
+
+
+class _Fit:
+    """An adapter on its way: what the rules struck, what stays and what goes, and the deltas as they will be written."""
+
+    def __init__(self, source: Adapter, base: Base | None, target: Target, max_rank: int | None) -> None:
+        self.source, self.base, self.target = source, base, target
+        limits = [rank for rank in (max_rank, target.max_rank) if rank is not None]
+        self.asked, self.limit = max_rank, min(limits) if limits else None
+        self.struck: list[Strike] = []
+        self.apart: dict[str, str] = {}
+        self.settled = self.made = self.away = source
+        self.fitted: dict[str, Fitted] = {}
+
+    def run(self) -> None:
+        """All of it, but the writing; under the base's names, if there is one, until the end."""
+        self.settled = self.source if self.base is None else self.base.resolve(self.source)
+        self.struck = _lost(self.settled, self.target, self.base)
+        self._refuse()
+        self.apart = {name: one.rule.reason for one in self._of("apart") for name in one.names or (one.place,) if self._holds(name)}
+        stay, self.away = split(self.settled, self.apart)
+        if not stay.deltas:
+            raise NotExpressible(f"nothing of it is left that {self.target.title} takes", remedy=_INSTEAD)
+        names = dict.fromkeys(name for one in self._of("lora") for name in one.names if name in stay)
+        converted = made_lora(stay, names, self.base, self.asked, self.limit) if names else {}
+        kept = {name: Fitted(delta=delta, norm=size_of(delta), error=0.0, optimal=0.0) for name, delta in stay.items()}
+        touch = any(True for _ in self._of("bake"))
+        fitted = levelled({**kept, **converted}, self.target, max_rank=self.limit, touch=touch)
+        own = _own_names(self.source, self.settled) if self.target.format in _IN_MEMORY else {}
+        self.fitted = {own.get(name, name): one for name, one in fitted.items()}
+        self.settled = replace(self.settled, deltas={own.get(name, name): delta for name, delta in self.settled.items()})
+        deltas = {name: one.delta for name, one in self.fitted.items()}
+        self.made = replace(stay, deltas=deltas, metadata=self._metadata(stay, changed=bool(names)))
+
+    def _of(self, what: str) -> Iterable[Strike]:
+        return (one for one in self.struck if one.rule.fit == what)
+
+    def _holds(self, name: str) -> bool:
+        return name in self.settled or name in self.settled.passengers
+
+    def _metadata(self, stay: Adapter, *, changed: bool) -> dict[str, Any]:
+        """What the file said, without the settings of a method that it no longer is."""
+        peft = stay.metadata.get("peft", {})
+        if not changed or "peft_type" not in peft:
+            return dict(stay.metadata)
+        return {**stay.metadata, "peft": {key: value for key, value in peft.items() if key in CARRIED}}
+
+    def _refuse(self) -> None:
+        found = {(one.place, one.rule.id): one for one in self._of("none")}
+        raise_all(map(_refused, found.values()))
+
+    def encoded(self) -> Container:
+        """The files: the source's own, byte for byte, where nothing had to change."""
+        path = self.source.path
+        changed = self.struck or any(self.made[name] is not self.settled[name] for name in self.made)
+        if not changed and path is not None and path.suffix == ".safetensors":
+            return replace(open_container(path), name=path.name)
+        own = self.source.format in self.target.reads and not any(True for _ in self._of("write"))
+        written = [row.name for row in FORMATS if row.encode]
+        return encode(self.made, self.source.format if own and self.source.format in written else self.target.format)
+
+    def prove(self, place: Path) -> None:
+        """Look at what was written as `check` does. Raises NotExpressible for what is still lost, so that nothing appears."""
+        left = _lost(load(place), self.target, None)
+        raise_all(map(_refused, left))
+
+    def rows(self) -> list[dict[str, Any]]:
+        return rows_of(self.settled, self.fitted)
+
+    def notes(self, saved: Path) -> list[str]:
+        """What a person has to do about what went apart, and what the rules note of the rest."""
+        told = []
+        if self.apart:
+            many = f"{len(self.apart)} tensors" if len(self.apart) > 1 else "a tensor"
+            what = f"{many} that {self.target.title} does not load with an adapter: in {saved}"
+            told.append(f"{what}, to be merged into the base that it runs on: loratools merge BASE {saved} -o MERGED")
+        noted = strikes(subject_of(replace(self.made, path=None), self.target, None), self.target)
+        return told + list(dict.fromkeys(one.rule.reason for one in noted if one.rule.loses == "note"))
+
+
+_IN_MEMORY = ("peft", "mlx")  # formats whose runtimes look for the names that a model has in memory, as the adapter's own file has them
+_INSTEAD = "merge it into the base, and serve that"
+
+
+def _refused(one: Strike) -> NotExpressible:
+    return NotExpressible(one.rule.reason.rstrip("."), tensor=one.place, found=one.found, remedy=_INSTEAD)
+
+
+def _lost(adapter: Adapter, target: Target, base: Base | None) -> list[Strike]:
+    return [one for one in strikes(subject_of(adapter, target, base), target) if one.rule.loses != "note"]
+
+
+def _own_names(source: Adapter, resolved: Adapter) -> dict[str, str]:
+    """The adapter's own name by the base's, where each is the other with a prefix more or less; flat names keep the base's dots."""
+    pairs = list(zip(source, resolved, strict=False))
+    alike = len(source) == len(resolved) and all(one.endswith(other) or other.endswith(one) for one, other in pairs)
+    return {} if source.flat or not alike else {name: own for own, name in pairs}

@@ -1,0 +1,223 @@
+"""check: every rule of every target beside an adapter that breaks it and one that does not; shares, notes, and what a base tells."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+import loratools
+from loratools.adapter import Adapter
+from loratools.deltas.full import Replacement
+from loratools.errors import FormatError, OptionError
+from loratools.formats import save
+from loratools.ops._base import Base
+from loratools.tensors import read_tensor
+from loratools.workflows._checking import Finding, findings, strikes
+from loratools.workflows._rules import Subject, hits
+from loratools.workflows._weights import weights
+from loratools.workflows.targets import Rule, names, target_of
+from tests.ops._lora import dense
+from tests.strategies import randn
+from tests.workflows._adapters import MADE, NAMES, SHAPES, UP, K, Q, base, folder, low, of, ref
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "spec" / "check.schema.json").read_text())
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+RULES = [(name, rule) for name in names() for rule in target_of(name).rules]
+
+
+def subject(name: str, made: Adapter, **more: Any) -> Subject:
+    return Subject(made, target_of(name).reads, **more)
+
+
+def made(word: str, format: str | None = None, **more: Any) -> Callable[[str], Subject]:
+    return lambda name: subject(name, replace(MADE[word](), format=format), **more)
+
+
+def read(word: str, **config: Any) -> Callable[[str], Subject]:
+    """As if from a peft folder whose config says more."""
+    return made(word, "peft", config=CONFIG | config)
+
+
+# what breaks each rule, by its name, or by its target's and its own where targets differ
+BREAKING: dict[str, Callable[[str], Subject]] = {
+    "format": made("plain", "loratools"),
+    "dora": made("dora"),
+    "comfyui dora": made("dora"),
+    "dora_scale": made("dora", "kohya"),
+    "axis": made("dora in"),
+    "initial": made("pissa"),
+    "kind": made("loha"),
+    "comfyui kind": made("scaled"),
+    "rotation": made("rotated"),
+    "metadata": made("plain", "diffusers"),
+    "modules_to_save": read("saved", modules_to_save=["score"]),
+    "patterns": read("patterns", rank_pattern={"q_proj": 4}),
+    "saved": made("saved"),
+    "rows": made("rows"),
+    "bias": made("bias"),
+    "vector": made("norm"),
+    "convolution": made("conv"),
+    "embedding": made("embedding"),
+    "vocabulary": made("embedding"),
+    "names": made("plain", "peft", config=CONFIG, keys=("base_model.model.q_proj.lora_A.default.weight",)),
+    "prefix": made("plain", "peft", config=CONFIG, keys=("model.layers.0.self_attn.q_proj.lora_A.weight",)),
+    "alpha": read("plain", lora_alpha=None),
+    "scale": made("patterns"),
+    "sglang scale": read("rslora", use_rslora=True),
+    "llama.cpp scale": read("rslora", use_rslora=True),
+    "rank": made("patterns"),
+    "vllm rank": made("high rank"),
+    "rank_pattern": read("patterns", rank_pattern={"q_proj": 4}),
+    "default_rank": made("high rank"),
+    "passengers": made("passengers"),
+    "tied": made("head", heads=frozenset({NAMES["head"]})),
+    "tied_embedding": made("embedding", tied=frozenset({NAMES["embedding"]})),
+}  # fmt: skip
+KEEPING: dict[str, Callable[[str], Subject]] = {
+    "format": lambda name: subject(name, replace(of(), format=target_of(name).reads[0])),
+    "comfyui dora": made("dora in"),
+    "dora_scale": made("dora", "diffusers"),
+    "comfyui kind": made("loha"),
+    "axis": made("dora"),
+    "patterns": read("plain", rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 4}),
+    "metadata": made("patterns", "kohya"),
+    "names": made("plain", "peft", config=CONFIG, keys=("base_model.model.q_proj.lora_A.weight",)),
+    "prefix": made("plain", "peft", config=CONFIG, keys=("base_model.model.q_proj.lora_A.weight",)),
+    "vllm scale": read("rslora", use_rslora=True),
+    "tied": made("head"),
+    "tied_embedding": made("embedding"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rule"), RULES, ids=lambda value: value if isinstance(value, str) else value.id)
+def test_a_rule_finds_what_breaks_it_and_nothing_else(name: str, rule: Rule) -> None:
+    breaking = BREAKING.get(f"{name} {rule.id}", BREAKING.get(rule.id))
+    assert breaking is not None, "a rule needs an adapter that breaks it"
+    keeping = KEEPING.get(f"{name} {rule.id}", KEEPING.get(rule.id, made("plain")))
+    found, others = (strikes(make(name), target_of(name)) for make in (breaking, keeping))
+    assert rule.id in {one.rule.id for one in found}
+    assert rule.id not in {one.rule.id for one in others}
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_plain_adapter_in_memory_is_clean(name: str) -> None:
+    assert findings(of(), name) == []
+
+
+@pytest.mark.parametrize("name", ["peft", "vllm", "sglang"])
+def test_a_plain_folder_is_clean(name: str, tmp_path: Path) -> None:
+    found = loratools.check(folder(tmp_path / "a"), name)
+    jsonschema.Draft202012Validator(SCHEMA).validate(found)
+    assert (found["clean"], found["findings"], found["tensors"], found["format"]) == (True, [], 3, "peft")
+
+
+def test_shares_are_parts_of_the_squared_norm(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", alpha_pattern={"k_proj": 16})
+    (found,) = findings(path, "vllm")
+    loaded = loratools.load(path)
+    squares = {name: float(dense(delta).square().sum()) for name, delta in loaded.items()}
+    assert found.tensor == K
+    assert (found.kind, found.found, found.fit) == ("mis-scale", "scaled by 2 instead of 8", "bake")
+    assert found.share == pytest.approx(squares[K] / sum(squares.values()), rel=1e-12)
+    assert found.source.file == "vllm/lora/peft_helper.py"
+
+
+def test_what_only_a_base_tells_has_no_share_without_one(tmp_path: Path) -> None:
+    save(MADE["saved"](), tmp_path / "a")
+    found = loratools.check(tmp_path / "a", "vllm")
+    jsonschema.Draft202012Validator(SCHEMA).validate(found)
+    assert {row["rule"]: row["share"] for row in found["findings"]} == {"modules_to_save": None, "saved": None}
+    assert found["findings"][0]["unmeasured"] == "how large it is depends on the base's weight: give --base"
+    assert found["unmeasured"] == ["score.weight"]
+
+
+def test_with_the_base_everything_has_its_share(tmp_path: Path) -> None:
+    adapter = MADE["saved"]()
+    save(adapter, tmp_path / "a")
+    found = loratools.check(tmp_path / "a", "vllm", base=base(tmp_path / "base"))
+    squares = {name: float(dense(delta).square().sum()) for name, delta in adapter.items() if name in SHAPES}
+    score = adapter["score.weight"]
+    assert isinstance(score, Replacement)
+    moved = float((read_tensor(score.value, torch.float64) - randn(3, 8, seed=14).to(torch.float64)).square().sum())
+    share = moved / (moved + math.fsum(squares.values()))
+    assert [row["share"] for row in found["findings"]] == [pytest.approx(share, rel=1e-12)] * 2
+    assert found["unmeasured"] == []
+
+
+def test_a_dora_is_weighed_beside_its_weight(tmp_path: Path) -> None:
+    save(MADE["dora on all"](), tmp_path / "a")
+    found = findings(tmp_path / "a", "vllm", base=base(tmp_path / "base"))
+    assert {one.tensor for one in found} == {Q, K, UP}
+    assert sum(one.share or 0.0 for one in found) == pytest.approx(1)
+
+
+def test_a_tied_head_is_seen_with_its_base_only(tmp_path: Path) -> None:
+    save(MADE["head"](), tmp_path / "a")
+    assert "tied" not in {one.rule for one in findings(tmp_path / "a", "llama.cpp")}
+    found = [one for one in findings(tmp_path / "a", "llama.cpp", base=base(tmp_path / "base")) if one.rule == "tied"]
+    assert [(one.tensor, one.kind, one.fit) for one in found] == [("lm_head.weight", "refuse", "none")]
+
+
+def test_a_whole_adapter_is_all_of_it(tmp_path: Path) -> None:
+    (found,) = findings(folder(tmp_path / "a"), "mlx")
+    assert (found.rule, found.tensor, found.share, found.fit) == ("format", "the whole adapter", 1.0, "write")
+
+
+def test_a_note_is_no_finding(tmp_path: Path) -> None:
+    wide = of(q=low(rank=32, alpha=64.0), k=low(K, rank=32, alpha=64.0))
+    save(replace(wide, deltas={name: wide[name] for name in (Q, K)}), tmp_path / "a")
+    found = loratools.check(tmp_path / "a", "vllm")
+    assert found["clean"]
+    assert found["notes"] == [
+        "start vLLM with a --max-lora-rank of 32, 64, 128, 256, 320 or 512 that holds this rank; its default is 16 "
+        f"({K}: rank 32, above 16)"
+    ]
+
+
+def test_a_finding_is_what_the_document_says(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", use_rslora=True)
+    rows = loratools.check(path, "sglang")["findings"]
+    assert [Finding(**{**row, "source": one.source}) for row, one in zip(rows, findings(path, "sglang"), strict=True)] == findings(
+        path, "sglang"
+    )
+
+
+def test_a_target_or_a_predicate_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="unknown --for: found tgi"):
+        loratools.check(of(), "tgi")
+    with pytest.raises(FormatError, match="no such predicate: found colour, expected format or kind"):
+        hits("colour", {}, Subject(of(), ("peft",)))
+    with pytest.raises(FormatError, match=r"settings of the predicate rank: .*unexpected keyword argument 'below'"):
+        hits("rank", {"below": 4}, Subject(of(), ("peft",)))
+
+
+@pytest.mark.parametrize(
+    ("when", "settings", "word", "places"),
+    [
+        ("name", {"globs": ["*.k_proj.weight"]}, "plain", [K]),
+        ("dtype", {"takes": ["F32"]}, "bfloat16", [Q, K, UP]),
+        ("dtype", {"takes": ["F32"]}, "plain", []),
+        ("kind", {"kinds": ["full"], "leaf": "bias"}, "bias", [NAMES["bias"]]),
+        ("kind", {"kinds": ["full"], "leaf": "bias"}, "norm", []),
+        ("scale", {"per": "one"}, "plain", [Q, K, UP]),
+        ("scale", {"per": "tensor"}, "patterns", [K, UP]),
+    ],
+)  # fmt: skip
+def test_predicates_that_targets_may_use(when: str, settings: dict[str, Any], word: str, places: list[str]) -> None:
+    assert [hit.place for hit in hits(when, settings, Subject(MADE[word](), ("peft",)))] == places
+
+
+def test_why_a_change_beside_its_base_has_no_size(tmp_path: Path) -> None:
+    adapter = Adapter({"head.weight": Replacement(value=ref(3, 8)), "score.weight": Replacement(value=ref(5, 8))})
+    found = weights(adapter, Base(base(tmp_path / "base"), {"embedding": (), "transposed": ()}))
+    assert found == {
+        "head.weight": "the base has no such tensor to compare it with", "score.weight": "it is of another shape than the base's",
+    }  # fmt: skip
