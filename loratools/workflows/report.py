@@ -43,8 +43,8 @@ def report(
     """Write a page about one or several adapters: a single HTML file that loads nothing from anywhere.
 
     It has each adapter's facts and warnings, a table of its modules, a map of them by layer, the singular values of each, what
-    check finds for every target, the receipts beside its files, and of several adapters every two compared. With `base` the names are the base's, and changes are
-    told as shares of its weights, each of which is read once. `progress` is told (bytes done, bytes in all). The same inputs give the
+    check finds for every target, the receipts beside its files, and of several adapters every two compared. With `base` the names
+    are the base's, and changes are told as shares of its weights, which are read for it. `progress` is told (bytes done, bytes in all). The same inputs give the
     same bytes. Returns the data in the page.
 
     Raises OptionError for no adapter or one given twice, FormatError for what is no adapter, OutputError for an `out` that exists,

@@ -10,12 +10,12 @@ from loratools.errors import LoratoolsError
 from loratools.formats.reading import Reading
 from loratools.ops._base import Base
 from loratools.workflows._checking import look
-from loratools.workflows.targets import TARGETS
+from loratools.workflows.targets import names
 
 
 def findings(path: Path, on: Base | None, reading: Reading) -> list[dict[str, Any]]:
     """A row for each target: its findings and notes, or in `failed` why the adapter cannot be looked at for it."""
-    return [_row(path, target, on, reading) for target in TARGETS]
+    return [_row(path, target, on, reading) for target in names()]
 
 
 def _row(path: Path, target: str, on: Base | None, reading: Reading) -> dict[str, Any]:
@@ -24,5 +24,5 @@ def _row(path: Path, target: str, on: Base | None, reading: Reading) -> dict[str
         seen = look(path, target, on, dict(reading))
     except LoratoolsError as error:
         return row | {"failed": str(error)}
-    found = [{word: value for word, value in asdict(finding).items() if word != "target"} for finding in seen.findings]
+    found = [{word: value for word, value in asdict(one).items() if word not in ("target", "source")} for one in seen.findings]
     return row | {"title": seen.target.title, "findings": found}
