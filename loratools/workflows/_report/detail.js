@@ -1,5 +1,6 @@
 // One module by itself: what each adapter does to it, and the singular values of its changes.
 
+const charts = new WeakMap(); // of each box, which is made anew with the dialog
 let lineUp = [], current = null, picked = null, logarithmic = true;
 
 /** Open the dialog for a module; `names` are those that "next" and "previous" lead to, `pair` two adapters compared. */
@@ -47,7 +48,8 @@ function drawSpectra() {
   const most = Math.max(...lines.map(line => line.sigma.length));
   const floor = Math.max(...lines.map(line => line.sigma[0])) * 1e-12; // what lies below is the rounding of zero, which a logarithm would show large
   const quiet = { color: css("--quiet"), fontSize: 12 };
-  const chart = echarts.getInstanceByDom(box) ?? echarts.init(box, null, { renderer: "svg" });
+  if (!charts.has(box)) charts.set(box, echarts.init(box, null, { renderer: "svg" }));
+  const chart = charts.get(box);
   chart.setOption({
     animation: false,
     aria: { enabled: true, label: { description: `Singular values of the change of ${shortName(current)}, largest first. The numbers are below.` } },
