@@ -44,8 +44,8 @@ def report(
 
     It has each adapter's facts and warnings, a table of its modules, a map of them by layer, the singular values of each, what
     check finds for every target, the receipts beside its files, and of several adapters every two compared. With `base` the names
-    are the base's, and changes are told as shares of its weights, which are read for it. `progress` is told (bytes done, bytes in all). The same inputs give the
-    same bytes. Returns the data in the page.
+    are the base's, and changes are told as shares of its weights, which are read for it. `progress` is
+    told (bytes done, bytes in all). The same inputs give the same bytes. Returns the data in the page.
 
     Raises OptionError for no adapter or one given twice, FormatError for what is no adapter, OutputError for an `out` that exists,
     MatchError for several whose names cannot meet, and what reading and resolving raise; then nothing is written.
