@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "Compare two adapters, module by module.",
     "check": "Say what a runtime would refuse, ignore or mis-scale of an adapter.",
     "fit": "Write an adapter as a runtime takes it.",
+    "report": "Write a page about adapters, to look at and to send.",
     "verify": "Check an output against its receipt, and against the merge itself.",
     "demo": "Train, extract and merge a small network, and print what it cost.",
 }

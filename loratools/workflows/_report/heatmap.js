@@ -1,0 +1,92 @@
+// A map of one number for each module: layers across, the modules of a layer down. Pointer, touch and arrow keys say the same.
+
+/**
+ * Returns {element, set({label, values by name, low, high, signed, show})}; a name without an entry has no cell, one with null
+ * is grey. `open(name)` is called for a cell that is pressed.
+ */
+function heatmap(id, open) {
+  const { rows, columns, cells } = DATA.grid;
+  const box = h("div", { id, class: "chart", tabindex: "0", role: "application" });
+  const said = h("p", { class: "hidden", role: "status", "aria-live": "polite" });
+  const legend = h("div");
+  const element = h("div", { class: "mapped" }, legend, h("div", { class: "scroll" }, box), said);
+  let chart = null, shown = null, at = -1, last = "";
+
+  function size() {
+    const width = element.clientWidth || 600;
+    const labels = Math.min(Math.max(...rows.map(name => name.length)) * 6.6 + 14, narrow() ? 130 : 250);
+    const tilted = Math.max(...columns.map(name => name.length)) > 3;
+    const across = Math.max((width - labels - 12) / columns.length, tilted ? 16 : 13);
+    const down = Math.min(34, Math.max(18, 420 / rows.length));
+    const below = tilted ? 26 + 6.2 * Math.max(...columns.map(name => name.length)) : 44;
+    box.style.width = `${Math.max(width, labels + 12 + across * columns.length)}px`;
+    box.style.height = `${8 + down * rows.length + below}px`;
+    return { labels, below, across, tilted };
+  }
+
+  function tip(name) {
+    const value = shown.values.get(name);
+    return h("div", { class: "tip" }, h("strong", {}, shortName(name)), h("div", {}, `${shown.label}: `, h("b", {}, known(value) ? shown.show(value) : "no value")), shown.more ? shown.more(name) : null);
+  }
+
+  function draw() {
+    if (!shown) return;
+    const { labels, below, across, tilted } = size();
+    const stops = shown.signed ? PUOR : CIVIDIS;
+    const grow = shown.high - shown.low || 1;
+    const places = DATA.names.map((name, index) => ({ name, index })).filter(({ name }) => shown.values.has(name));
+    const data = places.map(({ name, index }) => {
+      const [row, column] = cells[index], value = shown.values.get(name);
+      if (!known(value)) return { name, value: [column, row, 0], visualMap: false, itemStyle: { color: css("--none") }, label: { show: false } };
+      const colour = mixed(stops, (value - shown.low) / grow);
+      return { name, value: [column, row, value], label: { color: inkOn(colour) } };
+    });
+    const cell = Math.floor(across / 7); // letters that a cell has room for
+    const text = { color: css("--quiet"), fontSize: 11, fontFamily: css("--mono") };
+    chart ??= echarts.init(box, null, { renderer: "svg" });
+    chart.resize();
+    chart.setOption({
+      animation: false,
+      aria: { enabled: true, label: { description: `${shown.label} of ${places.length} modules by layer. Arrow keys move from cell to cell, Enter opens one.` } },
+      grid: { left: labels, right: 12, top: 8, bottom: below },
+      tooltip: { confine: true, backgroundColor: css("--raised"), borderColor: css("--line-soft"), textStyle: { color: css("--ink"), fontSize: 13 }, formatter: item => tip(item.data.name) },
+      xAxis: { type: "category", data: columns, name: "layer", nameLocation: "middle", nameGap: below - 18, nameTextStyle: { color: css("--quiet") }, axisTick: { show: false }, axisLine: { show: false },
+        axisLabel: { ...text, rotate: tilted ? 90 : 0, interval: across < 16 && !tilted ? "auto" : 0 } },
+      yAxis: { type: "category", data: rows, inverse: true, axisTick: { show: false }, axisLine: { show: false },
+        axisLabel: { ...text, interval: 0, formatter: name => { const room = Math.floor((labels - 14) / 6.6); return name.length > room ? `…${name.slice(1 - room)}` : name; } } },
+      visualMap: { show: false, type: "continuous", min: shown.low, max: shown.high, inRange: { color: stops }, dimension: 2 },
+      series: [{ type: "heatmap", data, label: { show: cell >= 5, fontSize: 11, formatter: item => shown.show(item.data.value[2]) },
+        itemStyle: { borderColor: css("--page"), borderWidth: across < 20 ? 1 : 2, borderRadius: 2 }, emphasis: { itemStyle: { borderColor: css("--ink"), borderWidth: 2 } } }],
+    }, true);
+    chart.off("click");
+    chart.on("click", item => open(item.data.name));
+    legend.replaceChildren(scale(stops, shown.show(shown.low), shown.show(shown.high)));
+    last = `${element.clientWidth}`;
+  }
+
+  function go(event) {
+    const data = chart?.getOption().series[0].data ?? [];
+    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (event.key === "Enter" && at >= 0) return open(data[at].name);
+    if (!step || !data.length) return undefined;
+    event.preventDefault();
+    const [x, y] = at < 0 ? [step[0] < 0 ? columns.length : -1, step[1] < 0 ? rows.length - 1 : 0] : data[at].value;
+    const along = step[0] ? 0 : 1, here = [x, y];
+    const ahead = data.map((item, index) => ({ index, value: item.value })).filter(({ value }) => (value[along] - here[along]) * (step[along] || 1) > 0 || (at < 0 && along === 1));
+    ahead.sort((one, other) => (Math.abs(one.value[1 - along] - here[1 - along]) * 1000 + Math.abs(one.value[along] - here[along])) - (Math.abs(other.value[1 - along] - here[1 - along]) * 1000 + Math.abs(other.value[along] - here[along])));
+    if (!ahead.length) return undefined;
+    chart.dispatchAction({ type: "downplay", seriesIndex: 0 });
+    at = ahead[0].index;
+    chart.dispatchAction({ type: "highlight", seriesIndex: 0, dataIndex: at });
+    chart.dispatchAction({ type: "showTip", seriesIndex: 0, dataIndex: at });
+    said.textContent = tip(data[at].name).textContent;
+    return undefined;
+  }
+
+  box.addEventListener("keydown", go);
+  box.addEventListener("blur", () => { at = -1; chart?.dispatchAction({ type: "hideTip" }); chart?.dispatchAction({ type: "downplay", seriesIndex: 0 }); });
+  new ResizeObserver(() => { if (last !== `${element.clientWidth}`) draw(); }).observe(element);
+  return { element, set(next) { shown = next; at = -1; box.setAttribute("aria-label", `Map of ${next.label}`); redrawnOnce(draw); } };
+
+  function redrawnOnce(again) { if (drawn.includes(again)) again(); else redrawn(again); }
+}
