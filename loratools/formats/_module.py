@@ -61,7 +61,7 @@ class Slots:
         try:
             return scalar(self[slot], slot)
         except LoratoolsError as error:
-            raise error.at(tensor=self.keys[slot]) from None
+            raise error.at(tensor=self.keys.get(slot, self.first)) from None
 
     def alpha(self, rank: int, given: float | None) -> float:
         """The alpha in the file, else the one a user gave, else the rank, which is what trainers mean by none."""
