@@ -34,13 +34,13 @@ def places(found: list[Path], folder: Path, out: Path) -> dict[Path, Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("out", type=Path)
+    for word in ("folder", "out"):
+        parser.add_argument(word, type=Path)
     parser.add_argument("--format", required=True)
     parser.add_argument("--base", help="the model that all of them belong to, where names must be its own")
     given, failed = parser.parse_args(), 0
-    found = adapters_in(given.folder)
-    for path, out in places(found, given.folder, given.out).items():
+    found = places(adapters_in(given.folder), given.folder, given.out)
+    for path, out in found.items():
         name = path.relative_to(given.folder)
         if out.exists():
             print(f"there      {name}")
@@ -48,11 +48,10 @@ def main() -> int:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             receipt = loratools.convert(path, out, format=given.format, base=given.base)
+            print(f"converted  {name}: {receipt['applied']} of {receipt['expected']} tensors")
         except loratools.LoratoolsError as error:
             failed += 1
             print(f"failed     {name}: {str(error).splitlines()[0]}")
-        else:
-            print(f"converted  {name}: {receipt['applied']} of {receipt['expected']} tensors")
     print(f"{len(found) - failed} of {len(found)} adapters are in {given.out}")
     return 1 if failed else 0
 
