@@ -58,8 +58,9 @@ class Slots:
 
     def number(self, slot: str) -> float:
         """The one number that a slot holds. Raises FormatError where it is none."""
+        ref = self[slot]
         try:
-            return scalar(self[slot], slot)
+            return scalar(ref, slot)
         except LoratoolsError as error:
             raise error.at(tensor=self.keys.get(slot, self.first)) from None
 
