@@ -57,8 +57,8 @@ def inspect(
     >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
     0.06
     """
-    with headers(path) as place, headers(base) if base is not None else nullcontext() as below:
-        report = _told(path if values or spectra else place, place, base if values or spectra else below, values, spectra, reading)
+    with headers(path) as place:
+        report = _told(path if values or spectra else place, place, base, values, spectra, reading)
     return report | {"path": str(path)}
 
 
@@ -73,8 +73,10 @@ def _told(path: str | Path, seen: Path, base: str | Path | None, values: bool, s
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=seen)
         return _checkpoint(open_checkpoint(path), values=values)
     adapter = load(path, options=read_options(reading))
-    checkpoint = open_checkpoint(base) if base is not None else None
-    return _adapter(adapter, seen, checkpoint, Family({}, tuple(reading["embedding"]), tuple(reading["transposed"])), values, spectra)
+    globs = Family({}, tuple(reading["embedding"]), tuple(reading["transposed"]))
+    with nullcontext(base) if base is None or values or spectra else headers(base) as below:
+        checkpoint = open_checkpoint(below) if below is not None else None
+        return _adapter(adapter, seen, checkpoint, globs, values, spectra)
 
 
 def holds_adapter(path: Path) -> bool:
@@ -308,5 +310,6 @@ def _component(part: Checkpoint) -> dict[str, Any]:
 
 def tensors(path: str | Path) -> list[dict[str, Any]]:
     """A checkpoint's tensors as rows of name, dtype, shape and parameters, from headers."""
-    specs = open_checkpoint(path).specs
+    with headers(path) as place:
+        specs = open_checkpoint(place).specs
     return [{"name": name, "dtype": spec.dtype, "shape": list(spec.shape), "parameters": spec.numel} for name, spec in specs.items()]

@@ -26,14 +26,21 @@ _LEAST = len('"":{"dtype":"U8","shape":[],"data_offsets":[0,0]},')  # that a hea
 TEXT_LIMIT = 1 << 27  # of a file that is read whole, such as a config or an index
 
 
+_OPEN: dict[Place, Path] = {}  # views that a block further out holds: what they fetched is not asked for again
+
+
 @contextmanager
 def seen(place: Place) -> Iterator[Path]:
     """The repository's files, or those of the folder or the one file within it, as paths; from its cache where HF_HUB_OFFLINE is set."""
-    if (kept := cached(place)) is not None:
+    if (kept := cached(place)) is not None or (kept := _OPEN.get(place)) is not None:
         yield kept
         return
     with laid_out(Repository(place)) as root:
-        yield root / place.inner
+        _OPEN[place] = root / place.inner
+        try:
+            yield root / place.inner
+        finally:
+            del _OPEN[place]
 
 
 @contextmanager
@@ -85,6 +92,7 @@ class Remote(handles.Placeholder):
         self.repository, self.name, self.hints = repository, name, hints
         self.size = repository.files[name].size
         self._text: bytes | None = None
+        self._header: Ranged | None = None
 
     def whole(self) -> bytes:
         if self.size > TEXT_LIMIT:
@@ -96,7 +104,9 @@ class Remote(handles.Placeholder):
         return self._text
 
     def header(self) -> handles.Source:
-        return Ranged(self.repository, self.name, self.hints.length(self.name))
+        if self._header is None:
+            self._header = Ranged(self.repository, self.name, self.hints.length(self.name))
+        return self._header
 
 
 class Ranged(handles.Source):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -124,3 +126,16 @@ def card_faults(content: str) -> list[str]:
     if "license" in metadata and metadata["license"] not in LICENSES:
         faults.append('"license" must be one of [' + ", ".join(sorted(LICENSES)) + "]")
     return faults
+
+
+def elements(data: bytes) -> dict[str, int]:
+    """The elements of a safetensors file by dtype; nothing for bytes that are none."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except ValueError:
+        return {}
+    found = dict[str, int]()
+    for name, row in header.items():
+        if name != "__metadata__":
+            found[row["dtype"]] = found.get(row["dtype"], 0) + math.prod(row["shape"])
+    return found

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from tests.hub.repositories import LARGE, Commit, File, Repository, User, card_faults, files_of
+from tests.hub.repositories import LARGE, Commit, File, Repository, User, card_faults, elements, files_of
 
 REPO = r"(?P<repo>[^/]+/[^/]+?|[^/]+?)"
 
@@ -78,6 +78,7 @@ class Hub:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.part_size: int | None = None  # uploads in parts of so many bytes, where a file has more
         self.page_size = 1000
+        self.counts = True  # whether a model's info tells the elements of its one file of weights, as the Hub's mostly does
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
@@ -361,6 +362,9 @@ def model_info(answer: Answer, groups: Groups, _: bytes, query: Query) -> Reply:
             row |= {"lfs": {"sha256": file.sha256, "size": len(file.data), "pointerSize": len(file.pointer)}} if file.large else {}
         siblings.append(row)
     info = {"_id": "0", "id": repo.id, "modelId": repo.id, "private": repo.private, "gated": "auto" if repo.gated else False}
+    weights = [file.data for name, file in commit.files.items() if name.endswith(".safetensors")]
+    if len(weights) == 1 and answer.hub.counts and (counted := elements(weights[0])):
+        info["safetensors"] = {"parameters": counted, "total": sum(counted.values())}
     return as_json(info | {"sha": commit.oid, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
 
