@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loratools.errors import FormatError, OptionError
 from loratools.source.place import Place, place_of
@@ -200,3 +201,13 @@ def test_no_network(client: Client) -> None:
 def test_local_inspect_imports_no_client(client: Client, tmp_path: Path) -> None:
     code = f"import sys, loratools; loratools.inspect({str(lora(tmp_path / 'lora'))!r}); print('huggingface_hub' in sys.modules)"
     assert client.python(code).stdout == "False\n"
+
+
+def test_a_pickle_is_downloaded_or_refused(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = lora(tmp_path / "lora")
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    hub.add("ada/lora", folder)
+    done = client.loratools("inspect", "ada/lora")
+    assert done.returncode == 1 and "hf://ada/lora/adapter_model.bin: only headers of safetensors files" in done.stderr
+    assert client.loratools("inspect", "ada/lora", "--values").returncode == 0

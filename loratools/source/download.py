@@ -23,7 +23,7 @@ from loratools.source.place import Place
 from loratools.source.remote import PAUSES, Entry, Repository, in_passing, refusals, transport, waiting
 from loratools.source.view import laid_out
 
-_WEIGHTS = re.compile(r".+\.(safetensors|bin|pt|pth|ckpt|npz)")
+_WEIGHTS = re.compile(r".+\.(safetensors|bin|pt|pth|ckpt|npz|gguf)")
 _BLOCK = 1 << 20
 
 

@@ -87,7 +87,7 @@ def size_at(path: Path) -> int:
 def check_on_disk(path: Path) -> None:
     """Raise SourceError for a path that stands for a file elsewhere, where its header alone would not do."""
     if os.fspath(path) in _PLACEHOLDERS:
-        raise SourceError("a pickle, which has no header to read from afar", file=path, remedy="--values downloads it first")
+        raise SourceError("only headers of safetensors files are read from afar", file=path, remedy="--values downloads it first")
 
 
 def register(placeholders: dict[str, Placeholder]) -> None:
