@@ -15,6 +15,8 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, ShapeError, raise_all
+from loratools.formats._heads import text_config
+from loratools.formats._pieces import Waiting
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container
 from loratools.formats.gguf import ALPHA, ARCHITECTURE, KIND, NAME, TYPE
@@ -27,10 +29,9 @@ from loratools.formats.gguf_names import (
     architecture_of,
     heads_of,
     stated_heads,
-    text_config,
     tied_head,
 )
-from loratools.formats.gguf_rows import Stack, Waiting, filled, interleaved
+from loratools.formats.gguf_rows import Stack, filled, interleaved
 from loratools.gguffile import write_gguf
 from loratools.tensorfile import Ref
 
