@@ -14,6 +14,7 @@ from loratools.deltas.reflected import Reflected
 from loratools.deltas.rotated import Rotated
 from loratools.errors import FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_turned_encode import BOFT, OFT
 
 _OLD = "OFT as peft wrote it up to 0.15.2, with oft_r: another parametrisation, which peft reads no more"
 
@@ -108,6 +109,7 @@ ROTATIONS = (
         own_biases="oft_only",
         conv1d=False,
         make=_oft,
+        writing=OFT,
     ),
     Method(
         peft_type="BOFT",
@@ -118,6 +120,7 @@ ROTATIONS = (
         own_biases="boft_only",
         conv1d=False,
         make=_boft,
+        writing=BOFT,
     ),
     Method(
         peft_type="HRA",
