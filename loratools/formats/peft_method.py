@@ -50,7 +50,8 @@ class Method:
     weight's. A weight's delta is that of a linear layer's (out, in) or a convolution's (out, in, *kernel); where the base stores the
     transpose it is turned. `conv1d`: whether peft puts the method on such layers, transformers' `Conv1D`, at all. With `tying`, modules
     that the config does not target may repeat a targeted one's tensors: they are tied to it. Keys of the `dotted` patterns fit only what
-    stands behind a dot. `writing` writes it, where that can be done. `tensor` is the one of a targeted module that the method changes, `*` all of them.
+    stands behind a dot. `writing` writes it, where that can be done. `tensor` is the one of a targeted module that the method changes,
+    `*` all of them.
     """
 
     peft_type: str
