@@ -32,7 +32,6 @@ from loratools.formats.peft_writing import WRITTEN_FOR, patterned, saved, shorte
 from loratools.tensorfile import Ref
 
 
-
 def encode(adapter: Adapter) -> Container:
     """The adapter as peft's config and tensors; factors and magnitudes keep their bytes.
 

@@ -97,7 +97,20 @@ def _oft(modules: Modules, stated: Mapping[str, Any]) -> Written:
         "eps": _eps(turned, stated),
         "init_weights": True,
     }
-    return Written(tensors, settings | _sizes({path: delta.blocks() for path, delta in turned.items()}, "r", "oft_block_size"))
+    blocks = {path: delta.blocks() for path, delta in turned.items()}
+    adjusted = None if any(delta.shared for delta in turned.values()) else _adjusted(blocks, stated)
+    return Written(tensors, settings | (adjusted or _sizes(blocks, "r", "oft_block_size")))
+
+
+def _adjusted(blocks: Mapping[str, tuple[int, int]], stated: Mapping[str, Any]) -> dict[str, int] | None:
+    """The number or size of blocks to which the nearest divisors of all modules' inputs are theirs, where there is one."""
+    most = max(count * size for count, size in blocks.values())
+    for place, name in ((1, "oft_block_size"), (0, "r")):
+        told = stated.get(name)
+        for wanted in (*([told] if type(told) is int and told > 0 else []), *range(1, most + 1)):
+            if all(divisor(count * size, wanted) == (count, size)[place] for count, size in blocks.values()):
+                return {"r": 0, "oft_block_size": 0} | {name: wanted}
+    return None
 
 
 def _rotated(delta: Delta) -> Rotated:
@@ -154,6 +167,19 @@ def _sizes(blocks: Mapping[str, tuple[int, int]], number: str, size: str) -> dic
     if len(counts) == 1:
         return {number: counts.pop(), size: 0}
     return {number: 0, size: int(_common({path: found for path, (_, found) in blocks.items()}, size))}
+
+
+def divisor(whole: int, wanted: int) -> int:
+    """The divisor nearest to a wanted one, the smaller of two (`adjust_oft_parameters`).
+
+    >>> divisor(24, 8), divisor(24, 9), divisor(24, 10), divisor(24, 99)
+    (8, 8, 12, 24)
+    """
+    if wanted >= whole:
+        return whole
+    above = next(number for number in range(wanted, whole + 1) if whole % number == 0)
+    below = next(number for number in range(wanted, 0, -1) if whole % number == 0)
+    return below if wanted - below <= above - wanted else above
 
 
 def _boft(modules: Modules, stated: Mapping[str, Any]) -> Written:

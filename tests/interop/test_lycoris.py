@@ -5,6 +5,7 @@ Its forward is the oracle: `get_diff_weight` and `merge_to` of LoHa and LoKr mul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratools import convert, merge
+from loratools.adapter import Adapter
+from loratools.deltas.butterfly import Butterfly
 from loratools.formats import encode, load
+from loratools.formats.base import Container
 from loratools.formats.kohya import decode
 from loratools.tensors import read_tensor, to_ref
 from tests.files import read_checkpoint, write_checkpoint
-from tests.formats.matrix import IN, KINDS, OUT, adapter_of
+from tests.formats.matrix import IN, KINDS, OUT, Draw, adapter_of
 
 # float32: sums of at most 100 products in orders of their own
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -143,7 +147,7 @@ OURS = {
 }  # fmt: skip
 LIVE = (
     "LoRA", "DoRA, a magnitude for each output", "LoHa", "LoKr", "LoKr of whole factors", "Tucker", "GLoRA of LyCORIS",
-    "outputs turned (LyCORIS' OFT)", "outputs turned, bounded and scaled", "outputs turned in turn (LyCORIS' BOFT)",
+    "outputs turned (LyCORIS' OFT)", "outputs turned, bounded and scaled",
     "(IA)³ of inputs", "(IA)³ told from 1", "difference",
 )  # fmt: skip
 
@@ -171,6 +175,20 @@ def test_lycoris_loads_what_is_written(kind: str, layer: str) -> None:
     torch.manual_seed(0)
     written = encode(adapter_of(kind, layer, "kohya"), "kohya")
     make, shape = OURS[layer]
+    check_live(written, make, shape)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "point"])
+def test_lycoris_loads_a_butterfly_that_is_written(kind: str) -> None:
+    """Of 16 outputs, for LyCORIS' BOFT has a power of two of blocks: eight of 2, four factors of them."""
+    torch.manual_seed(0)
+    delta = Butterfly(numbers=Draw()(4, 8, 2, 2, scale=0.3), side="out", halves=False, together=True, floor=1e-8)
+    make, shape = LAYERS[kind]
+    check_live(encode(Adapter({"lora_unet_mid_block_0_x.weight": delta}, flat=True), "kohya"), make, shape)
+
+
+def check_live(written: Container, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """A layer under LyCORIS' module of a file computes what it does with the weight that loratools makes of the file."""
     plain, x = make(), torch.randn(shape)
     W = plain.weight.detach().double()
     (delta,) = decode(written).values()
