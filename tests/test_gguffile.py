@@ -38,7 +38,13 @@ def info(name: str, *sizes: int, kind: int = 0, offset: int = 0) -> bytes:
 
 
 def file_of(
-    fields: list[bytes], infos: list[bytes], data: bytes = b"\0" * 64, *, version: int = 3, counts: tuple[int, int] | None = None, align: int = 32
+    fields: list[bytes],
+    infos: list[bytes],
+    data: bytes = b"\0" * 64,
+    *,
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+    align: int = 32,
 ) -> bytes:
     tensors, keys = counts or (len(infos), len(fields))
     head = b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + b"".join(fields) + b"".join(infos)
@@ -50,7 +56,8 @@ GOOD = file_of([NAMED], [info("a", 4, 2)])
 
 
 def test_bytes_and_fields_come_back(tmp_path: Path) -> None:
-    tensors = {f"t.{dtype}": randn(3, 5, seed=index, dtype=getattr(torch, dtype)) for index, dtype in enumerate(("float32", "float16", "bfloat16"))}
+    dtypes = ("float32", "float16", "bfloat16")
+    tensors = {f"t.{dtype}": randn(3, 5, seed=index, dtype=getattr(torch, dtype)) for index, dtype in enumerate(dtypes)}
     digests = write_gguf(tmp_path / "a.gguf", FIELDS, {name: to_ref(tensor) for name, tensor in tensors.items()})
     found = GGUFFile(tmp_path / "a.gguf")
     assert is_gguf(tmp_path / "a.gguf") and list(found) == list(tensors) == list(digests)

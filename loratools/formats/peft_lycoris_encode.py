@@ -110,7 +110,7 @@ def _factor(cuts: Mapping[str, _Cut]) -> int:
     for factor in (-1, most, *range(1, min(top, 2 * most) + 2)):
         whole = all(factorization(one * other, factor) == (one, other) for one, other in sides)
         if whole and all(any(factorization(one * size, factor) == (one, size) for size in sizes) for one, sizes in loose):
-            return factor
+            return int(factor)
     path, cut = next(iter(cuts.items()))
     fact = "peft cuts all weights by one decompose_factor, and these are cut by none that it could be"
     raise _refused(fact, found=f"({cut.out}·{cut.out2}, {cut.width}·{cut.width2})").at(tensor=f"{path}.weight")

@@ -10,9 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools import inspect, merge
+from loratools.adapter import Adapter
+from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, ShapeError
 from loratools.formats import load
 from loratools.formats.base import ReadOptions
+from loratools.formats.kohya import encode
+from loratools.tensors import to_ref
 from tests.files import read_checkpoint, write_checkpoint
 from tests.formats.keytables import container
 from tests.strategies import randn
