@@ -68,9 +68,12 @@ class Network:
         found = (side for side in SIDES if side in self.marks and all(any(map(mark.match, names)) for mark in self.marks[side]))
         return next(found, None)
 
-    def pairs(self, names: Collection[str], *, whole: bool) -> Pairs:
-        """The pairs with all numbers that occur in the names, which are those of a whole network or of an adapter, flat or not."""
-        shape = _Shape.of(names, whole=whole)
+    def pairs(self, names: Collection[str], *, whole: bool, layers: int | None = None) -> Pairs:
+        """The pairs with all numbers that occur in the names, which are those of a whole network or of an adapter, flat or not.
+
+        `layers` are a UNet's `layers_per_block`, which an adapter's names may leave open.
+        """
+        shape = _Shape.of(names, whole=whole, layers=layers)
         original: dict[str, Pair] = {}
         diffusers: dict[str, tuple[Pair, int]] = {}
         for kind, first, second, *shares in self.rows:
@@ -98,10 +101,10 @@ class _Shape:
     attended: Mapping[int, bool]
 
     @classmethod
-    def of(cls, names: Collection[str], *, whole: bool) -> _Shape:
+    def of(cls, names: Collection[str], *, whole: bool, layers: int | None = None) -> _Shape:
         found = {int(text) for name in names for text in re.findall(r"(?<=[._])\d+(?=[._])", name) if len(text) < 4}
         most = max((number for number in found if number <= _MOST), default=0)
-        layers = _layers(names) if whole else _LAYERS
+        layers = layers or (_layers(names) if whole else _LAYERS)
         return cls(most, layers, dict(_attended(names, layers, whole=whole)))
 
     def numbers(self, text: str) -> Iterator[dict[str, int]]:
