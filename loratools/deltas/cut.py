@@ -16,6 +16,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.parts import Joined, Parts
 from loratools.deltas.scaled import Scaled
 from loratools.errors import ShapeError, UnsupportedError
 from loratools.sliced import Blocks, Sliced
@@ -133,6 +134,27 @@ def stack(parts: Sequence[Delta | None], sizes: Sequence[int]) -> Delta:
         return DoRA(direction=direction, magnitude=above(magnitudes))
     kinds = ", ".join(dict.fromkeys(part.kind for part in there))
     raise UnsupportedError("no one change of a fused weight is these", found=kinds, remedy="convert --kind lora or --kind dense first")
+
+
+def restacked(delta: Delta, rows: int) -> Delta:
+    """Changes of stretches of a matrix's rows as one change of all of them, where there is one; any other delta as it is."""
+    if not isinstance(delta, Joined | Parts):
+        return delta
+    parts, sizes, row = list[Delta | None](), list[int](), 0
+    for part in delta.parts:
+        if part.start > row:
+            parts.append(None)
+            sizes.append(part.start - row)
+        parts.append(part.delta)
+        sizes.append(part.stop - part.start)
+        row = part.stop
+    if row < rows:
+        parts.append(None)
+        sizes.append(rows - row)
+    try:
+        return stack(parts, sizes)
+    except UnsupportedError:
+        return delta
 
 
 def _stacked(parts: Sequence[LowRank | None], sizes: Sequence[int]) -> LowRank:

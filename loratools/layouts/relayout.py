@@ -6,11 +6,11 @@ stacked the other way (`deltas/cut.py`), the halves of an output norm swapped. A
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from loratools.deltas.base import Delta
-from loratools.errors import LoratoolsError, MatchError, NotExpressible, UnsupportedError, raise_all
+from loratools.errors import LoratoolsError, MatchError, NotExpressible, UnsupportedError, UsageError, raise_all
 from loratools.layouts.naming import Named, naming_of
 from loratools.layouts.networks import SIDES, VERSION
 from loratools.layouts.roots import Roots, joined, split_root, split_word
@@ -69,7 +69,8 @@ def relayout_of(names: Collection[str], side: str, *, flat: bool = False, base: 
     `flat` names have underscores for dots. A base that has the names tells what they leave open. Raises MatchError for names of no network
     in the table and for two that are one tensor there, AmbiguousError for names that two networks would call differently.
     """
-    assert side in SIDES
+    if side not in SIDES:
+        raise UsageError("--layout", found=side, expected=" or ".join(SIDES))
     base = base or {}
     groups: dict[tuple[str, str], dict[str, str]] = {}
     strange = []
@@ -109,8 +110,8 @@ def _steps(goals: Mapping[str, tuple[str, Named]], side: str, base: Mapping[str,
     """The steps in the order of the adapter's names. Raises MatchError for two names that are one tensor."""
     rows: dict[tuple[str, int], str] = {}  # by whose change a tensor, or a part of its rows, is changed; 0 is the first part
     for name, (root, tensor) in goals.items():
-        places = [joined(root, place) for place in _places(tensor, side)]
-        parts = [tensor.part] if tensor.pair is not None and side == "original" else range(_MOST_PARTS)
+        places = tuple(joined(root, place) for place in _places(tensor, side))
+        parts = [tensor.part] if tensor.pair is not None and side == "original" else list(range(_MOST_PARTS))
         for place in places:
             held = next((rows[place, part] for part in parts if (place, part) in rows), None)
             if held is not None:
@@ -123,11 +124,11 @@ def _steps(goals: Mapping[str, tuple[str, Named]], side: str, base: Mapping[str,
             yield Step((name,), places)
         elif places[0] not in done:
             done.add(places[0])
-            whole = (name,) if side == "diffusers" else tuple(rows.get((places[0], part)) for part in range(len(pair.diffusers)))
-            yield Step(whole, places, pair, *_weight(name, tensor, goals, base))
+            parts = [0] if side == "diffusers" else list(range(len(pair.diffusers)))
+            yield Step(tuple(rows.get((places[0], part)) for part in parts), places, pair, *_weight(name, tensor, goals, base))
 
 
-def _places(tensor: Named, side: str) -> Sequence[str]:
+def _places(tensor: Named, side: str) -> tuple[str, ...]:
     if tensor.pair is None:
         return (tensor.name,)
     return tensor.pair.diffusers if side == "diffusers" else (tensor.pair.original,)
