@@ -70,6 +70,9 @@ def _namings(names: Collection[str], role: str, side: str, *, flat: bool, base: 
     for network in networks():
         if role != "any" and (network.name in _TEXT) == (role == "denoiser"):
             continue
+        if not any(name.startswith(network.heads) for name in names):
+            yield Naming(network, {})
+            continue
         if network.name != "unet":
             yield _naming(network, network.pairs(names, whole=False), names, side, flat=flat)
             continue
@@ -96,7 +99,7 @@ def _naming(network: Network, pairs: Pairs, names: Collection[str], side: str, *
 
 def _unknown(names: Collection[str], best: Naming) -> LoratoolsError:
     lacking = [name for name in names if name not in best.named]
-    if best.named and best.network.name == "unet" and all(map(_UPSAMPLER.search, lacking)):
+    if all(map(_UPSAMPLER.search, lacking)):
         fact = "whether its block has attentions, beside which an upsampler's name is another, its names do not tell"
         return AmbiguousError(fact, tensor=lacking[0], remedy=_BASE)
     shown = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")

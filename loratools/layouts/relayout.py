@@ -58,7 +58,8 @@ class Relayout:
         """One sentence of what was renamed."""
         total = sum(name is not None for step in self.steps for name in step.names)
         now = sum(len(step.places) for step in self.steps)
-        renamed = f"{self.count} of {total} names are the other side's" if self.count else "its names are this side's, with its roots"
+        kept = "its names are this side's, but for roots and dots"
+        renamed = f"{self.count} of {total} names are the other side's" if self.count else kept
         became = "" if now == total else f"; {total} tensors are {now} there"
         return f"layout {self.side}: {renamed} ({', '.join(self.titles)}, diffusers {VERSION}){became}"
 

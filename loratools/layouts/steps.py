@@ -31,7 +31,7 @@ class Step:
     names: tuple[str | None, ...]
     places: tuple[str, ...]
     pair: Pair | None = None
-    weight: str | None = None  # of a bias: its module's weight, and of a base its shape
+    weight: str | None = None  # its module's, where the adapter changes it, and of a base that has it the shape
     shape: Shape = None
 
     @property
@@ -58,7 +58,7 @@ class Step:
 
     def _shape(self, deltas: Mapping[str, Delta]) -> tuple[int, ...]:
         """Of the weight, by which it and its bias are swapped or not."""
-        weight = deltas.get(self.weight or self.first)
+        weight = deltas.get(self.weight or "")
         found = self.shape or (None if weight is None else _shape_of(weight))
         if found is None:
             fact = "whether its halves change places only the shape of its weight tells"
