@@ -130,7 +130,8 @@ def test_a_layout_needs_no_base(tmp_path: Path, loratools: Line) -> None:
     assert code == 0 and told(text)["held"] == ["1 of 1 deltas"]
     assert "layout diffusers: 1 of 1 names are the other side's (flux, diffusers 0.42); 1 tensors are 4 there" in notes
     root = "transformer.single_transformer_blocks.0"
-    assert set(library.load(tmp_path / "b.safetensors")) == {*(f"{root}.attn.to_{part}.weight" for part in "qkv"), f"{root}.proj_mlp.weight"}
+    names = {*(f"{root}.attn.to_{part}.weight" for part in "qkv"), f"{root}.proj_mlp.weight"}
+    assert set(library.load(tmp_path / "b.safetensors")) == names
     words = ["--format", "kohya", "--layout", "original"]
     assert loratools("convert", tmp_path / "b.safetensors", "-o", tmp_path / "c.safetensors", *words)[0] == 0
     found = load_file(tmp_path / "c.safetensors")

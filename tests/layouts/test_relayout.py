@@ -83,12 +83,13 @@ def test_rows_are_where_the_table_has_them(name: str) -> None:
 def test_every_row_of_the_table_is_met() -> None:
     plans = [relayout_of(own(name), "diffusers") for name in MODELS]
     met = {re.sub(r"\d+", "#", place) for plan in plans for step in plan.steps for place in step.places}
-    for network in networks():
-        for kind, original, second, *_ in network.rows:
-            if network.name not in ("clip", "t5") and original != "pos_embed":
-                for word in second.split(" "):
-                    leaves = ("",) if kind == "tensor" else (".weight", ".bias")
-                    assert any(re.sub(r"\{\w+\}|\d+", "#", word) + leaf in met for leaf in leaves), word
+    rows = [row for network in networks() if network.name not in ("clip", "t5") for row in network.rows if row[1] != "pos_embed"]
+    for kind, _, second, *_ in rows:
+        for word in second.split(" "):
+            # as many channels leave the middle as come, so no model has a shortcut there
+            if not (word.startswith("mid_block.") and word.endswith(".conv_shortcut")):
+                leaves = ("",) if kind == "tensor" else (".weight", ".bias")
+                assert any(re.sub(r"\{\w+\}|\d+", "#", word) + leaf in met for leaf in leaves), word
 
 
 def test_other_as_are_stacked_and_come_back() -> None:

@@ -137,7 +137,7 @@ def test_a_kind_is_changed_before_a_weight_is_cut(tmp_path: Path) -> None:
     given = Adapter({"diffusion_model.double_blocks.0.img_attn.qkv.weight": lokr})
     with pytest.raises(LoratoolsError, match=r"to_q\.weight: diffusers cannot say a lokr delta; convert it first: --kind lora"):
         converted(tmp_path, given, format="diffusers")
-    out, _ = converted(tmp_path, given, format="diffusers", kind="lora")
+    out, _ = converted(tmp_path, given, format="diffusers", kind="lora", rank=4)
     parts = load(out)
     assert set(parts) == {f"{TO}{part}.weight" for part in "qkv"}
     whole = 0.5 * torch.kron(read_tensor(lokr.w1, torch.float64), read_tensor(lokr.w2, torch.float64))
