@@ -23,11 +23,12 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 @dataclass(frozen=True)
 class State:
-    """A repository that is there: its last commit, its card."""
+    """A repository that is there: its last commit, its card, its files' names."""
 
     sha: str | None
     private: bool
     card: str | None
+    files: tuple[str, ...] = ()
 
 
 class Hub:
@@ -60,7 +61,8 @@ class Hub:
                 info = again(lambda: self.api.model_info(self.repo))
             except RepositoryNotFoundError:
                 return None
-            return State(info.sha, bool(info.private), self._readme(self.repo, info))
+            names = tuple(file.rfilename for file in info.siblings or ())
+            return State(info.sha, bool(info.private), self._readme(self.repo, info), names)
         return None
 
     def of_model(self, model: str) -> tuple[dict[str, str], int | None, bool]:

@@ -10,7 +10,7 @@ from typing import Any
 _PLAIN = re.compile(r"[\w ./@:+=,{}()%~*-]+", re.ASCII)  # what a code span shows as it is
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[._/-]+[A-Za-z0-9]+)*")  # what YAML reads as a string without quotes …
 _RESERVED = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}  # … unless it is one of these
-_KEY = re.compile(r"(?:([\w.-]+)|'([^']*)'|\"([^\"\\]*)\")\s*:(?:\s|$)")
+_KEY = re.compile(r"(?:([^\s'\"#,&*!|>%@`?:\[\]{}-][^:#]*?)|'([^']*)'|\"([^\"\\]*)\")\s*:(?:\s|$)")
 
 
 def printable(text: str) -> str:

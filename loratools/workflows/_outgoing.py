@@ -5,15 +5,12 @@ Files are named by what reads them, not found by looking around: whatever else a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from blake3 import blake3
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
@@ -32,6 +29,7 @@ from loratools.weightfiles import PIPELINE, is_index
 from loratools.workflows import _provenance
 from loratools.workflows._markdown import printable
 from loratools.workflows._provenance import is_model
+from loratools.workflows._recorded import is_written, places
 from loratools.workflows._weights import weights
 
 CARD = "README.md"
@@ -59,6 +57,8 @@ class Outgoing:
     receipt: dict[str, Any] | None = None
     card: str | None = None
     stated: str | None = None  # the base as the local config has it
+    base_card: str | None = None  # a merge's README.md, where it is the base's own
+    recorded: str | None = None  # the receipt's name
     left: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -74,6 +74,11 @@ def outgoing(path: Path, base_model: str | None, reading: Reading) -> Outgoing:
     found = made(path, base_model, reading)
     found.card = _text(path / CARD) if path.is_dir() else None
     found.left = list(_left(path, {*found.files, CARD})) if path.is_dir() else []
+    if found.card is not None and found.relation == "merge" and is_written(found.receipt, path / CARD):
+        found.card, found.base_card = None, found.card
+        found.notes.append(f"{CARD} is the base's own: what it says of the licence is taken, its prose is not")
+    if strange := sorted(places(found.receipt or {})):
+        found.notes.append(f"{found.recorded} tells paths of this machine, and is public: {', '.join(strange[:3])}")
     return found
 
 
@@ -91,10 +96,12 @@ def _adapter(path: Path, base_model: str | None, reading: Reading) -> Outgoing:
     files: dict[str, Path | bytes] = {file.name: file for file in adapter.files}
     config = read_json(weights_file.parent / CONFIG) if CONFIG in files else None
     receipt, name = _receipt(weights_file)
-    report = inspect(path, values=True, **reading)
+    report = inspect(weights_file, values=True, **reading)
+    report["warnings"] = [text for text in report["warnings"] if not text.startswith("its base is named by a path")]  # not as it goes up
     made = Outgoing(
-        report=report, files=files, bases=[], relation="adapter", file=weights_file.name, adapter=adapter, config=config, receipt=receipt
-    )
+        report=report, files=files, bases=[], relation="adapter", file=weights_file.name, adapter=adapter, config=config, receipt=receipt,
+        recorded=name,
+    )  # fmt: skip
     key = _BASE_KEYS.get(adapter.format or "")
     stated = (config or {}).get(key) if key else None
     made.stated = stated if isinstance(stated, str) else None
@@ -108,7 +115,7 @@ def _adapter(path: Path, base_model: str | None, reading: Reading) -> Outgoing:
     if receipt is None or name is None:
         made.notes.append("no receipt lies with it, so the card does not tell how it was made")
     else:
-        _record(made, receipt, weights_file.parent, name)
+        files[name] = weights_file.parent / name
     return made
 
 
@@ -158,25 +165,6 @@ def _receipt(weights_file: Path) -> tuple[dict[str, Any] | None, str | None]:
     return None, None
 
 
-def _record(made: Outgoing, receipt: dict[str, Any], folder: Path, name: str) -> None:
-    """Take the receipt along; rows of small files that go up changed tell of them as they go."""
-    changed = []
-    for row in receipt["outputs"]:
-        there = made.files.get(str(row.get("path")))
-        if there is None or row.get("path") == made.file:
-            continue
-        data = there if isinstance(there, bytes) else there.read_bytes()
-        now = {"bytes": len(data), "blake3": blake3(data).hexdigest()}
-        now |= {"sha256": hashlib.sha256(data).hexdigest()} if "sha256" in row else {}
-        if any(row.get(word) != value for word, value in now.items()):
-            row |= now
-            changed.append(str(row["path"]))
-    made.files[name] = folder / name
-    if changed:
-        receipt["notes"] = [*(receipt.get("notes") or []), f"push: {', '.join(changed)} went up other than it was written"]
-        made.files[name] = (json.dumps(receipt, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
 # -- a merged model
 
 
@@ -196,7 +184,10 @@ def _merged(path: Path, base_model: str | None, reading: Reading) -> Outgoing:
     chosen = [file for file in of_model(path) if file in tensors or is_index(file.name) or _is_side(file.relative_to(path))]
     files: dict[str, Path | bytes] = {file.relative_to(path).as_posix(): file for file in (*chosen, place)}
     config = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    return Outgoing(report=inspect(path), files=files, bases=[base, *_adapters(receipt)], relation="merge", config=config, receipt=receipt)
+    bases = [base, *(name for name in _adapters(receipt) if name != base)]
+    return Outgoing(
+        report=inspect(path), files=files, bases=bases, relation="merge", config=config, receipt=receipt, recorded=place.name
+    )
 
 
 def _adapters(receipt: Mapping[str, Any]) -> list[str]:
@@ -211,7 +202,8 @@ def _is_side(name: Path) -> bool:
 
 def _whole(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
     """Raise for a model that is not what its receipt says, or holds inf or nan."""
-    faults: list[LoratoolsError] = [FormatError(fault) for fault in report["faults"]]
+    card = f"{checkpoint.folder / CARD}:"  # which is its user's to change
+    faults: list[LoratoolsError] = [FormatError(fault) for fault in report["faults"] if not fault.startswith(card)]
     for name, ref in checkpoint.items():
         if ref.spec.floating and (wrong := scan(ref)[0]):
             faults.append(NonFiniteError(f"has {wrong} non-finite values", file=checkpoint.path, tensor=name))

@@ -15,7 +15,7 @@ from loratools.errors import FormatError
 from loratools.source.publish import LICENSE
 from loratools.workflows import _loading, _provenance
 from loratools.workflows._checking import Finding
-from loratools.workflows._markdown import code, entities, merged, table, top_keys
+from loratools.workflows._markdown import code, entities, merged, printable, table, top_keys
 from loratools.workflows.targets import target_of
 
 BEGIN = "<!-- loratools: from here to its end this is written by `loratools push`, and written anew by the next -->"
@@ -133,7 +133,7 @@ def _body(facts: Facts) -> list[str]:
     made = [("What it is", _about(facts)), ("Use it", _use(facts)), ("How it was made", _provenance.told(facts.receipt or {}))]
     made += [("Known limits", _limits(facts))]
     lines = [line for title, part in made if part for line in ("", f"## {title}", "", *part)]
-    return [line.replace("<!--", "<! --") for line in lines[1:]]
+    return [printable(line).replace("<!--", "<! --") for line in lines[1:]]
 
 
 def _about(facts: Facts) -> list[str]:

@@ -13,11 +13,13 @@ from typing import Any, Unpack
 from loratools.errors import FormatError, LoratoolsError, OptionError, UsageError
 from loratools.formats.reading import Reading, reads
 from loratools.pipeline import open_checkpoint
+from loratools.sidefiles import WEIGHTS
 from loratools.source.publish import Hub, front, licensed, quiet
 from loratools.workflows import _loading, _provenance
 from loratools.workflows._checking import findings
 from loratools.workflows._outgoing import CARD, Outgoing, outgoing
-from loratools.workflows.card import Facts, written
+from loratools.workflows._recorded import receipt_of
+from loratools.workflows.card import Facts, metadata, written
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?/[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -56,11 +58,16 @@ def push(
         hub = Hub(repo, dry_run, found.notes)
         hub.start()
         there = hub.state()
+        more = sorted(name for name in (there.files if there is not None else ()) if WEIGHTS.fullmatch(name) and name not in found.files)
+        if more:
+            found.notes.append(f"the repository has other weights, which stay there: {', '.join(more[:3])}")
         if there is not None and private and not there.private:
             remedy = f"make it private at {hub.url}/settings, or leave out --private"
             raise OptionError("the repository exists already, and is public", file=repo, remedy=remedy)
         card = _card(found, hub, there.card if there is not None else None, base_model, reading)
         files = {**found.files, CARD: card.encode()}
+        if found.recorded is not None and found.receipt is not None:
+            files[found.recorded] = receipt_of(found.receipt, files) or files[found.recorded]
         _check_tokens(files)
         said = message or f"loratools push: {found.relation} of {found.bases[0]}"
         commit = None if dry_run else hub.publish(files, card, said, private, there)
@@ -93,12 +100,13 @@ def _card(found: Outgoing, hub: Hub, remote: str | None, named: str | None, read
     )  # fmt: skip
     kept = front(existing) if existing is not None else {}
     text = written(facts, existing, kept)
-    missing = [key for key in kept if key not in front(text)]
-    if missing:
-        raise FormatError("front matter that would lose a key", file=CARD, found=str(missing[0]), remedy="write it as key: value on a line")
+    now = front(text)
+    lost = [key for key, value in kept.items() if key not in metadata(facts, kept) and now.get(key) != value]
+    if lost:
+        raise FormatError("front matter that would lose a key", file=CARD, found=str(lost[0]), remedy="write it as key: value on a line")
     if license.get("license") and kept.get("license") not in (None, license["license"]):
         found.notes.append(f"the card keeps its licence {kept['license']}; the base's is {license['license']}")
-    if named is None and kept.get("base_model") not in (None, found.bases[0]) and front(text)["base_model"] == kept["base_model"]:
+    if named is None and kept.get("base_model") not in (None, found.bases[0]) and now["base_model"] == kept["base_model"]:
         found.notes.append(f"the card keeps its base_model {kept['base_model']}; the files say {found.bases[0]}")
     return text
 
@@ -108,8 +116,9 @@ def _of_base(found: Outgoing, hub: Hub) -> tuple[dict[str, str], int | None]:
     license, parameters, known = hub.of_model(found.bases[0])
     stated = (_provenance.local_base(found.receipt or {}), found.stated)
     local = next((Path(one) for one in stated if one is not None and Path(one).is_dir()), None)
-    if local is not None and not known and (local / CARD).is_file():
-        license = licensed(front((local / CARD).read_text(encoding="utf-8", errors="replace")))
+    if not known:
+        beside = (local / CARD).read_text(encoding="utf-8", errors="replace") if local is not None and (local / CARD).is_file() else None
+        license = licensed(front(found.base_card or beside or ""))
     if not license:
         found.notes.append(f"no card tells the licence of {found.bases[0]}: this one says other")
     if local is not None and parameters is None:
