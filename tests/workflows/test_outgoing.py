@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ def litter(folder: Path) -> None:
         (folder / name).write_text("hf_secret")
 
 
+@contextmanager
+def refused(said: str) -> Iterator[None]:
+    """An error whose one line holds these words."""
+    with pytest.raises(LoratoolsError) as caught:
+        yield
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return llama_lora(tmp_path / "adapter")
@@ -63,7 +72,8 @@ def test_a_config_that_names_its_base_goes_up_as_it_is(tmp_path: Path) -> None:
     path = lora(tmp_path / "a", {"m.q_proj": (4, 4)}, base_model_name_or_path="ada/base")
     found = gathered(path)
     assert found.files["adapter_config.json"] == path / "adapter_config.json" and found.bases == ["ada/base"]
-    assert json.loads(bytes(gathered(path, "gpt2").files["adapter_config.json"]))["base_model_name_or_path"] == "gpt2"  # type: ignore[arg-type]
+    told = gathered(path, "gpt2").files["adapter_config.json"]
+    assert isinstance(told, bytes) and json.loads(told)["base_model_name_or_path"] == "gpt2"
 
 
 def test_one_file_goes_with_its_receipt(tmp_path: Path, adapter: Path) -> None:
@@ -115,7 +125,7 @@ def test_the_receipt_that_goes_up_is_true_of_what_goes_up(merged: Path, tmp_path
     told = receipt_of(found.receipt, files)
     assert told is not None
     notes = json.loads(told)["notes"]
-    assert notes[-2:] == ["push: written anew: README.md", "push: not published: notes.txt"]
+    assert notes[-2:] == ["push: written anew: README.md", "push: not published: notes.txt, unmerge.safetensors"]
     for name, data in (files | {"loratools.json": told}).items():
         (tmp_path / "up").mkdir(exist_ok=True)
         (tmp_path / "up" / name).write_bytes(data if isinstance(data, bytes) else data.read_bytes())
@@ -187,7 +197,7 @@ def test_a_base_that_is_a_folder_here_is_a_path(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     assert gathered(path).bases == ["models/llama"]
     (tmp_path / "models/llama").mkdir(parents=True)
-    with pytest.raises(LoratoolsError, match="base_model_name_or_path is a path of this machine: found models/llama"):
+    with refused("base_model_name_or_path is a path of this machine: found models/llama"):
         gathered(path)
     assert gathered(path, "models/llama").bases == ["models/llama"]  # whoever names it means the Hub's
 
@@ -197,31 +207,31 @@ def test_weights_that_are_not_those_of_the_receipt(tmp_path: Path) -> None:
     convert(tmp_path / "a", tmp_path / "b")
     tensors, config = read_adapter(tmp_path / "b")
     write_adapter(tmp_path / "b", {name: tensor + 1 for name, tensor in tensors.items()}, config)
-    with pytest.raises(LoratoolsError, match="not the bytes that its receipt tells of; move loratools.json away, if"):
+    with refused("not the bytes that its receipt tells of; move loratools.json away, if"):
         gathered(tmp_path / "b", "ada/base")
 
 
 def test_models_that_are_refused(tmp_path: Path, merged: Path) -> None:
-    with pytest.raises(LoratoolsError, match="neither an adapter nor a merge of loratools': found no receipt; push what merge wrote"):
+    with refused("neither an adapter nor a merge of loratools': found no receipt; push what merge wrote"):
         gathered(tmp_path / "base", "ada/base")
-    with pytest.raises(LoratoolsError, match="loratools.json: its base is a path of a machine: found .*base; --base-model ID names it"):
+    with refused("loratools.json: its base is a path of a machine: found "):
         gathered(merged)
-    with pytest.raises(LoratoolsError, match="no such file or folder"):
+    with refused("no such file or folder"):
         gathered(tmp_path / "nowhere", "ada/base")
     tensors = {name: tensor.clone() for name, tensor in llama_tensors().items()}
     tensors["model.norm.weight"][0] = float("nan")
     base = write_checkpoint(tmp_path / "odd", tensors, llama_config())
     merge(base, tmp_path / "adapter", tmp_path / "bad")
-    with pytest.raises(LoratoolsError, match="model.norm.weight: has 1 non-finite values"):
+    with refused("model.norm.weight: has 1 non-finite values"):
         gathered(tmp_path / "bad", "ada/base")
     (merged / "config.json").write_text("{}")
-    with pytest.raises(LoratoolsError, match="config.json: not the bytes that were written"):
+    with refused("config.json: not the bytes that were written"):
         gathered(merged, "ada/base")
 
 
 def test_a_card_that_is_no_text(adapter: Path) -> None:
     (adapter / "README.md").write_bytes(b"\xff\xfe")
-    with pytest.raises(LoratoolsError, match="README.md: a card that is no UTF-8; save it as UTF-8"):
+    with refused("README.md: a card that is no UTF-8; save it as UTF-8"):
         gathered(adapter, "ada/base")
 
 
