@@ -110,7 +110,8 @@ def test_of_a_merge_weights_config_tokenizer_licence_and_receipt_go(merged: Path
     (merged / "other.safetensors").unlink()
     found = gathered(merged, "ada/base")
     shards = {f"model-0000{place}-of-00002.safetensors" for place in (1, 2)}
-    assert set(found.files) == shards | {"model.safetensors.index.json", "config.json", "tokenizer.json", "LICENSE", "loratools.json"}
+    sides = {"model.safetensors.index.json", "config.json", "tokenizer.json", "LICENSE", "loratools.json"}
+    assert set(found.files) == shards | sides
     assert found.relation == "merge" and found.bases == ["ada/base"]
     assert {row["path"] for row in found.left} >= {"unmerge.safetensors", "notes.txt", ".env", "optimizer.pt", "checkpoint-5/"}
     assert found.card is None and found.base_card is not None and "the base's own" in found.notes[-2] + found.notes[-1]
