@@ -171,8 +171,8 @@ def test_refusals_are_one_line_each_with_a_remedy(hub: Hub, ada: Client, made: P
     cases: list[tuple[list[str | Path], str, int | None, str]] = [
         (["TOKEN=", *words], "", None, "ada/style: not logged in; log in with `hf auth login` or set HF_TOKEN"),
         (["TOKEN=hf_wrong", *words], "", None, "the Hub does not accept the token (401); log in with `hf auth login` or set HF_"),
-        (["TOKEN=hf_ada", *words], create, 403, "no right to write there (403): found a fault; use a token that may write to it, from http"),
-        (words, create, 429, "the Hub wants fewer requests (429); wait some minutes; run it again: large files that arrived are not sent"),
+        (["TOKEN=hf_ada", *words], create, 403, "no right to write there (403): found a fault; use a token that may write to it, from"),
+        (words, create, 429, "the Hub wants fewer requests (429); wait some minutes; run it again: large files that arrived are not"),
         (words, create, 500, "ada/style: the Hub fails (500); try later; run it again"),
         (words, create, 503, "ada/style: the Hub fails (503); try later; run it again"),
         (words, commit, 404, "ada/style: no such repository, or none that the token may see (404); check the name and the token"),

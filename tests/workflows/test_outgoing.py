@@ -142,7 +142,8 @@ def test_of_a_pipeline_the_models_that_it_lists_go(tmp_path: Path) -> None:
     merge(base, tmp_path / "a", tmp_path / "merged")
     found = gathered(tmp_path / "merged", "ada/base")
     assert {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json"} <= set(found.files)
-    assert {"scheduler/scheduler_config.json", "tokenizer/vocab.json", "text_encoder/model.safetensors", "loratools.json"} <= set(found.files)
+    assert {"scheduler/scheduler_config.json", "tokenizer/vocab.json", "text_encoder/model.safetensors"} <= set(found.files)
+    assert "loratools.json" in found.files and "README.md" not in found.files
     assert [row["path"] for row in found.left] == ["stray/"]
 
 
