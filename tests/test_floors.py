@@ -16,13 +16,13 @@ PACKAGE = Path(loratools.__file__).parent
 # from the ground up; a name is a file or a folder of loratools/
 FLOORS = (
     ("errors",),
-    ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
+    ("jsonfile", "linalg", "names", "output", "sidefiles", "tensorfile", "threads"),
     ("alignment", "families", "flatnames", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "rounding", "torchfile", "ulps"),
     ("codes",),
     ("dequantize",),
-    ("layouts", "orientation"),
-    ("resolution",),
+    ("facts", "layouts", "orientation"),
+    ("listing", "resolution"),
     ("adapter", "checkpoint", "corrections", "record"),
     ("changes", "differences", "factors", "pipeline", "receipt", "stream"),
     ("compress", "effect", "inverse", "plan"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools.cli._names import grouped
+from loratools.names import grouped
 from loratools.cli._numbers import count, many, number, percent, size, span
 from loratools.cli._table import facts, table
 from loratools.receipt import receipt_path

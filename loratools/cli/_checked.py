@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from loratools.cli._names import grouped
+from loratools.names import grouped
 from loratools.cli._numbers import many, percent
 from loratools.cli._table import facts
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from loratools.cli._names import grouped, natural
+from loratools.names import grouped, natural
 from loratools.cli._numbers import count, many, number, percent, size, span
 from loratools.cli._table import facts, table
 

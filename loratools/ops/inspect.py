@@ -14,13 +14,11 @@ from typing import Any, Unpack
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
-from loratools.deltas.base import Additive, Delta
-from loratools.deltas.compose import Chain, Part
+from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
-from loratools.deltas.laid import Unsettled, WherePresent
-from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
+from loratools.facts import facts_of, low_rank
 from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats.base import CONFIG, open_container, read_options
@@ -91,7 +89,7 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
         adapter, weights, more = _joined(adapter, base, family)
         warnings += more
     warnings += adapter.notes
-    rows = {name: _row(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
+    rows = {name: facts_of(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
         warnings += [f"{name}: {text}" for text in _oddities(delta)]
         if values or spectra:
@@ -139,42 +137,6 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
 
 def _refused(base: Checkpoint) -> str:
     return "merge takes it with --dequantize alone" if base.dequantizable else "merge refuses it"
-
-
-def _row(name: str, delta: Delta, base: Spec | None) -> dict[str, Any]:
-    facts = delta.facts()
-    dtypes = dict.fromkeys(ref.spec.dtype for ref in delta.refs().values())
-    return {
-        "name": name,
-        "kind": delta.kind,
-        "shape": list(_shape(delta, base)),
-        "rank": facts.get("rank"),
-        "alpha": facts.get("alpha"),
-        "scaling": facts.get("scaling"),
-        "parameters": delta.parameters,
-        "dtype": "+".join(dtypes),
-    }
-
-
-def low_rank(delta: Delta) -> LowRank | None:
-    """The factors within a delta, under whatever is wrapped around them."""
-    if isinstance(delta, Chain):
-        return low_rank(delta.then)
-    if isinstance(delta, Part):
-        return low_rank(delta.delta)
-    inner = delta.direction if isinstance(delta, DoRA) else delta
-    return inner if isinstance(inner, LowRank) else None
-
-
-def _shape(delta: Delta, base: Spec | None) -> tuple[int, ...]:
-    """The shape of W′; without a base that of the factors' product, transposed where the model stores it so."""
-    inner = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
-    if base is not None or not inner.needs_base:
-        return inner.spec(base).shape
-    low = low_rank(delta)
-    if low is not None:
-        return low.shape()
-    return inner.shape() if isinstance(inner, Additive) else ()
 
 
 def _settings(adapter: Adapter) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.cli._names import grouped, natural
+from loratools.names import grouped, natural
 
 NAMES = st.lists(
     st.lists(st.sampled_from(["h", "0", "1", "2", "3", "7", "10", "01", "q", "attn"]), min_size=1, max_size=4).map(".".join),
