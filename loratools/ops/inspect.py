@@ -22,8 +22,9 @@ from loratools.facts import facts_of, low_rank
 from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats.base import CONFIG, open_container, read_options
-from loratools.formats.reading import Reading, reads
+from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
+from loratools.ops._figure import checked
 from loratools.pipeline import open_checkpoint
 from loratools.tensorfile import FLOATS, Ref, Spec
 from loratools.weightfiles import SINGLE, is_index
@@ -40,30 +41,35 @@ def inspect(
     base: str | Path | None = None,
     values: bool = False,
     spectra: bool = False,
+    plot: str | Path | None = None,
     **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What a file or folder holds, as plain JSON values; spec/cli.md names the fields.
 
     Only headers are read, without torch, unless `values` (zero factors, non-finite values) or `spectra` (singular values and norms,
     which implies `values`) ask for the data. `base` joins the adapter's names and shapes with a checkpoint's; of a DoRA it is read,
-    to tell how far the magnitudes moved from the base's norms and which norms they fit. Raises what reading raises, OptionError for
-    `base` or `spectra` on a checkpoint.
+    to tell how far the magnitudes moved from the base's norms and which norms they fit. `plot` draws to a .png, .svg or .pdf file, as
+    spec/pictures.md tells, and implies `spectra`; with `base` every weight that the adapter changes is read for it. Raises what
+    reading raises, OptionError for `base`, `spectra` or `plot` on a checkpoint and for a picture of nothing, MissingExtra without
+    matplotlib.
 
     >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
     0.06
     """
+    target = None if plot is None else checked(plot, paths(reading, [path], base))
     path = Path(path)
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
     if not holds_adapter(path):
-        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"], "--initial": reading["initial"]}
+        words = {"--base": base, "--spectra": spectra, "--plot": plot, "--alpha-in": reading["alpha_in"], "--initial": reading["initial"]}
         wrong = [word for word, given in words.items() if given not in (None, False)]
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
         return _checkpoint(open_checkpoint(path), values=values)
     adapter = load(path, options=read_options(reading))
     checkpoint = open_checkpoint(base) if base is not None else None
-    return _adapter(adapter, path, checkpoint, Family({}, tuple(reading["embedding"]), tuple(reading["transposed"])), values, spectra)
+    family = Family({}, tuple(reading["embedding"]), tuple(reading["transposed"]))
+    return _adapter(adapter, path, checkpoint, family, values, spectra or target is not None, target)
 
 
 def holds_adapter(path: Path) -> bool:
@@ -82,9 +88,12 @@ def holds_adapter(path: Path) -> bool:
 # -- an adapter
 
 
-def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool) -> dict[str, Any]:
+def _adapter(
+    adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None
+) -> dict[str, Any]:
     warnings = _as_a_whole(adapter)
     weights: Mapping[str, Ref] = {}
+    asked, drift = adapter, dict[str, list[float]]()
     if base is not None:
         adapter, weights, more = _joined(adapter, base, family)
         warnings += more
@@ -97,9 +106,12 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
         if spectra:
             rows[name] |= _spectrum(delta)
         if base is not None and not base.quantization:
-            told, odd = moved(delta, weights.get(name))
-            rows[name] |= told
-            warnings += [f"{name}: {text}" for text in odd]
+            found = moved(delta, weights.get(name))
+            rows[name] |= found.told
+            warnings += [f"{name}: {text}" for text in found.odd]
+            drift |= {name: found.each} if found.each else {}
+    if target is not None:
+        _draw(target, str(path), asked, adapter, base, weights, rows, drift)
     base_parameters = sum(spec.numel for spec in base.specs.values()) if base is not None else None
     return {
         "path": str(path),
@@ -116,6 +128,23 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
         "values_checked": values or spectra,
         "warnings": warnings,
     }
+
+
+def _draw(
+    target: Path, title: str, asked: Adapter, joined: Adapter, base: Checkpoint | None, weights: Mapping[str, Ref],
+    rows: Mapping[str, Any], drift: Mapping[str, list[float]],
+) -> None:  # fmt: skip
+    """The picture of an adapter, and of its weights where a base has them in numbers."""
+    from loratools.ops._page import draw
+    from loratools.ops._pictures import adapter_page
+    from loratools.plan import supplied
+
+    deltas: Mapping[str, Delta] = joined
+    if base is not None and not base.quantization:
+        deltas = {name: supplied(name, delta, base) for name, delta in joined.items()}
+    else:
+        weights = {}
+    draw(target, adapter_page(title, asked, deltas, weights, rows, drift))
 
 
 def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Ref], list[str]]:

@@ -1,18 +1,15 @@
-"""Heatmaps: the grid of layers and modules, files of each kind that are the same each time, and what is said without matplotlib."""
+"""Heatmaps: the grid of layers and modules, files of each kind that are the same each time, and scales."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import struct
-import sys
 from pathlib import Path
 
 import pytest
 
 from loratools.adapter import Adapter
-from loratools.errors import MissingExtra, OptionError, OutputError
-from loratools.ops import _heatmap
 from loratools.ops._heatmap import Panel, draw, grid
 from loratools.ops.compare import compare
 from tests.ops._lora import low
@@ -105,24 +102,3 @@ def test_a_comparison_is_drawn(tmp_path: Path) -> None:
         for key in ("cosine", "column_overlap", "row_overlap"):
             assert f"{row[key]:.2f}" in shown
     assert any(text.startswith("grey") for text in shown)
-
-
-def test_another_ending_and_an_input_in_its_place(tmp_path: Path) -> None:
-    one = Adapter(deltas={llama(1)[0]: low((20, 7), 2, 0)})
-    with pytest.raises(OptionError, match=r"--plot: found both\.jpg, expected a name that ends in \.png or \.svg or \.pdf"):
-        compare(one, one, plot=tmp_path / "both.jpg")
-    (tmp_path / "adapter").mkdir()
-    with pytest.raises(OutputError, match="is, holds or lies inside the input"):
-        _heatmap.checked(tmp_path / "adapter" / "p.png", [tmp_path / "adapter"])
-    (tmp_path / "old.png").write_text("an earlier one")
-    compare(one, one, plot=tmp_path / "old.png")
-    assert (tmp_path / "old.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_it_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    one = Adapter(deltas={llama(1)[0]: low((20, 7), 2, 0)})
-    with pytest.raises(MissingExtra) as caught:
-        compare(one, one, plot=tmp_path / "p.png")
-    assert str(caught.value) == '--plot draws with matplotlib, which is not installed; pip install "loratools[plot]"'
-    assert compare(one, one)["total"]["cosine"] == pytest.approx(1)  # and nothing else needs it
