@@ -32,7 +32,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Curve:
-    """(bytes, relative error) of the best plans, and of one rank for all with that rank; where the adapter stands, and what it is called."""
+    """(bytes, relative error) of the best plans, and of one rank for all, with that rank; where the adapter stands and its name."""
 
     best: Sequence[tuple[int, float]]
     equal: Sequence[tuple[int, float, int]]

@@ -72,11 +72,13 @@ def made(page: Page) -> Figure:
     halves = left + wide + BAR <= WIDTH / 2
     high = max(0.34 if few else HIGH, 0.55 / max(1, len(rows))) * len(rows)
     heats = [_Block(left, BAR, high, below, _heat(heat, rows, columns, cells, few)) for heat in page.heats]
-    lines = [_Block(0.72, LEGEND, LINES, BELOW, lambda _, ax, __: draw_spectra(ax, page.spectra, leading=page.leading))] * bool(page.spectra)
+    lines = list[_Block]()
+    if page.spectra:
+        lines.append(_Block(0.72, LEGEND, LINES, BELOW, lambda _, ax, __: draw_spectra(ax, page.spectra, leading=page.leading)))
     if page.curve is not None:
         curve = page.curve
         lines.append(_Block(0.72, 0.3, LINES, BELOW, lambda _, ax, __: draw_curve(ax, curve)))
-    drift = [_Block(0.72, LEGEND, 2.1, 0.6, lambda _, ax, __: draw_drift(ax, page.drift))] * bool(page.drift)
+    drift = [_Block(0.72, LEGEND, 2.1, 0.6, lambda _, ax, __: draw_drift(ax, page.drift))] if page.drift else []
     grouped = [heats[place : place + 2] for place in range(0, len(heats), 2)] if halves else [[heat] for heat in heats]
     grouped += [row for row in (lines, drift) if row]
     missing = any(heat.values.get(name) is None for heat in page.heats for name in cells)

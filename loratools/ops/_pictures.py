@@ -52,7 +52,8 @@ def adapter_page(
     heats = [first]
     if any(ranks.get(name) is not None for name in names):
         most = max([row["rank"] or 1 for row in rows.values()], default=1)
-        heats.append(Panel("Effective rank of the change", f"of at most {most}", {name: ranks[name] for name in names}, 0.0, most, form=".3g"))
+        known = {name: ranks[name] for name in names}
+        heats.append(Panel("Effective rank of the change", f"of at most {most}", known, 0.0, most, form=".3g"))
     spectra = {name: row["sigma"] for name, row in rows.items() if row["sigma"] and row["sigma"][0] > 0}
     page = Page(title, _told(rows), names, heats, spectra=spectra, curve=_adapter_curve(adapter), drift=drift)
     if page.empty:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.ops._figure import COLOURS, DASHES, GREY, plain
 from loratools.ops._layers import place_of
@@ -83,6 +83,6 @@ def medians(lines: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, flo
     return [(place, median(line[place - 1][1] for line in lines if len(line) >= place)) for place in range(1, max(map(len, lines)) + 1)]
 
 
-def looks() -> list[tuple[str, object]]:
+def looks() -> list[tuple[str, Any]]:
     """A colour and a kind of line for each group."""
     return [(colour, dashes) for dashes in DASHES for colour in COLOURS]

@@ -62,10 +62,10 @@ def extract(
     Ranks follow exactly one of `rank`, `energy` (the share of ‖Δ‖² to keep), `max_error` (‖Δ − BA‖/‖Δ‖ not to exceed) and `size`
     (bytes of the file of weights, as in "40MB"). Factors are float32, balanced, alpha = rank, unless `dtype` and `alpha` say
     otherwise. `rest` is what becomes of changed tensors without a low-rank form: saved whole, dropped and listed, or an error.
-    The same bytes come out for any number of threads. `plot` draws to a .png, .svg or .pdf file, as spec/pictures.md tells, for which
-    twice as many singular values are computed; it does not change what is extracted. Raises, before anything is visible at `out`, MatchError and ShapeError for
-    tensors only one side has or whose shapes differ, QuantizedError, NonFiniteError, OptionError, MissingExtra
-    for a picture without matplotlib.
+    The same bytes come out for any number of threads. `plot` draws to a .png, .svg or .pdf file, as spec/pictures.md tells: twice as
+    many singular values are computed for it, and what is extracted is the same. Raises, before anything is visible at `out`,
+    MatchError and ShapeError for tensors only one side has or whose shapes differ, QuantizedError, NonFiniteError, OptionError,
+    MissingExtra for a picture without matplotlib.
 
     >>> receipt = extract("base/", "tuned/", "adapter/", rank=8)  # doctest: +SKIP
     >>> max(row["error"] for row in receipt["tensors"])  # doctest: +SKIP
@@ -94,19 +94,20 @@ def extract(
             add_sha256(receipt.inputs, None)
         receipt.write(receipt_path(place, folder=place.is_dir()))
         if picture is not None:
-            size = sum(row["bytes"] for row in receipt.outputs if not row["file"].endswith(".json"))
-            _draw(picture, f"{tuned} beside {base}", work, deltas, size)
+            _draw(picture, f"{tuned} beside {base}", work, deltas, receipt.outputs)
     return receipt.as_json()
 
 
-def _draw(picture: Path, title: str, work: Extraction, deltas: Mapping[str, Delta], size: int) -> None:
+def _draw(picture: Path, title: str, work: Extraction, deltas: Mapping[str, Delta], outputs: Sequence[Mapping[str, Any]]) -> None:
+    """The picture of an extraction, its error over all modules and the size of its file of weights beside the curve."""
     from loratools.ops._page import draw
     from loratools.ops._pictures import extraction_page
 
-    changes = [change for change in work.changes.values() if change.norm]
-    missed = [change.norm if change.delta is None else change.factored.error for change in changes if not change.delta or change.factored]
-    total = math.fsum(change.norm**2 for change in changes if change.norm)
-    error = math.sqrt(math.fsum(value**2 for value in missed if value) / total) if total else 0.0
+    total, missed, size = 0.0, 0.0, sum(row["bytes"] for row in outputs if not row["path"].endswith(".json"))
+    for change in work.changes.values():
+        total += (change.norm or 0.0) ** 2
+        missed += ((change.norm or 0.0) if change.delta is None else change.factored.error if change.factored else 0.0) ** 2
+    error = math.sqrt(missed / total) if total else 0.0
     draw(picture, extraction_page(title, work, deltas, error, size))
 
 
