@@ -16,6 +16,7 @@ from loratools.ops._figure import COLOURS, GREY, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FEW = 16  # ranks up to which each has its dot
 POINTS = 40  # of a curve, each measured by the header of its file
 Plan = Mapping[str, int]
 
@@ -57,9 +58,18 @@ def curve(
 
     best = [(size(plan), error(plan)) for plan in plans(spectra)]
     most = max(one.most for one in spectra.values())
-    ranks = sorted({2**power for power in range(most.bit_length()) if 2**power < most} | {most})
+    ranks = sorted({*range(1, min(most, FEW) + 1), *powers(most)})
     same = [({name: min(rank, one.most) for name, one in spectra.items()}, rank) for rank in ranks]
     return Curve(best, [(size(plan), error(plan), rank) for plan, rank in same], at or (size(here), error(here)), label)
+
+
+def powers(most: int) -> list[int]:
+    """1, 2, 4 … and the greatest rank, that last one alone where they would touch.
+
+    >>> powers(12), powers(9)
+    ([1, 2, 4, 8, 12], [1, 2, 4, 9])
+    """
+    return [*(2**power for power in range(most.bit_length()) if 2**power * 1.2 < most), most]
 
 
 def plans(spectra: Mapping[str, Spectrum], points: int = POINTS) -> list[dict[str, int]]:
@@ -101,9 +111,10 @@ def draw_curve(ax: Axes, found: Curve) -> None:
     )  # fmt: skip
     ax.plot(
         [size / unit for size, *_ in found.equal], [100 * error for _, error, _ in found.equal], color=GREY, linewidth=0.9,
-        linestyle=(0, (4, 1.5)), marker="o", markersize=3, label="one rank for all (--rank)", zorder=2,
+        linestyle=(0, (4, 1.5)), marker="o", markersize=2.5, label="one rank for all (--rank)", zorder=2,
     )  # fmt: skip
-    for size, error, rank in found.equal:
+    named = set(powers(max((rank for *_, rank in found.equal), default=1)))
+    for size, error, rank in [point for point in found.equal if point[2] in named]:
         ax.annotate(str(rank), (size / unit, 100 * error), xytext=(3, 3), textcoords="offset points", fontsize=6.5, color="#555555")
     here = (found.here[0] / unit, 100 * found.here[1])
     ax.plot(*here, linestyle="none", marker="D", markersize=6, color=COLOURS[1], markeredgecolor="black", markeredgewidth=0.6,

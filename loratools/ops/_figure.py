@@ -24,6 +24,7 @@ ENDINGS = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#009E73", "#000000")
 DASHES = ("-", (0, (4, 1.5)))
 GREY = "#8a8a8a"
+DPI = 150  # of a PNG
 OUTSIDE = "–"  # the column of modules in no layer
 
 
@@ -65,7 +66,7 @@ def save(figure: Figure, target: Path) -> None:
     kind = target.suffix.lower()
     dated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(kind, {})
     with whole(target) as place:
-        figure.savefig(place, format=kind[1:], dpi=150, metadata=dated)
+        figure.savefig(place, format=kind[1:], dpi=DPI, metadata=dated)
 
 
 def plain(ax: Axes, title: str, across: str, up: str) -> None:

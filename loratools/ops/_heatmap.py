@@ -116,7 +116,7 @@ def paint(
     scale = (LogNorm if panel.log else Normalize)(panel.low, panel.high)
     shown = ax.imshow(image, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
     ax.imshow(holes, aspect="auto", interpolation="nearest")
-    ax.set_title(panel.title, fontsize=8)
+    ax.set_title(panel.title, fontsize=8 if bar is None else 8.5, loc="center" if bar is None else "left")
     ticks = [panel.low, math.sqrt(panel.low * panel.high) if panel.log else (panel.low + panel.high) / 2, panel.high]
     if bar is None:
         figure.colorbar(shown, ax=ax, label=panel.label, shrink=0.95, pad=0.02, ticks=ticks)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 11.0  # inches at least
 CELL, HIGH = 0.21, 0.21  # of a cell where there are many
-TOP, GAP, TITLE, BELOW = 0.62, 0.28, 0.3, 0.5  # above all, between rows, above an axes, below it
+TOP, GAP, TITLE, BELOW = 0.6, 0.06, 0.3, 0.46  # above all, between rows, above an axes, below it
 BAR, LEGEND = 0.95, 1.45  # right of a heatmap, of a panel with a legend
 LINES = 2.75  # height of the panels of lines
 
@@ -74,11 +74,11 @@ def made(page: Page) -> Figure:
     heats = [_Block(left, BAR, high, below, _heat(heat, rows, columns, cells, few)) for heat in page.heats]
     lines = list[_Block]()
     if page.spectra:
-        lines.append(_Block(0.72, LEGEND, LINES, BELOW, lambda _, ax, __: draw_spectra(ax, page.spectra, leading=page.leading)))
+        lines.append(_Block(0.86, LEGEND, LINES, BELOW, lambda _, ax, __: draw_spectra(ax, page.spectra, leading=page.leading)))
     if page.curve is not None:
         curve = page.curve
-        lines.append(_Block(0.72, 0.3, LINES, BELOW, lambda _, ax, __: draw_curve(ax, curve)))
-    drift = [_Block(0.72, LEGEND, 2.1, 0.6, lambda _, ax, __: draw_drift(ax, page.drift))] if page.drift else []
+        lines.append(_Block(0.86, 0.3, LINES, BELOW, lambda _, ax, __: draw_curve(ax, curve)))
+    drift = [_Block(0.86, LEGEND, 2.1, 0.6, lambda _, ax, __: draw_drift(ax, page.drift))] if page.drift else []
     grouped = [heats[place : place + 2] for place in range(0, len(heats), 2)] if halves else [[heat] for heat in heats]
     grouped += [row for row in (lines, drift) if row]
     missing = any(heat.values.get(name) is None for heat in page.heats for name in cells)
@@ -124,6 +124,5 @@ def _heat(
         bar = sheet.axes(left + width + 0.08, top, 0.11, height)
         _heatmap.paint(sheet.figure, ax, panel, (len(rows), len(columns)), cells, few=few, bar=bar)
         _heatmap.label(ax, rows, columns, left=True, below=True)
-        ax.set_title(panel.title, fontsize=8.5, loc="left")
 
     return paint

@@ -52,8 +52,7 @@ def adapter_page(
     heats = [first]
     if any(ranks.get(name) is not None for name in names):
         most = max([row["rank"] or 1 for row in rows.values()], default=1)
-        known = {name: ranks[name] for name in names}
-        heats.append(Panel("Effective rank of the change", f"of at most {most}", known, 0.0, most, form=".3g"))
+        heats.append(scaled("Effective rank of the change", f"at most {most}", {name: ranks[name] for name in names}, form=".3g"))
     spectra = {name: row["sigma"] for name, row in rows.items() if row["sigma"] and row["sigma"][0] > 0}
     page = Page(title, _told(rows), names, heats, spectra=spectra, curve=_adapter_curve(adapter), drift=drift)
     if page.empty:
@@ -111,7 +110,7 @@ def extraction_page(title: str, work: Extraction, deltas: Mapping[str, Delta], e
     missed = {name: _missed(change.factored, change.delta) for name, change in changes.items()}
     heats = [
         scaled("Change beside the weight", "‖ΔW‖ / ‖W‖", {name: change.relative_norm for name, change in changes.items()}),
-        Panel("Error of what was extracted", "of ‖ΔW‖", missed),
+        scaled("Error of what was extracted", "‖ΔW − BA‖ / ‖ΔW‖", missed),
     ]
     spectra = {name: [math.sqrt(value) for value in change.sigma2] for name, change in changes.items() if change.sigma2}
     ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
@@ -152,13 +151,14 @@ def _missed(known: Any, delta: Delta | None) -> float:
 # -- both
 
 
-def scaled(title: str, label: str, values: Mapping[str, float | None]) -> Panel:
+def scaled(title: str, label: str, values: Mapping[str, float | None], *, form: str = ".2g") -> Panel:
     """A map from 0 to the largest value, or a logarithmic one where they are too far apart to be told from each other."""
     known = [value for value in values.values() if value]
     high = max(known, default=1.0)
+    form = f"#{form}" if 0.1 <= high < 10 else form  # 0.10 beside 0.12, but no 36.
     if known and high / min(known) > SPREAD:
-        return Panel(title, label, values, max(min(known), DECADES * high), high, log=True, form=".2g")
-    return Panel(title, label, values, 0.0, high, form=".2g")
+        return Panel(title, label, values, max(min(known), DECADES * high), high, log=True, form=form)
+    return Panel(title, label, values, 0.0, high, form=form)
 
 
 def _spectrum(low: LowRank, sigma2: Sequence[float], *, most: int | None = None, total: float | None = None) -> Spectrum:

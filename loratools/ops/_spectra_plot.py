@@ -47,6 +47,7 @@ def draw_spectra(ax: Axes, spectra: Mapping[str, Sequence[float]], *, leading: b
         handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=1.6, label=name))
     ax.set_yscale("log")
     ax.autoscale_view()
+    ax.tick_params(which="minor", labelsize=6)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     ax.set_xlim(0.5 if longest <= 8 else 1, longest + (0.5 if longest <= 8 else 0))
     what = "Leading singular values" if leading else "Singular values"
