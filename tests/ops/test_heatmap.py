@@ -8,9 +8,10 @@ import struct
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from loratools.adapter import Adapter
-from loratools.ops._heatmap import Panel, draw, grid
+from loratools.ops._heatmap import Panel, draw, grid, paint
 from loratools.ops.compare import compare
 from tests.ops._lora import low
 
@@ -102,3 +103,13 @@ def test_a_comparison_is_drawn(tmp_path: Path) -> None:
         for key in ("cosine", "column_overlap", "row_overlap"):
             assert f"{row[key]:.2f}" in shown
     assert any(text.startswith("grey") for text in shown)
+
+
+def test_a_logarithmic_scale_holds_zeros_and_writes_numbers_as_asked() -> None:
+    ax = Figure().subplots()
+    values: dict[str, float | None] = {"h.0.q.weight": 0.0, "h.1.q.weight": 0.01, "h.2.q.weight": 1.0}
+    cells = {name: (0, column) for column, name in enumerate(values)}
+    paint(ax.figure, ax, Panel("t", "x", values, 0.01, 1.0, log=True, form=".2g"), (1, 3), cells, few=True)  # type: ignore[arg-type]
+    image = ax.images[0]
+    assert image.norm(image.get_array()).tolist() == [[0.0, 0.0, 1.0]]  # type: ignore[arg-type,union-attr]
+    assert [text.get_text() for text in ax.texts] == ["0", "0.01", "1"]

@@ -11,7 +11,9 @@ from loratools.ops._spectra_plot import FEW, GROUPS, OTHERS, draw_spectra, group
 
 
 def spectra(layers: int, modules: int, rank: int = 12) -> dict[str, list[float]]:
-    return {f"h.{layer}.m{module}.weight": [(module + 1) * 0.8**i for i in range(rank)] for layer in range(layers) for module in range(modules)}
+    falling = [0.8**i for i in range(rank)]
+    names = [(f"h.{layer}.m{module}.weight", module + 1) for layer in range(layers) for module in range(modules)]
+    return {name: [size * value for value in falling] for name, size in names}
 
 
 def test_a_line_for_each_module_in_its_groups_colour() -> None:
