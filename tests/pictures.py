@@ -68,10 +68,10 @@ def main(target: Path) -> None:
     from loratools.cli import run
     from loratools.ops import _figure
 
-    _figure.DPI = 100  # small enough to keep
+    _figure.DPI = 90  # small enough to keep
 
     with tempfile.TemporaryDirectory() as place, chdir(place):
-        few = llama(8, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"))
+        few = llama(6, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"))
         base = weights(few)
         adapter(Path("adapter"), llama(1, ("self_attn.q_proj", "self_attn.v_proj")), 8)
         adapter(Path("dora"), few, 12, base)

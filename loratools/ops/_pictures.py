@@ -155,7 +155,7 @@ def scaled(title: str, label: str, values: Mapping[str, float | None], *, form: 
     """A map from 0 to the largest value, or a logarithmic one where they are too far apart to be told from each other."""
     known = [value for value in values.values() if value]
     high = max(known, default=1.0)
-    form = f"#{form}" if 0.1 <= high < 10 else form  # 0.10 beside 0.12, but no 36.
+    form = f"#{form}" if high < 10 else form  # 0.10 beside 0.12, but no 36.
     if known and high / min(known) > SPREAD:
         return Panel(title, label, values, max(min(known), DECADES * high), high, log=True, form=form)
     return Panel(title, label, values, 0.0, high, form=form)
