@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.errors import LoratoolsError
 from loratools.families import Family
 from loratools.layouts.relayout import Relayout, relayout_of
+from loratools.listing import Listing, listing
 from loratools.resolution import Told, resolve
 from loratools.tensorfile import Ref, Spec, identity, origin
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,19 @@ class Adapter(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self.deltas)
+
+    def __repr__(self) -> str:
+        """A short table, from headers: repeated layers in one row, at most twenty rows."""
+        return self._listing().text()
+
+    def _repr_html_(self) -> str:
+        return self._listing().html()
+
+    def __rich__(self) -> Table:
+        return self._listing().rich()
+
+    def _listing(self) -> Listing:
+        return listing(self.deltas, path=self.path, format=self.format, parameters=self.parameters)
 
     @property
     def parameters(self) -> int:
