@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -274,6 +275,9 @@ def test_archives_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(archive(path, {"model_weights.ckpt": weights}).read_bytes()[:2000])
     with pytest.raises(FormatError, match=r"truncated"):
         loratools.load(path)
+    os.mkfifo(tmp_path / "pipe.nemo")
+    with pytest.raises(FormatError, match=r"not a tar archive, or a truncated one \(FileNotFoundError\)"):
+        loratools.load(tmp_path / "pipe.nemo")
     path.write_bytes(b"no tar")
     with pytest.raises(FormatError, match=r"not a tar archive, or a truncated one \(ReadError\)"):
         loratools.load(path)
