@@ -29,6 +29,8 @@ def read_archive(path: Path) -> tuple[dict[str, Ref], dict[str, Any]]:
     """
     check_on_disk(path)
     try:
+        if not path.is_file():  # a pipe would wait for its writer
+            raise FileNotFoundError
         with _tar(path) as archive:
             members = _members(path, archive)
             if WEIGHTS not in members:

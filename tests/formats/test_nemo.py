@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,6 +146,16 @@ def test_names_and_the_forward(spelling: str, said: Mapping[str, Any]) -> None:
         torch.testing.assert_close(dense(adapter[name]), change)  # the same products of float64, summed in another order
 
 
+@pytest.mark.parametrize("spelling", ["bridge", "nemo canonical"])
+def test_weights_that_are_fused_in_transformers_too(spelling: str) -> None:
+    """phi3 has q above k above v, and gate above up."""
+    tensors = state(spelling)
+    adapter, want = decode(container(tensors, {**CONFIG, "model_type": "phi3"})), changes(tensors, spelling)
+    root = "model.layers.1"
+    torch.testing.assert_close(dense(adapter[f"{root}.self_attn.qkv_proj.weight"]), torch.cat([want[slot] for slot in "qkv"]))
+    torch.testing.assert_close(dense(adapter[f"{root}.mlp.gate_up_proj.weight"]), torch.cat([want["gate"], want["up"]]))
+
+
 def test_a_magnitude_goes_with_its_rows() -> None:
     tensors = state(dora=True)
     adapter = decode(container(tensors))
@@ -274,6 +285,9 @@ def test_archives_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(archive(path, {"model_weights.ckpt": weights}).read_bytes()[:2000])
     with pytest.raises(FormatError, match=r"truncated"):
         loratools.load(path)
+    os.mkfifo(tmp_path / "pipe.nemo")
+    with pytest.raises(FormatError, match=r"not a tar archive, or a truncated one \(FileNotFoundError\)"):
+        loratools.load(tmp_path / "pipe.nemo")
     path.write_bytes(b"no tar")
     with pytest.raises(FormatError, match=r"not a tar archive, or a truncated one \(ReadError\)"):
         loratools.load(path)
