@@ -36,14 +36,16 @@ def model(folder: Path, layers: int) -> Path:
 
 
 def adapter(folder: Path, layers: int, *, rank: int = 8, seed: int = 1, modules: int = 7, near: int | None = None) -> Path:
-    """LoRA on all of them; `near` is the seed of another adapter that half of the change is shared with."""
+    """LoRA on all of them; `near` is the seed of another adapter whose change is a part of it."""
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes(layers, modules).items():
         A, B = _factors(name, shape, rank, layers, seed)
         if near is not None:
-            A, B = ((0.6 * one + 0.8 * other) for one, other in zip(_factors(name, shape, rank, layers, near), (A, B), strict=True))
+            also_A, also_B = _factors(name, shape, rank, layers, near)
+            A, B = torch.cat([A, also_A]), torch.cat([0.6 * B, 0.8 * also_B], dim=1)
         tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
     targets = [name.partition(".")[2] for name in list(MODULES)[:modules]]
+    rank *= 1 if near is None else 2
     config = peft_config(r=rank, lora_alpha=2 * rank, target_modules=targets, base_model_name_or_path="example/tiny-llama")
     return write_adapter(folder, tensors, config)
 
