@@ -40,7 +40,7 @@ function compare() {
     const colour = chooser("pair-measure", "Colour", some, key => { measure = PAIR_MEASURES.find(each => each[0] === key); paint(); });
     bar.replaceChildren(...[DATA.pairs.length > 1 ? choose : null, some.length ? colour : null].filter(Boolean));
     if (some.length) byId("pair-measure").value = measure[0];
-    told.replaceChildren(facts([
+    told.replaceChildren(h("p", { class: "quiet" }, `a is ${label(pair.a)}, b is ${label(pair.b)}.`), facts([
       ["Modules in both", count(total.modules)], ["Cosine", share(total.cosine)], ["Distance / ‖a‖", even(total.relative_distance)],
       known(total.column_overlap) && ["Overlap of columns", share(total.column_overlap)], known(total.row_overlap) && ["Overlap of rows", share(total.row_overlap)],
       [`Only in ${label(pair.a)}`, count(pair.only_a)], [`Only in ${label(pair.b)}`, count(pair.only_b)],

@@ -69,7 +69,10 @@ function heatmap(id, open) {
   function go(event) {
     const data = chart?.getOption().series[0].data ?? [];
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    if (event.key === "Enter" && at >= 0) return open(data[at].name);
+    if (event.key === "Enter" && at >= 0) {
+      event.preventDefault(); // else the same key presses the button that the dialog gives the focus to
+      return open(data[at].name);
+    }
     if (!step || !data.length) return undefined;
     event.preventDefault();
     const [x, y] = at < 0 ? [step[0] < 0 ? columns.length : -1, step[1] < 0 ? rows.length - 1 : 0] : data[at].value;
