@@ -100,7 +100,9 @@ def _spectrum(delta: Additive, weight: Ref | None) -> tuple[list[float] | None, 
 
 
 def _why(row: Mapping[str, Any], delta: Delta, weight: Ref | None) -> str:
-    if weight is None and not isinstance(delta, Additive):
+    if isinstance(delta, Additive):
+        return "its values are not all finite"
+    if weight is None:
         return f"what a {row['kind']} changes depends on the base, which --base gives"
     return f"no measure for a {row['kind']}"
 
