@@ -22,7 +22,7 @@ def test_a_row_for_each_target_with_what_check_finds(kind: str, tmp_path: Path) 
     rows = findings(path, None, dict(DEFAULTS))
     assert [row["target"] for row in rows] == list(names())
     for row in rows:
-        found = check.check(path, row["target"])["targets"][0]["findings"]
+        found = check.check(path, row["target"])["findings"]
         assert [(one["kind"], one["tensor"], one["share"]) for one in row["findings"]] == [
             (one["kind"], one["tensor"], one["share"]) for one in found
         ]

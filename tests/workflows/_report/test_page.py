@@ -32,8 +32,8 @@ def test_every_script_of_the_folder_is_in_it() -> None:
 
 def test_no_script_writes_markup() -> None:
     for name in SCRIPTS:
-        code = re.sub(r"//.*|/\*.*?\*/", "", (HERE / name).read_text(encoding="utf-8"), flags=re.DOTALL if "/*" in name else 0)
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|fetch\(|XMLHttpRequest", code), name
+        code = re.sub(r"//.*", "", (HERE / name).read_text(encoding="utf-8"))
+        assert not re.search(r"(inner|outer|Adjacent)HTML|document\.write|\beval\b|new Function|fetch\(|XMLHttpRequest", code), name
 
 
 def test_the_same_data_give_the_same_bytes() -> None:

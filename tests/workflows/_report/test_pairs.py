@@ -13,7 +13,7 @@ from loratools.ops._base import Base
 from loratools.tensors import read_tensor, to_ref
 from loratools.workflows._report.pairs import ANGLES, again, pairs
 from tests.deltas.apply import applied
-from tests.workflows._adapters import MADE, SHAPES, K, Q, base, dora, of
+from tests.workflows._adapters import MADE, SHAPES, K, Q, base, dora, low, of
 
 
 @pytest.fixture
@@ -30,8 +30,12 @@ def test_every_two_by_their_places() -> None:
     assert [(row["a"], row["b"]) for row in found] == [(0, 1), (0, 2), (1, 2)]
     assert {row["name"] for row in found[0]["modules"]} == set(SHAPES)
     row = next(row for row in found[0]["modules"] if row["name"] == K)
-    assert row["cosine"] == pytest.approx(row["norm_a"] and row["cosine"]) and len(row["column_angles"]) <= ANGLES
-    assert all(0 <= angle <= 90 for angle in row["column_angles"])
+    one, other = (applied(adapter[K], torch.zeros(4, 8, dtype=torch.float64)) for adapter in (of(), MADE["patterns"]()))
+    assert row["cosine"] == pytest.approx(cosine(one, other), rel=1e-9)  # float64 on both sides, of 32 elements
+    assert row["norm_a"] == pytest.approx(float(one.norm()), rel=1e-9)
+    angle = float(torch.linalg.qr(one)[0][:, :2].T.matmul(other[:, 0] / other[:, 0].norm()).norm().clamp(max=1).arccos().rad2deg())
+    assert row["column_angles"] == [pytest.approx(angle, abs=0.051)]  # told to a tenth of a degree; the other is of rank 1
+    assert len(row["row_angles"]) <= ANGLES
 
 
 def test_doras_without_a_base_are_compared_by_their_directions() -> None:
@@ -62,6 +66,12 @@ def test_what_has_no_common_measure_is_told_with_its_reason(on: Base) -> None:
     assert {row["name"] for row in pair["modules"]} == set(SHAPES) - {Q}
     (pair,) = pairs([on.resolve(of()), on.resolve(MADE["scaled"]())], on, 1, lambda more: None)
     assert pair["incomparable"] == [] and len(pair["modules"]) == 3
+
+
+def test_what_is_not_finite_in_one_stops_no_other_module() -> None:
+    broken = of(q=replace(low(), B=to_ref(torch.full((8, 2), torch.nan))))
+    (pair,) = pairs([of(), broken], None, 1, lambda more: None)
+    assert {row["name"] for row in pair["modules"] if row["cosine"] is not None} >= set(SHAPES) - {Q}
 
 
 def test_what_one_alone_has_is_counted() -> None:
