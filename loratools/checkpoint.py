@@ -26,13 +26,13 @@ from loratools.dequantize import Plain, dequantized, known
 from loratools.errors import LoratoolsError, MatchError, QuantizedError, raise_all
 from loratools.families import Family
 from loratools.jsonfile import read_json, write_json
+from loratools.needed import RECEIPT as RECEIPT
 from loratools.quantized import method, scheme
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile, WeightFile
 from loratools.tensorwriter import TensorWriter
 from loratools.torchfile import PICKLES, TorchFile
 from loratools.weightfiles import as_safetensors, is_index, model_file, weight_map
 
-RECEIPT = "loratools.json"
 _SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # transformers ties both to shared.weight
 Seen = Callable[[Buffer], object]
 _Tell: TypeAlias = Callable[[Iterable[Buffer]], Iterable[Buffer]]

@@ -13,6 +13,7 @@
     ├── OptionError (ValueError)            options that contradict each other or the input
     │   └── UsageError                      options that no input could make right
     ├── OutputError (OSError)               the output cannot be written where it was asked for
+    ├── SourceError (OSError)               the Hub, or the way there, does not give what was asked for
     ├── ConvergenceError (ArithmeticError)  a decomposition did not converge on any rung of the ladder
     ├── MissingExtra (ImportError)          an optional dependency is not installed
     └── Faults (ValueError)                 several of the above, shown together
@@ -112,6 +113,10 @@ class UsageError(OptionError):
 
 class OutputError(LoratoolsError, OSError):
     """The output cannot be written where it was asked for."""
+
+
+class SourceError(LoratoolsError, OSError):
+    """The Hub, or the way there, does not give what was asked for."""
 
 
 class ConvergenceError(LoratoolsError, ArithmeticError):

@@ -14,7 +14,8 @@ from typing import Any
 from blake3 import blake3
 
 from loratools.errors import FormatError, LoratoolsError, MissingExtra, UnsupportedError, raise_all
-from loratools.tensorfile import Buffer, Handle, InFile, Ref, Spec, WeightFile
+from loratools.source.handles import Handle, check_on_disk
+from loratools.tensorfile import Buffer, InFile, Ref, Spec, WeightFile
 
 MAGIC = b"GGUF"
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -46,6 +47,7 @@ class GGUFFile(WeightFile):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_on_disk(self.path)
         reader, self.fields = _read(self.path)
         handle = Handle(self.path)
         refs: dict[str, Ref] = {}

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import FormatError
+from loratools.errors import FormatError, SourceError
+from loratools.source.handles import read_whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; FormatError naming it for anything else."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_whole(path).decode())
+    except SourceError:
+        raise
     except OSError as error:
         raise FormatError(f"cannot be read: {error.strerror}", file=path) from error
     except (ValueError, RecursionError) as error:

@@ -18,6 +18,8 @@ from loratools.checkpoint import RECEIPT, Change, Checkpoint, Rewritten, digests
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, raise_all
 from loratools.families import Families, Family
 from loratools.jsonfile import read_json
+from loratools.needed import of_model
+from loratools.source import local
 from loratools.tensorfile import Ref
 from loratools.weightfiles import PIPELINE, holds_model
 
@@ -25,8 +27,12 @@ T = TypeVar("T")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The base model, or the pipeline of models, at a path. Raises what `Checkpoint` and `Pipeline` raise."""
-    return Pipeline(path) if (Path(path) / PIPELINE).is_file() else Checkpoint(path)
+    """The base model, or the pipeline of models, at a path or in a repository on the Hub, which is downloaded.
+
+    Raises what `Checkpoint` and `Pipeline` raise, and `source.local`.
+    """
+    path = local(path, of_model)
+    return Pipeline(path) if (path / PIPELINE).is_file() else Checkpoint(path)
 
 
 class Pipeline(Checkpoint):

@@ -19,6 +19,7 @@ from loratools.checkpoint import RECEIPT, Checkpoint, combined_digest
 from loratools.errors import FormatError
 from loratools.jsonfile import read_json, write_json
 from loratools.sidefiles import file_entry
+from loratools.source.handles import name_of, path_of
 
 
 @dataclass
@@ -106,7 +107,7 @@ def adapter_inputs(adapter: Adapter) -> list[dict[str, Any]]:
     rows = []
     for path, role in [*((path, "adapter") for path in adapter.files), *((path, "initial") for path in adapter.initial)]:
         header = TensorFile(path).header_sha256 if path.suffix == ".safetensors" else None
-        rows.append({**file_entry(path, str(path)), "role": role, "header_sha256": header})
+        rows.append({**file_entry(path, name_of(path)), "role": role, "header_sha256": header})
     return rows
 
 
@@ -117,13 +118,13 @@ def checkpoint_input(checkpoint: Checkpoint, role: str, digests: Mapping[str, st
     headers = hashlib.sha256("".join(known).encode()).hexdigest() if len(each) == len(known) > 1 else each[0]
     headers = headers if len(each) == len(known) else None
     size = sum(file.size for file in checkpoint.files.values())
-    return {"path": str(checkpoint.path), "role": role, "bytes": size, "header_sha256": headers, "blake3": combined_digest(digests)}
+    return {"path": name_of(checkpoint.path), "role": role, "bytes": size, "header_sha256": headers, "blake3": combined_digest(digests)}
 
 
 def add_sha256(entries: Iterable[dict[str, Any]], folder: Path | None) -> None:
     """SHA-256 of each file, added to its row; paths are relative to `folder` if given."""
     for entry in entries:
-        path = Path(entry["path"]) if folder is None else folder / entry["path"]
+        path = path_of(entry["path"]) if folder is None else folder / entry["path"]
         if path.is_file():
             with path.open("rb") as stream:
                 entry["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()

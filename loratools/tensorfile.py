@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import stat
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loratools.errors import FormatError, LoratoolsError, raise_all
+from loratools.source.handles import Source, open_at
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -172,36 +171,12 @@ class Transposed(Ref):
         return self.origin
 
 
-class Handle:
-    """An open file descriptor, read at positions from any thread, closed with its last user."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
-        status = os.fstat(self.fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError("not a file", file=path, found="a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device")
-        self.size = status.st_size
-
-    def readinto(self, buffer: memoryview, offset: int) -> int:
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self.fd, [buffer[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-        return done
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
 @dataclass(frozen=True)
 class InFile(Ref):
     """A tensor in an open safetensors file, `offset` bytes from its start."""
 
     path: Path
-    handle: Handle
+    handle: Source
     offset: int
     spec: Spec
 
@@ -234,6 +209,8 @@ class InFile(Ref):
     def _fill(self, buffer: memoryview, start: int) -> None:
         try:
             count = self.handle.readinto(buffer, self.offset + start)
+        except LoratoolsError as error:
+            raise error.at(file=self.path) from None
         except OSError as error:
             raise FormatError(f"cannot be read: {error.strerror}", file=self.path) from error
         if count != len(buffer):
@@ -294,14 +271,14 @@ class TensorFile(WeightFile):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self._handle = Handle(self.path)
+            self._handle = open_at(self.path)
             self.size = self._handle.size
             header = self._header()
             entries, self.metadata = parse_header(header, self.size - 8 - len(header))
-        except OSError as error:
-            raise FormatError(f"cannot be read: {error.strerror}", file=self.path) from error
         except LoratoolsError as error:
             raise error.at(file=self.path) from None
+        except OSError as error:
+            raise FormatError(f"cannot be read: {error.strerror}", file=self.path) from error
         self.header = header
         self.header_sha256 = hashlib.sha256(header).hexdigest()
         start = 8 + len(header)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import FormatError, LoratoolsError, raise_all
+from loratools.source.handles import check_on_disk
 from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref, Spec, WeightFile
 from loratools.tensors import code_of, tensor_bytes, to_ref
 
@@ -37,6 +38,7 @@ class TorchFile(WeightFile):
 
     def __init__(self, path: str | Path, *, lists: bool = False) -> None:
         self.path = Path(path)
+        check_on_disk(self.path)
         table, self.mapped = _load(self.path)
         table, self.beside = _unwrapped(table)
         if lists and _is_pairs(table):

@@ -16,9 +16,10 @@ PACKAGE = Path(loratools.__file__).parent
 # from the ground up; a name is a file or a folder of loratools/
 FLOORS = (
     ("errors",),
+    ("source",),
     ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
     ("alignment", "families", "flatnames", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
-    ("deltas", "rounding", "torchfile", "ulps"),
+    ("deltas", "needed", "rounding", "torchfile", "ulps"),
     ("codes",),
     ("dequantize",),
     ("layouts", "orientation"),

@@ -60,7 +60,7 @@ def test_the_wheel_says_what_pyproject_says(wheel: zipfile.ZipFile) -> None:
     assert wheel.read(f"{info}/entry_points.txt").decode().split() == ["[console_scripts]", "loratools", "=", "loratools.cli:main"]
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
     assert {canonicalize_name(need.name) for need in required if need.marker is None} == CORE
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "plot", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "gguf", "plot", "test"}
 
 
 def test_the_core_dependencies_are_these_and_no_others() -> None:

@@ -96,7 +96,7 @@ def test_the_commands_of_the_table_do_what_they_say(room: Path, capsys: pytest.C
             assert json.loads(printed)["modules"]
         if " -o " in line:
             out = room / line.split(" -o ")[1].split()[0]
-            assert (out / "loratools.json").is_file()
+            assert (out / "loratools.json").is_file() or (out.suffix == ".html" and out.stat().st_size)
     merged = json.loads((room / "mixed/loratools.json").read_text())
     assert merged["applied"] == merged["expected"] == len(llama_tensors()) + 1
 

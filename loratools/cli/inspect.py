@@ -34,12 +34,14 @@ def command(path: str, each: bool, as_json: bool, **words: Any) -> None:
       loratools inspect adapter/ --json
     """
     from loratools.ops.inspect import inspect
+    from loratools.source import headers
 
-    report = inspect(path, **words)
-    if as_json:
-        say_json(report)
-        return
-    from loratools.cli._inspected import shown
-    from loratools.cli._table import width
+    with headers(path):  # held while it is shown, so that nothing of a repository is fetched twice
+        report = inspect(path, **words)
+        if as_json:
+            say_json(report)
+            return
+        from loratools.cli._inspected import shown
+        from loratools.cli._table import width
 
-    say(shown(report, width(), each=each))
+        say(shown(report, width(), each=each))

@@ -58,10 +58,11 @@ class Slots:
 
     def number(self, slot: str) -> float:
         """The one number that a slot holds. Raises FormatError where it is none."""
+        ref = self[slot]
         try:
-            return scalar(self[slot], slot)
+            return scalar(ref, slot)
         except LoratoolsError as error:
-            raise error.at(tensor=self.keys[slot]) from None
+            raise error.at(tensor=self.keys.get(slot, self.first)) from None
 
     def alpha(self, rank: int, given: float | None) -> float:
         """The alpha in the file, else the one a user gave, else the rank, which is what trainers mean by none."""

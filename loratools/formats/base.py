@@ -13,6 +13,8 @@ from loratools.errors import FormatError, LoratoolsError, OptionError, Unsupport
 from loratools.formats._sides import SideFiles
 from loratools.gguffile import GGUFFile, is_gguf
 from loratools.jsonfile import read_json
+from loratools.needed import RECEIPT
+from loratools.source import local
 from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
 from loratools.tensorwriter import TensorWriter, canonical
 from loratools.torchfile import PICKLES, TorchFile
@@ -107,11 +109,11 @@ def _kernel(text: str) -> tuple[str, int]:
 
 
 def open_container(path: str | Path) -> Container:
-    """The adapter's files, from a folder or the file of its weights; headers only, unless it is a pickle.
+    """The adapter's files, from a folder or the file of its weights, or of a repository on the Hub; headers only, unless it is a pickle.
 
-    Raises FormatError for what is no adapter, a header that lies, or a pickle that holds more than tensors.
+    Raises FormatError for what is no adapter, a header that lies, or a pickle that holds more than tensors, and what `source.local` raises.
     """
-    path = Path(path)
+    path = local(path, _needed)
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
     weights = _weights_in(path) if path.is_dir() else path
@@ -128,6 +130,13 @@ def open_container(path: str | Path) -> Container:
         return Container(found, {}, None, weights, (weights,), fields=found.fields)
     opened = TensorFile(weights)
     return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides)
+
+
+def _needed(path: Path) -> list[Path]:
+    """An adapter's files, and the receipt that may lie with it."""
+    weights = _weights_in(path) if path.is_dir() else path
+    names = (CONFIG, RECEIPT, f"{weights.name}.{RECEIPT}")
+    return [weights, *(file for name in names if (file := weights.parent / name).is_file() and file != weights)]
 
 
 def _weights_in(folder: Path) -> Path:

@@ -14,6 +14,8 @@ from loratools.formats.base import Container
 from loratools.formats.cloneofsimo import EMBED, NAME, TOKEN, targets_of
 from loratools.tensorfile import Ref
 
+_OTHERS = "--format diffusers or kohya names each"
+
 
 def encode(adapter: Adapter) -> Container:
     """The adapter as such a file, factors as they are: of a Stable Diffusion's `unet.` and `text_encoder.`, all modules of some classes.
@@ -46,7 +48,8 @@ def encode(adapter: Adapter) -> Container:
 
 def _sayable(name: str, delta: Delta) -> LowRank:
     if name.partition(".")[0].partition(":")[0] not in PARTS or not name.endswith(".weight"):
-        raise NotExpressible("lies in no part that these files have", expected=" or ".join(f"{part}.…" for part in PARTS))
+        expected = " or ".join(f"{part}.…" for part in PARTS)
+        raise NotExpressible("lies in no part that these files have", expected=expected, remedy="--format diffusers or kohya has others")
     if not isinstance(delta, LowRank) or delta.layer in ("embedding", "transposed"):
         raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
     if delta.scaling != 1:
@@ -71,6 +74,6 @@ def _ordered(adapter: Adapter, part: str, lows: Mapping[str, LowRank]) -> tuple[
     stray = next((name for name in plain if name not in best), None)
     fact = "these files count all of a Stable Diffusion's modules of some classes"
     if stray is not None:
-        raise NotExpressible(f"{fact}, and this is none of them", tensor=f"{part}.{stray}")
+        raise NotExpressible(f"{fact}, and this is none of them", tensor=f"{part}.{stray}", remedy=_OTHERS)
     lacking = next(name for name in best if name not in plain)
-    raise NotExpressible(f"{fact}, and this adapter has none for one", tensor=f"{part}.{lacking}")
+    raise NotExpressible(f"{fact}, and this adapter has none for one", tensor=f"{part}.{lacking}", remedy=_OTHERS)

@@ -251,7 +251,7 @@ def _halves(delta: Delta) -> tuple[LowRank, LowRank]:
         raise NotExpressible("no fused query, key and value", found=[rows, delta.A.spec.shape[1]], expected="[3·dim, dim]")
     held = cells(delta.B).reshape(3, rows // 3, rank)
     if held[1].tobytes().strip(b"\0"):
-        raise NotExpressible("it changes the keys too, and these files have queries and values alone")
+        raise NotExpressible("it changes the keys too, and these files have queries and values alone", remedy="--format peft has all three")
     half = rank // 2
     apart = rank % 2 == 0 and not (held[0, :, half:].tobytes() + held[2, :, :half].tobytes()).strip(b"\0")
     made = []
@@ -274,7 +274,7 @@ def _some_columns(B: Ref, slot: int, columns: slice) -> Ref:
 
 def _whole(name: str, delta: Delta) -> dict[str, Ref]:
     if not isinstance(delta, Replacement):
-        remedy = "convert --base gives it the model's names" if ":" in name else None
+        remedy = "convert --base gives it the model's names" if ":" in name else "--format peft or loratools has the others"
         fact, expected = "these files change fused queries, keys and values of blocks", "….blocks.N.attn.qkv.weight"
         raise NotExpressible(fact, expected=expected, remedy=remedy)
     shape = delta.value.spec.shape
@@ -282,4 +282,5 @@ def _whole(name: str, delta: Delta) -> dict[str, Ref]:
         return {f"fc_{shape[1]}in_{shape[0]}out": delta.value}
     if name.startswith(_DECODER):
         return {name: delta.value}
-    raise NotExpressible("these files have a head's weight and SAM's decoder alone as whole tensors")
+    remedy = "--format loratools has any"
+    raise NotExpressible("these files have a head's weight and SAM's decoder alone as whole tensors", remedy=remedy)

@@ -110,7 +110,8 @@ def _encoded(name: str, delta: Delta) -> dict[str, Ref]:
     block, _, leaf = rest.partition(".")
     word = next((word for word, place in _WORDS.get(blocks, {}).items() if f"{place}.weight" == leaf), None)
     if word is None:
-        raise NotExpressible("these files change the attention of Flux' blocks alone", expected="double_blocks.N.img_attn.qkv and its like")
+        fact, expected = "these files change the attention of Flux' blocks alone", "double_blocks.N.img_attn.qkv and its like"
+        raise NotExpressible(fact, expected=expected, remedy="--format comfyui has the others")
     low = delta.delta if isinstance(delta, Part) and delta.start == 0 and leaf == "linear1.weight" else delta
     if not isinstance(low, LowRank) or low.layer in ("embedding", "transposed", "conv"):
         raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")

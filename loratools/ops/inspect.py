@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -27,6 +28,8 @@ from loratools.formats.base import CONFIG, open_container, read_options
 from loratools.formats.reading import Reading, reads
 from loratools.ops._drift import moved
 from loratools.pipeline import open_checkpoint
+from loratools.source import headers
+from loratools.source.handles import size_at
 from loratools.tensorfile import FLOATS, Ref, Spec
 from loratools.weightfiles import SINGLE, is_index
 
@@ -54,18 +57,26 @@ def inspect(
     >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
     0.06
     """
-    path = Path(path)
-    if not path.exists():
-        raise FormatError("no such file or folder", file=path)
-    if not holds_adapter(path):
+    with headers(path) as place:
+        report = _told(path if values or spectra else place, place, base, values, spectra, reading)
+    return report | {"path": str(path)}
+
+
+def _told(path: str | Path, seen: Path, base: str | Path | None, values: bool, spectra: bool, reading: Reading) -> dict[str, Any]:
+    """The report on what lies at `path`; `seen` is where its headers can be read, as those of `base`."""
+    if not seen.exists():
+        raise FormatError("no such file or folder", file=seen)
+    if not holds_adapter(seen):
         words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"], "--initial": reading["initial"]}
         wrong = [word for word, given in words.items() if given not in (None, False)]
         if wrong:
-            raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=path)
+            raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=seen)
         return _checkpoint(open_checkpoint(path), values=values)
     adapter = load(path, options=read_options(reading))
-    checkpoint = open_checkpoint(base) if base is not None else None
-    return _adapter(adapter, path, checkpoint, Family({}, tuple(reading["embedding"]), tuple(reading["transposed"])), values, spectra)
+    globs = Family({}, tuple(reading["embedding"]), tuple(reading["transposed"]))
+    with nullcontext(base) if base is None or values or spectra else headers(base) as below:
+        checkpoint = open_checkpoint(below) if below is not None else None
+        return _adapter(adapter, seen, checkpoint, globs, values, spectra)
 
 
 def holds_adapter(path: Path) -> bool:
@@ -113,7 +124,7 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
         "parameters": adapter.parameters,
         "base_parameters": base_parameters,
         "trainable_percent": 100 * adapter.parameters / (base_parameters + adapter.parameters) if base_parameters is not None else None,
-        "bytes": sum(file.stat().st_size for file in adapter.files if file.suffix != ".json"),
+        "bytes": sum(size_at(file) for file in adapter.files if file.suffix != ".json"),
         "ranks": {str(rank): count for rank, count in sorted(Counter(row["rank"] for row in rows.values() if row["rank"]).items())},
         "values_checked": values or spectra,
         "warnings": warnings,
@@ -299,5 +310,6 @@ def _component(part: Checkpoint) -> dict[str, Any]:
 
 def tensors(path: str | Path) -> list[dict[str, Any]]:
     """A checkpoint's tensors as rows of name, dtype, shape and parameters, from headers."""
-    specs = open_checkpoint(path).specs
+    with headers(path) as place:
+        specs = open_checkpoint(place).specs
     return [{"name": name, "dtype": spec.dtype, "shape": list(spec.shape), "parameters": spec.numel} for name, spec in specs.items()]
