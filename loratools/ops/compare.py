@@ -77,13 +77,18 @@ def compare(
     return told
 
 
-def between(one: Adapter, other: Adapter, on: Base | None, threads: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """What compare tells of two adapters under one set of names, without their labels and intruders, and ‖ΔW‖ of what one alone has."""
+def between(
+    one: Adapter, other: Adapter, on: Base | None, threads: int, *, faults: bool = False
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What compare tells of two adapters under one set of names, without their labels and intruders, and ‖ΔW‖ of what one alone has.
+
+    With `faults`, what cannot be computed of a tensor is among `incomparable` with its reason instead of an error.
+    """
     found: dict[str, Row] = {}
     alone: dict[str, float] = {}
     names = [*one, *(name for name in other if name not in one)]
     with workers.single_threaded_blas():
-        workers.run_all([partial(_one, name, one, other, on, found, alone) for name in names], threads)
+        workers.run_all([partial(_one, name, one, other, on, found, alone, faults) for name in names], threads)
     rows = [found[name] for name in names if name in found]
     modules = [row for row in rows if "cosine" in row]
     told = {
@@ -110,7 +115,9 @@ def check(words: Mapping[str, Any]) -> None:
         raise UsageError("--threads", found=threads, expected="at least 1")
 
 
-def _one(name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[str, Row], alone: dict[str, float]) -> None:
+def _one(
+    name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[str, Row], alone: dict[str, float], faults: bool
+) -> None:
     weight = on.weight(name) if on is not None and name in on else None
     try:
         if name in one and name in other:
@@ -120,6 +127,9 @@ def _one(name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[s
             if norm is not None:
                 alone[name] = norm
     except LoratoolsError as error:
+        if faults:
+            found[name] = {"name": name, "layer": place_of(name).layer, "reason": str(error)}
+            return
         raise error.at(file=(one if name in one else other).path, tensor=name) from None
 
 

@@ -40,7 +40,7 @@ def _read(one: Adapter, other: Adapter, on: Base | None) -> int:
 
 def _pair(adapters: Sequence[Adapter], a: int, b: int, on: Base | None, threads: int, told: Callable[[int], None]) -> Row:
     one, other = adapters[a], adapters[b]
-    found, _ = between(one, other, on, threads)
+    found, _ = between(one, other, on, threads, faults=True)
     told(_read(one, other, on))
     return {
         "a": a, "b": b, "total": found["total"],

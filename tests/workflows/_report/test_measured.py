@@ -80,7 +80,7 @@ def test_what_has_no_measure_says_why(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_large_change_without_factors_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse = Sparse(values=to_ref(randn(6, seed=3)), places=to_ref(torch.arange(0, 60, 10)), **SIZE)
+    sparse = Sparse(values=to_ref(randn(6, seed=3)), places=to_ref(torch.arange(0, 60, 10)), size=(8, 8))
     whole = rows(of(q=sparse), tmp_path)[Q]
     assert whole["unseen"] is None and len(whole["sigma"]) == 8
     monkeypatch.setattr(module, "SMALL", 63)

@@ -71,7 +71,9 @@ def test_what_has_no_common_measure_is_told_with_its_reason(on: Base) -> None:
 def test_what_is_not_finite_in_one_stops_no_other_module() -> None:
     broken = of(q=replace(low(), B=to_ref(torch.full((8, 2), torch.nan))))
     (pair,) = pairs([of(), broken], None, 1, lambda more: None)
-    assert {row["name"] for row in pair["modules"] if row["cosine"] is not None} >= set(SHAPES) - {Q}
+    assert {row["name"] for row in pair["modules"]} == set(SHAPES) - {Q}
+    assert pair["incomparable"] == [{"name": Q, "reason": "a factor holds inf or nan"}]
+    assert any(note.startswith("1 tensor has no measure") for note in pair["notes"])
 
 
 def test_what_one_alone_has_is_counted() -> None:
