@@ -43,8 +43,15 @@ def test_links_and_tests_named_exist(page: Path) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     text = (SPEC / "README.md").read_text()
-    pages = {str(path.relative_to(SPEC)) for path in SPEC.rglob("*.*") if path.name != "README.md"}
+    pages = {str(path.relative_to(SPEC)) for path in SPEC.rglob("*.*") if path.name != "README.md" and path.suffix != ".png"}
     assert {page for page in pages if f"]({page})" not in text} == set()
+
+
+def test_every_picture_is_shown_by_a_page() -> None:
+    shown = {(page.parent / target).resolve() for page in PAGES for target in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text())}
+    pictures = set(SPEC.rglob("*.png"))
+    assert pictures == shown
+    assert sum(path.stat().st_size for path in pictures) < 1_000_000
 
 
 # -- formats/peft.md

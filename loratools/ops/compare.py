@@ -68,26 +68,38 @@ def compare(
     read_as, count = read_options(reading), threads or workers.default_threads()
     on = None if base is None else Base(base, reading)
     one, other = resolved([loaded(item, read_as) for item in (a, b)], on)
+    told, alone = between(one, other, on, count)
+    told = {"a": label(a), "b": label(b)} | told
+    if on is not None:
+        told["base"] = str(base)
+        told["intruders"] = intruders(on, (one, other), top_k or TOP_K, EPSILON if epsilon is None else epsilon, progress)
+    if target is not None:
+        _draw(target, told, [*(row["name"] for row in told["modules"]), *alone])
+    return told
+
+
+def between(
+    one: Adapter, other: Adapter, on: Base | None, threads: int, *, faults: bool = False
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What compare tells of two adapters under one set of names, without their labels and intruders, and ‖ΔW‖ of what one alone has.
+
+    With `faults`, what cannot be computed of a tensor is among `incomparable` with its reason instead of an error.
+    """
     found: dict[str, Row] = {}
     alone: dict[str, float] = {}
     names = [*one, *(name for name in other if name not in one)]
     with workers.single_threaded_blas():
-        workers.run_all([partial(_one, name, one, other, on, found, alone) for name in names], count)
+        workers.run_all([partial(_one, name, one, other, on, found, alone, faults) for name in names], threads)
     rows = [found[name] for name in names if name in found]
     modules = [row for row in rows if "cosine" in row]
     told = {
-        "a": label(a), "b": label(b), "total": _total(modules, one, other, alone), "layers": _layers(modules, one, other, alone),
+        "total": _total(modules, one, other, alone), "layers": _layers(modules, one, other, alone),
         "modules": modules, "others": [row for row in rows if "equal" in row],
         "incomparable": [row for row in rows if "reason" in row],
         "only_a": [name for name in one if name not in other], "only_b": [name for name in other if name not in one],
         "notes": _notes(one, other, on) + _left_out(found, alone, one, other, on),
     }  # fmt: skip
-    if on is not None:
-        told["base"] = str(base)
-        told["intruders"] = intruders(on, (one, other), top_k or TOP_K, EPSILON if epsilon is None else epsilon, progress)
-    if target is not None:
-        _draw(target, told, [*(row["name"] for row in modules), *alone])
-    return told
+    return told, alone
 
 
 def check(words: Mapping[str, Any]) -> None:
@@ -104,7 +116,9 @@ def check(words: Mapping[str, Any]) -> None:
         raise UsageError("--threads", found=threads, expected="at least 1")
 
 
-def _one(name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[str, Row], alone: dict[str, float]) -> None:
+def _one(
+    name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[str, Row], alone: dict[str, float], faults: bool
+) -> None:
     weight = on.weight(name) if on is not None and name in on else None
     try:
         if name in one and name in other:
@@ -114,6 +128,9 @@ def _one(name: str, one: Adapter, other: Adapter, on: Base | None, found: dict[s
             if norm is not None:
                 alone[name] = norm
     except LoratoolsError as error:
+        if faults:
+            found[name] = {"name": name, "layer": place_of(name).layer, "reason": str(error)}
+            return
         raise error.at(file=(one if name in one else other).path, tensor=name) from None
 
 

@@ -26,7 +26,7 @@ from loratools.output import check_output, whole
 from loratools.workflows._report.findings import findings
 from loratools.workflows._report.measured import measured, touched
 from loratools.workflows._report.page import page
-from loratools.workflows._report.pairs import pairs
+from loratools.workflows._report.pairs import again, pairs
 
 
 @reads
@@ -88,6 +88,7 @@ def _data(
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
     total = sum(touched(adapter, on) + sum(f.stat().st_size for f in adapter.files if f.suffix != ".json") for adapter in known)
+    total += again(known, on)
     done = 0
 
     def told(more: int) -> None:
@@ -108,7 +109,7 @@ def _data(
         "names": names,
         "grid": {"rows": down, "columns": _without_common(across), "cells": [cells[name] for name in names]},
         "adapters": rows,
-        "pairs": pairs(known, based=on is not None, threads=threads),
+        "pairs": pairs(known, on, threads or workers.default_threads(), told),
     }
 
 

@@ -28,9 +28,18 @@ function number(value, digits = 3) {
   return size >= 10 ** digits ? String(Math.round(value)) : String(Number(value.toPrecision(digits)));
 }
 
+/** The same with all of its digits, so that a column of them is even: 3.60 beside 3.75. */
+function even(value, digits = 3) {
+  if (!known(value) || value === 0) return number(value);
+  const size = Math.abs(value);
+  return size >= 10 ** digits || size < 1e-3 ? number(value, digits) : value.toPrecision(digits);
+}
+
+/** A cosine or an overlap: so many places after the point, and no sign of a zero. */
+const share = (value, places = 3) => known(value) ? value.toFixed(places).replace(/^-(0\.0*)$/, "$1") : "–";
 const count = value => known(value) ? value.toLocaleString("en") : "–";
 const many = (value, one) => `${count(value)} ${one}${value === 1 ? "" : "s"}`;
-const percent = value => known(value) ? `${number(100 * value)} %` : "–";
+const percent = value => known(value) ? `${even(100 * value)} %` : "–";
 const shape = value => value && value.length ? value.join(" × ") : "–";
 
 function bytes(value) {
@@ -49,6 +58,15 @@ function span(values, show = number) {
 function median(values) {
   const some = values.filter(known).sort((a, b) => a - b);
   return some.length ? (some[(some.length - 1) >> 1] + some[some.length >> 1]) / 2 : null;
+}
+
+/** A name that may break after each of its dots. */
+const broken = name => name.split(/(?<=\.)/).flatMap((part, index) => index ? [h("wbr"), part] : [part]);
+
+/** Values in the order in which the page lists modules. */
+function inOrder(rows) {
+  const place = new Map(DATA.names.map((name, index) => [name, index]));
+  return [...rows].sort((a, b) => place.get(a.name) - place.get(b.name));
 }
 
 /** A select with its label; `change` is told the chosen value. */

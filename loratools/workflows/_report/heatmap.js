@@ -1,5 +1,7 @@
 // A map of one number for each module: layers across, the modules of a layer down. Pointer, touch and arrow keys say the same.
 
+const WIDEST = 92; // of a cell: with few layers the map is small, not its cells large
+
 /**
  * Returns {element, set({label, values by name, low, high, signed, show})}; a name without an entry has no cell, one with null
  * is grey. `open(name)` is called for a cell that is pressed.
@@ -16,10 +18,10 @@ function heatmap(id, open) {
     const width = element.clientWidth || 600;
     const labels = Math.min(Math.max(...rows.map(name => name.length)) * 6.6 + 14, narrow() ? 130 : 250);
     const tilted = Math.max(...columns.map(name => name.length)) > 3;
-    const across = Math.max((width - labels - 12) / columns.length, tilted ? 16 : 13);
-    const down = Math.min(34, Math.max(18, 420 / rows.length));
+    const across = Math.min(WIDEST, Math.max((width - labels - 12) / columns.length, tilted ? 16 : 13));
+    const down = Math.min(34, Math.max(18, Math.max(420, across * rows.length) / rows.length));
     const below = tilted ? 26 + 6.2 * Math.max(...columns.map(name => name.length)) : 44;
-    box.style.width = `${Math.max(width, labels + 12 + across * columns.length)}px`;
+    box.style.width = `${labels + 12 + across * columns.length}px`;
     box.style.height = `${8 + down * rows.length + below}px`;
     return { labels, below, across, tilted };
   }
@@ -49,13 +51,13 @@ function heatmap(id, open) {
       animation: false,
       aria: { enabled: true, label: { description: `${shown.label} of ${places.length} modules by layer. Arrow keys move from cell to cell, Enter opens one.` } },
       grid: { left: labels, right: 12, top: 8, bottom: below },
-      tooltip: { confine: true, backgroundColor: css("--raised"), borderColor: css("--line-soft"), textStyle: { color: css("--ink"), fontSize: 13 }, formatter: item => tip(item.data.name) },
-      xAxis: { type: "category", data: columns, name: "layer", nameLocation: "middle", nameGap: below - 18, nameTextStyle: { color: css("--quiet") }, axisTick: { show: false }, axisLine: { show: false },
+      tooltip: { confine: true, backgroundColor: css("--raised"), borderColor: css("--line-soft"), textStyle: { color: css("--ink"), fontSize: 13, fontFamily: css("--sans") }, formatter: item => tip(item.data.name) },
+      xAxis: { type: "category", data: columns, name: "layer", nameLocation: "middle", nameGap: below - 18, nameTextStyle: { color: css("--quiet"), fontFamily: css("--sans") }, axisTick: { show: false }, axisLine: { show: false },
         axisLabel: { ...text, rotate: tilted ? 90 : 0, interval: across < 16 && !tilted ? "auto" : 0 } },
       yAxis: { type: "category", data: rows, inverse: true, axisTick: { show: false }, axisLine: { show: false },
         axisLabel: { ...text, interval: 0, formatter: name => { const room = Math.floor((labels - 14) / 6.6); return name.length > room ? `…${name.slice(1 - room)}` : name; } } },
       visualMap: { show: false, type: "continuous", min: shown.low, max: shown.high, inRange: { color: stops }, dimension: 2 },
-      series: [{ type: "heatmap", data, label: { show: cell >= 5, fontSize: 11, formatter: item => shown.show(item.data.value[2]) },
+      series: [{ type: "heatmap", data, label: { show: cell >= 5, fontSize: 11, fontFamily: css("--sans"), formatter: item => shown.show(item.data.value[2]) },
         itemStyle: { borderColor: css("--page"), borderWidth: across < 20 ? 1 : 2, borderRadius: 2 }, emphasis: { itemStyle: { borderColor: css("--ink"), borderWidth: 2 } } }],
     }, true);
     chart.off("click");
@@ -67,7 +69,10 @@ function heatmap(id, open) {
   function go(event) {
     const data = chart?.getOption().series[0].data ?? [];
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    if (event.key === "Enter" && at >= 0) return open(data[at].name);
+    if (event.key === "Enter" && at >= 0) {
+      event.preventDefault(); // else the same key presses the button that the dialog gives the focus to
+      return open(data[at].name);
+    }
     if (!step || !data.length) return undefined;
     event.preventDefault();
     const [x, y] = at < 0 ? [step[0] < 0 ? columns.length : -1, step[1] < 0 ? rows.length - 1 : 0] : data[at].value;

@@ -13,7 +13,7 @@ from loratools.compress import as_low, known_of
 from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
-from loratools.deltas.full import Full
+from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.effect import Effect, square
 from loratools.errors import LoratoolsError
@@ -36,8 +36,8 @@ def measured(path: Path, adapter: Adapter, on: Base | None, reading: Reading, to
     """An adapter's facts, its warnings, its receipts, and a row for each module; `adapter` is under the base's names if there is one.
 
     A row has inspect's fields, `norm` (‖W′ − W‖; without a base ‖ΔW‖, of a DoRA its direction's), `weight` (‖W‖), `share` (their
-    quotient), `sigma` (the TOP largest singular values of ΔW, of a DoRA its direction's), `sigmas` (how many there are) and `why`
-    (what kept a measure from being taken).
+    quotient), `sigma` (the TOP largest singular values of ΔW, of a DoRA its direction's), `sigmas` (how many there are), `why`
+    (what kept a norm from being taken) and `unseen` (what kept the singular values from it).
     """
     found = inspect(path, base=None if on is None else on.checkpoint.path, spectra=True, **reading)
     written: dict[str, Row] = {}
@@ -60,7 +60,7 @@ def touched(adapter: Adapter, on: Base | None) -> int:
 
 
 def _measures(row: Mapping[str, Any], delta: Delta, weight: Ref | None) -> Row:
-    out: Row = {"weight": None, "share": None, "sigmas": 0, "why": None, "direction": isinstance(delta, DoRA | Chain)}
+    out: Row = {"weight": None, "share": None, "sigmas": 0, "why": None, "unseen": None, "direction": isinstance(delta, DoRA | Chain)}
     try:
         norm, sigma, effective = row["norm"], row["sigma"], row["effective_rank"]
         if not isinstance(delta, Full) and not isinstance(delta, LowRank):
@@ -70,6 +70,8 @@ def _measures(row: Mapping[str, Any], delta: Delta, weight: Ref | None) -> Row:
         out |= {"norm": norm, "effective_rank": effective}
         if sigma is not None:
             out |= {"sigma": sigma[:TOP], "sigmas": len(sigma)}
+        else:
+            out["unseen"] = _unseen(row, delta)
         if norm is None:
             out["why"] = _why(row, delta, weight)
         if weight is not None and weight.spec.floating:
@@ -98,9 +100,24 @@ def _spectrum(delta: Additive, weight: Ref | None) -> tuple[list[float] | None, 
 
 
 def _why(row: Mapping[str, Any], delta: Delta, weight: Ref | None) -> str:
-    if weight is None and not isinstance(delta, Additive):
+    if isinstance(delta, Additive):
+        return "its values are not all finite"
+    if weight is None:
         return f"what a {row['kind']} changes depends on the base, which --base gives"
     return f"no measure for a {row['kind']}"
+
+
+def _unseen(row: Mapping[str, Any], delta: Delta) -> str:
+    size = math.prod(row["shape"])
+    if len(row["shape"]) < 2 and row["shape"]:
+        return "a vector has no singular values"
+    if isinstance(delta, Full | Replacement):
+        return "a tensor that is stored whole is not decomposed"
+    if not isinstance(delta, Additive):
+        return f"what a {row['kind']} changes is no difference of its own, and is not decomposed"
+    if size > SMALL:
+        return f"the change has no factors, and its {size:,} elements are more than the {SMALL:,} that are decomposed whole"
+    return "its values are not all finite"
 
 
 def _norm(weight: Ref) -> float:

@@ -29,7 +29,7 @@ function card(one, index) {
       known(median(rows.map(row => row.share))) && ["Median ‖ΔW‖ / ‖W‖", percent(median(rows.map(row => row.share)))],
       known(median(rows.map(row => row.effective_rank))) && ["Median effective rank", number(median(rows.map(row => row.effective_rank)))],
     ], "tiles"),
-    facts([["File", one.path], ["Base named", one.base_model || "not stated"]], "facts"),
+    facts([["File", one.path], ["Base named", one.base_model || "not stated"]]),
     warnings([...new Set(one.warnings)]));
 }
 
@@ -53,8 +53,8 @@ function receipts() {
     ]),
     (made.notes || []).length ? h("ul", {}, made.notes.map(note => h("li", {}, note))) : null,
     (made.inputs || []).length ? h("div", { class: "scroll" }, h("table", { class: "plain" },
-      h("caption", {}, "What went in"), h("thead", {}, h("tr", {}, ["Role", "Path", "Bytes", "BLAKE3"].map(text => h("th", { scope: "col" }, text)))),
-      h("tbody", {}, made.inputs.map(row => h("tr", {}, [row.role, row.path, count(row.bytes), row.blake3].map(text => h("td", {}, text ?? "–"))))))) : null));
+      h("caption", {}, "What went in"), h("thead", {}, h("tr", {}, ["Role", "Path", "Bytes", "BLAKE3"].map(text => h("th", { scope: "col", class: text === "Bytes" ? "number" : null }, text)))),
+      h("tbody", {}, made.inputs.map(row => h("tr", {}, [[row.role], [row.path, "mono"], [count(row.bytes), "number"], [row.blake3, "mono"]].map(([text, kind]) => h("td", { class: kind }, text ?? "–"))))))) : null));
 }
 
 function findings() {
@@ -69,9 +69,9 @@ function findings() {
 function target(row) {
   const clean = !row.failed && !row.findings.length;
   const state = row.failed ? "not looked at" : clean ? "nothing found" : many(row.findings.length, "finding");
-  const head = [h("span", { class: clean ? "mark good" : "mark odd", "aria-hidden": "true" }, clean ? "✓" : "!"), h("strong", {}, row.title), h("span", { class: "quiet" }, state)];
-  if (clean) return h("div", { class: "target" }, head);
-  return h("details", { class: "target" }, h("summary", {}, head), row.failed ? h("p", {}, row.failed) : h("ul", {}, row.findings.map(found =>
+  const head = [h("span", { class: clean ? "mark good" : "mark odd", "aria-hidden": "true" }, clean ? "✓" : "!"), h("strong", {}, row.title), h("span", { class: "quiet state" }, state)];
+  if (clean) return h("div", { class: "target" }, h("div", { class: "line" }, head));
+  return h("details", { class: "target" }, h("summary", { class: "line" }, head), row.failed ? h("p", {}, row.failed) : h("ul", {}, row.findings.map(found =>
     h("li", {}, h("strong", {}, found.kind), " ", h("code", {}, shortName(found.tensor)), ": ", found.reason,
       known(found.found) ? ` (found ${found.found})` : "", known(found.share) ? `; ${percent(found.share)} of the change` : "",
       found.fit ? h("div", { class: "quiet" }, `fit: ${found.fit}`) : null))));

@@ -2,7 +2,7 @@
 
 /**
  * Columns: {key, title, hint, value(row), show(row), text: true for words, bar: true for a bar behind the number}.
- * `open(row)` is called for the row whose name is pressed. Returns {element, set(rows)}.
+ * `open(row)` is called for the row whose name is pressed. Returns {element, set(rows), names()}, the names in the order shown.
  */
 function sortable(id, caption, columns, open) {
   let rows = [], sorted = { key: null, down: false }, words = [];
@@ -58,5 +58,5 @@ function sortable(id, caption, columns, open) {
   const element = h("div", { class: "tabled" },
     h("div", { class: "bar" }, h("label", { class: "field grow" }, h("span", {}, "Filter"), search), told),
     h("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": caption }, table));
-  return { element, set(next) { rows = next; fill(); } };
+  return { element, set(next) { rows = next; fill(); }, names: () => arranged().map(row => row.name) };
 }
