@@ -24,6 +24,7 @@ _PUBLIC = {
     "inspect": "loratools.ops.inspect",
     "load": "loratools.formats",
     "merge": "loratools.ops.merge",
+    "push": "loratools.workflows.push",
     "report": "loratools.workflows.report",
     "rescale": "loratools.ops.rescale",
     "resize": "loratools.ops.resize",

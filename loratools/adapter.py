@@ -9,14 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.errors import LoratoolsError
 from loratools.families import Family
+from loratools.layouts.relayout import Relayout, relayout_of
+from loratools.listing import Listing, listing
 from loratools.resolution import Told, resolve
 from loratools.tensorfile import Ref, Spec, identity, origin
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,19 @@ class Adapter(Mapping[str, Delta]):
     def __len__(self) -> int:
         return len(self.deltas)
 
+    def __repr__(self) -> str:
+        """A short table, from headers: repeated layers in one row, at most twenty rows."""
+        return self._listing().text()
+
+    def _repr_html_(self) -> str:
+        return self._listing().html()
+
+    def __rich__(self) -> Table:
+        return self._listing().rich()
+
+    def _listing(self) -> Listing:
+        return listing(self.deltas, path=self.path, format=self.format, parameters=self.parameters)
+
     @property
     def parameters(self) -> int:
         """Elements of its tensors; one that several deltas share, such as a bank of vectors, counts once."""
@@ -94,6 +112,20 @@ class Adapter(Mapping[str, Delta]):
         return replace(
             self, deltas=found.deltas, notes=notes, expects=None, left=found.left, flat=False, numbered=None, model=family.config,
         )  # fmt: skip
+
+    def relaid(self, layout: str | Relayout, base: Mapping[str, Spec] | None = None) -> Adapter:
+        """The same adapter of a diffusion network under the names of a layout: "diffusers", or "original" (BFL, mmdit, LDM).
+
+        No base is needed; the specs of one that has the adapter's names tell what they leave open. Flat names get their dots back.
+        Fused weights are cut and stacked exactly (`layouts.relayout`). Raises, all together: MatchError for names of no known network,
+        AmbiguousError for names that two would call differently, NotExpressible for kinds that cannot be cut or stacked.
+        """
+        try:
+            plan = relayout_of(self.deltas, layout, flat=self.flat, base=base) if isinstance(layout, str) else layout
+            deltas = plan.apply(self.deltas)
+        except LoratoolsError as error:
+            raise error.at(file=self.path) from None
+        return replace(self, deltas=deltas, notes=(*self.notes, plan.said()), expects=None, flat=False)
 
     def _told(self) -> Told:
         peft = self.metadata.get("peft", {})

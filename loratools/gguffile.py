@@ -63,15 +63,16 @@ class GGUFFile(WeightFile):
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     """The package's reader, made to stop where the file does (as it is, it takes what is missing for nothing), and the fields."""
+    import numpy as np
+
     gguf = package()
     reader_class: Any = gguf.GGUFReader
 
     class Checked(reader_class):  # type: ignore[misc]
         def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) != count:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("truncated")
-            return found
+            return super()._get(offset, dtype, count, override_order)
 
     try:
         reader = Checked(path)

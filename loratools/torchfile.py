@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from loratools.errors import FormatError, LoratoolsError, raise_all
 from loratools.source.handles import check_on_disk
@@ -32,14 +32,14 @@ class TorchFile(WeightFile):
 
     `mapped` tells whether the file is mapped or had to be read whole, `beside` the keys that lie beside the dictionary of
     tensors, `aliases` the sets of names under which it holds one and the same tensor; with `lists` a list of pairs of matrices is
-    read too, under "0", "1", … Raises FormatError, naming the file, for what torch cannot read, for a pickle of more than tensors,
-    and for tensors that a safetensors file cannot hold.
+    read too, under "0", "1", …; from a `stream`, which lies within the file at `path`, it is read whole. Raises FormatError, naming
+    the file, for what torch cannot read, for a pickle of more than tensors, and for tensors that a safetensors file cannot hold.
     """
 
-    def __init__(self, path: str | Path, *, lists: bool = False) -> None:
+    def __init__(self, path: str | Path, *, lists: bool = False, stream: IO[bytes] | None = None) -> None:
         self.path = Path(path)
         check_on_disk(self.path)
-        table, self.mapped = _load(self.path)
+        table, self.mapped = _load(self.path, stream)
         table, self.beside = _unwrapped(table)
         if lists and _is_pairs(table):
             table = {str(place): tensor for place, tensor in enumerate(table)}
@@ -59,7 +59,7 @@ class TorchFile(WeightFile):
         self.aliases = tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
-def _load(path: Path) -> tuple[Any, bool]:
+def _load(path: Path, within: IO[bytes] | None = None) -> tuple[Any, bool]:
     """What the pickle holds, and whether its tensors are mapped."""
     import torch
 
@@ -67,8 +67,10 @@ def _load(path: Path) -> tuple[Any, bool]:
         if not path.is_file():  # a pipe would wait for its writer
             raise FileNotFoundError
         with path.open("rb") as stream:
-            zipped = stream.read(4) == b"PK\x03\x04"
+            zipped = within is None and stream.read(4) == b"PK\x03\x04"
         with warnings.catch_warnings(action="ignore"):
+            if within is not None:
+                return torch.load(within, map_location="cpu", weights_only=True), False
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=zipped), zipped
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))

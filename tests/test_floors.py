@@ -17,13 +17,13 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("source",),
-    ("jsonfile", "linalg", "output", "sidefiles", "tensorfile", "threads"),
+    ("jsonfile", "linalg", "names", "output", "sidefiles", "tensorfile", "threads"),
     ("alignment", "families", "flatnames", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "needed", "rounding", "torchfile", "ulps"),
     ("codes",),
     ("dequantize",),
-    ("layouts", "orientation"),
-    ("resolution",),
+    ("facts", "layouts", "orientation"),
+    ("listing", "resolution"),
     ("adapter", "checkpoint", "corrections", "record"),
     ("changes", "differences", "factors", "pipeline", "receipt", "stream"),
     ("compress", "effect", "inverse", "plan"),
@@ -68,8 +68,20 @@ def test_operations_commands_and_formats_do_not_know_each_other(path: Path) -> N
     """They share what is in a `_name.py` or `base.py`; the files of one format begin with its name."""
     for other in imports(path):
         if path.stem != "__init__" and len(other) > 1 and other[0] == path.parent.name:
-            shared = other[1] in ("base", "targets") or other[1].startswith("_")  # targets are data, and what reads them
+            shared = other[1] in ("base", "targets", "card") or other[1].startswith("_")  # targets are data; a card is what push writes
             assert shared or (other[0] == "formats" and other[1].partition("_")[0] == path.stem.partition("_")[0]), other
+
+
+def test_few_files_know_the_hub() -> None:
+    knowing = {str(path.relative_to(PACKAGE)) for path in FILES if "huggingface_hub" in modules(path)}
+    assert {name for name in knowing if not name.startswith("source/")} == {"workflows/push.py"}
+
+
+def modules(path: Path) -> set[str]:
+    """First components of all modules that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in whole | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}}
 
 
 def test_no_file_imports_itself_in_a_circle() -> None:

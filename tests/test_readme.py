@@ -51,6 +51,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tensors = {f"base_model.model.{UP}.lora_{letter}.weight": factor for letter, factor in factors.items()}
     write_adapter(tmp_path / "style", tensors, peft_config(target_modules=["up_proj"], layers_to_transform=[1]))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
 
 

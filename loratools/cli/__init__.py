@@ -33,6 +33,7 @@ COMMANDS = {
     "fit": "Write an adapter as a runtime takes it.",
     "report": "Write a page about adapters, to look at and to send.",
     "verify": "Check an output against its receipt, and against the merge itself.",
+    "push": "Publish an adapter or a merge on the Hub, with a model card.",
     "demo": "Train, extract and merge a small network, and print what it cost.",
 }
 SHOWN = 10  # faults told one by one; the others are counted

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from loratools.cli._names import grouped
 from loratools.cli._numbers import many, percent
 from loratools.cli._table import facts
+from loratools.names import grouped
 
 Row = Mapping[str, Any]
 VERBS = {"refuse": "refuses", "ignore": "ignores", "mis-scale": "mis-scales"}

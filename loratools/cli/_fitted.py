@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.cli._algebra import ending
-from loratools.cli._names import grouped
 from loratools.cli._numbers import count, many, number, percent, span
 from loratools.cli._table import facts, table
+from loratools.names import grouped
 
 Row = Mapping[str, Any]
 WORST = 5

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from loratools.cli._names import grouped, natural
 from loratools.cli._numbers import count, many, number, percent, size, span
 from loratools.cli._table import facts, table
+from loratools.names import grouped, natural
 from loratools.receipt import receipt_path
 
 Row = Mapping[str, Any]

@@ -22,6 +22,10 @@ from loratools.cli._say import notes, say, say_json
     "--magnitude-axis", type=click.Choice(["in", "out"]), metavar="AXIS",
     help="DoRA's magnitudes: out, one for each output (peft), or in, one for each input.",
 )  # fmt: skip
+@click.option(
+    "--layout", type=click.Choice(["diffusers", "original"]), metavar="L",
+    help="Whose names the tensors of Flux, SD3 and Stable Diffusion get: diffusers, or original, their authors'.",
+)  # fmt: skip
 @click.option("--base", metavar="BASE", help="The checkpoint it belongs to, for names and for all that depends on the weights.")
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="No module gets a greater rank; the best factors of it.")
 @click.option("--energy", type=float, metavar="F", help="The least ranks that keep this share of each squared change, such as 0.99.")
@@ -37,6 +41,9 @@ def command(adapter: str, out: str, as_json: bool, quiet: bool, **words: Any) ->
     allows; a DoRA, whose magnitudes scale the weight itself, is approximated, and its error stated beside the best at that
     rank. A DoRA is never written without its magnitudes' part. The format `loratools` can say every kind.
 
+    Tensors of diffusion networks get the names that the format's readers look for, or those of --layout, by a table: no base is
+    needed. Fused weights are cut and stacked exactly.
+
     \b
     Another format:
       loratools convert adapter/ -o adapter.safetensors --format loratools
@@ -44,6 +51,8 @@ def command(adapter: str, out: str, as_json: bool, quiet: bool, **words: Any) ->
       loratools convert dora/ -o plain/ --kind lora --base model/ --rank 32
     A LoRA as a DoRA of the same weights:
       loratools convert adapter/ -o dora/ --kind dora --base model/
+    A Flux LoRA of kohya's trainer, for diffusers:
+      loratools convert flux.safetensors -o diffusers.safetensors --format diffusers
     A tutorial's DoRA, one magnitude for each input, as peft's:
       loratools convert tutorial.safetensors -o peft/ --alpha-in 8 --magnitude-axis out --base model/ --format peft
     """

@@ -31,6 +31,7 @@ from loratools.cli._say import notes, progress, say, say_json
 @options.together(options.dtype, options.device)
 @click.option("--format", default="peft", show_default=True, metavar="F", help="The format to write.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the iteration's random start.")
+@click.option("--plot", metavar="FILE", help="Draw the change, its spectra and error against size: .png, .svg or .pdf.")
 @options.together(options.sha256, options.overwrite, options.threads, options.as_json, options.quiet)
 def command(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **words: Any) -> None:
     """Make an adapter from the difference of two checkpoints.
@@ -43,6 +44,8 @@ def command(base: str, tuned: str, out: str, as_json: bool, quiet: bool, **words
       loratools extract base/ tuned/ -o adapter/ --rank 8
     The best that fits a file of 40 MB:
       loratools extract base/ tuned/ -o adapter/ --size 40MB
+    What would other ranks have given?
+      loratools extract base/ tuned/ -o adapter/ --rank 8 --plot ranks.png
     Attention only, to 5 % of each change:
       loratools extract base/ tuned/ -o adapter/ --max-error 0.05 --include '*self_attn*' --rest drop
     """

@@ -16,6 +16,7 @@ from loratools.cli._say import say, say_json
 @click.option("--values", is_flag=True, help="Read the data too, and warn of zero factors and non-finite values.")
 @click.option("--spectra", is_flag=True, help="Singular values, effective rank and norm of each module; implies --values.")
 @click.option("--all", "each", is_flag=True, help="A row for each module, repeated layers not drawn together.")
+@click.option("--plot", metavar="FILE", help="Draw changes, spectra and error against size: .png, .svg or .pdf; implies --spectra.")
 @options.as_json
 @options.reading
 def command(path: str, each: bool, as_json: bool, **words: Any) -> None:
@@ -30,6 +31,8 @@ def command(path: str, each: bool, as_json: bool, **words: Any) -> None:
       loratools inspect adapter/ --values
     Does it fit this model, and how large a share of it does it train?
       loratools inspect adapter/ --base model/
+    How large, of what rank, and what would fewer bytes cost?
+      loratools inspect adapter/ --base model/ --plot adapter.png
     As a program wants it:
       loratools inspect adapter/ --json
     """

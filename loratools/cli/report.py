@@ -17,10 +17,10 @@ from loratools.cli._say import notes, progress, say
 @options.reading
 @options.together(options.threads, options.overwrite, options.quiet)
 def command(adapters: tuple[str, ...], out: str, quiet: bool, **words: Any) -> None:
-    """Write a page about adapters: one HTML file that loads nothing.
+    """Write a page about adapters, to look at and to send.
 
-    It has what each holds, a map and a table of its modules, their singular values, what check finds, its receipts, and of several
-    adapters every two compared. Paths are in it as they are given, and those in receipts.
+    It is one HTML file that loads nothing, and has what each holds, a map and a table of its modules, their singular values, what
+    check finds, its receipts, and of several adapters every two compared. Paths are in it as they are given, and those in receipts.
 
     \b
       loratools report adapter/ -o report.html

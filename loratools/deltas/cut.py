@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Additive, Delta, Dense
@@ -16,6 +17,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.parts import Joined, Parts
 from loratools.deltas.scaled import Scaled
 from loratools.errors import ShapeError, UnsupportedError
 from loratools.sliced import Blocks, Sliced
@@ -23,6 +25,8 @@ from loratools.tensorfile import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from loratools.deltas.seeded import Bank
 
 
@@ -135,6 +139,27 @@ def stack(parts: Sequence[Delta | None], sizes: Sequence[int]) -> Delta:
     raise UnsupportedError("no one change of a fused weight is these", found=kinds, remedy="convert --kind lora or --kind dense first")
 
 
+def restacked(delta: Delta, rows: int) -> Delta:
+    """Changes of stretches of a matrix's rows as one change of all of them, where there is one; any other delta as it is."""
+    if not isinstance(delta, Joined | Parts):
+        return delta
+    parts, sizes, row = list[Delta | None](), list[int](), 0
+    for part in delta.parts:
+        if part.start > row:
+            parts.append(None)
+            sizes.append(part.start - row)
+        parts.append(part.delta)
+        sizes.append(part.stop - part.start)
+        row = part.stop
+    if row < rows:
+        parts.append(None)
+        sizes.append(rows - row)
+    try:
+        return stack(parts, sizes)
+    except UnsupportedError:
+        return delta
+
+
 def _stacked(parts: Sequence[LowRank | None], sizes: Sequence[int]) -> LowRank:
     there = [part for part in parts if part is not None]
     _one("layers", [part.layer for part in there])
@@ -193,17 +218,29 @@ def unstacked(delta: LowRank, starts: Sequence[int]) -> list[LowRank]:
 
     Trained with `split_qkv`, sd-scripts saves B as blocks along a diagonal, each with its own rows of A (`networks/lora_flux.py`).
     """
-    count = len(starts) - 1
-    if delta.rank % count == 0:
-        B, rank = read_tensor(delta.B), delta.rank // count
-        places = [(slice(starts[part], starts[part + 1]), slice(part * rank, (part + 1) * rank)) for part in range(count)]
-        rest = B.clone()
-        for rows, columns in places:
-            rest[rows, columns] = 0
-        if not rest.any() and B.any():
-            alpha = alpha_for(delta.scaling, rank)
-            A = [rows_of(delta.A, columns.start, columns.stop) for _, columns in places]
-            blocks = [Sliced(delta.B, *place) for place in places]
-            return [replace(delta, A=a, B=b, alpha=alpha, rslora=False) for a, b in zip(A, blocks, strict=True)]
-    found = [cut(delta, starts[part], starts[part + 1]) for part in range(count)]
-    return [part for part in found if isinstance(part, LowRank)]
+    stretches = list(pairwise(starts))
+    blocks = _blocks(read_tensor(delta.B), stretches)
+    if blocks is None:
+        return [replace(delta, B=rows_of(delta.B, *stretch)) for stretch in stretches]
+    found = []
+    for (start, stop), (first, last) in zip(stretches, blocks, strict=True):
+        alpha = alpha_for(delta.scaling, last - first)
+        B = Sliced(delta.B, slice(start, stop), slice(first, last))
+        found.append(replace(delta, A=rows_of(delta.A, first, last), B=B, alpha=alpha, rslora=False))
+    return found
+
+
+def _blocks(B: Tensor, stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]] | None:
+    """The columns that each stretch of rows has to itself, of rows of zeros those of the first; None where they share some."""
+    import torch
+
+    used = torch.stack([B[start:stop].ne(0).any(0) for start, stop in stretches])
+    size, rest = divmod(B.shape[1], len(stretches))
+    even = [(part * size, part * size + size) for part in range(len(stretches))]
+    if not rest and used.any() and not any(used[part, :first].any() or used[part, last:].any() for part, (first, last) in enumerate(even)):
+        return even
+    places = [row.nonzero().flatten().tolist() for row in used]
+    spans = [(columns[0], columns[-1] + 1) for columns in places if columns]
+    if len(spans) < 2 or sum(last - first for first, last in spans) != B.shape[1] or not bool((used.sum(0) == 1).all()):
+        return None
+    return [(columns[0], columns[-1] + 1) if columns else spans[0] for columns in places]

@@ -112,13 +112,18 @@ def axis_of(m: Tensor, found: Norms) -> str:
 
 def drift(m: Tensor, norm: Tensor) -> dict[str, float | None]:
     """Least, median and greatest of m/‖W‖ − 1; None where a norm of 0 leaves no number."""
-    moved = _ratios(m, norm) - 1
+    moved = moves(m, norm)
     values = {"min": moved.min(), "median": moved.median(), "max": moved.max()}
     return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
+def moves(m: Tensor, norm: Tensor) -> Tensor:
+    """m/‖W‖ − 1 of each magnitude, (n,) in float64; inf where a norm of 0 leaves no number."""
+    return _ratios(m, norm) - 1
+
+
 def _off(m: Tensor, norm: Tensor) -> float:
-    return float((_ratios(m, norm) - 1).square().mean().sqrt())
+    return float(moves(m, norm).square().mean().sqrt())
 
 
 def _ratios(m: Tensor, norm: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ LOOKS = {
     "cloneofsimo": r"\w+:\d+:(up|down)|<.+>",
     "samlora": r"w_[ab]_\d+|fc_\d+in_\d+out",
     "xlabs": r"(.*\.)?(double|single)_blocks\.\d+\.processor\..*",
+    "nemo": r".*\.adapter(_layer)?\.(.*\.)?(linear_(in|out)\.weight|weight_magnitude)",
     "gguf": r".*\.weight\.lora_[ab]",
 }
 # what a file needs beside such keys before it is one of the format's

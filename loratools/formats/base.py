@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError, UnsupportedError, UsageError
+from loratools.formats._archive import read_archive, refuse_ranks
 from loratools.formats._sides import SideFiles
 from loratools.gguffile import GGUFFile, is_gguf
 from loratools.jsonfile import read_json
@@ -21,10 +22,10 @@ from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
 LITGPT = ".pth.lora"
-SIDES = ("config.json", "hyperparameters.yaml", "model_config.yaml")  # which trainers leave beside
+SIDES = ("config.json", "hyperparameters.yaml", "model_config.yaml", "run_config.yaml")  # which trainers leave beside
 WEIGHTS = (
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt", "lit_model.pth.lora",
+    "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt", "lit_model.pth.lora", "model_weights.ckpt",
 )  # fmt: skip
 
 
@@ -123,6 +124,9 @@ def open_container(path: str | Path) -> Container:
     sides = SideFiles(weights.parent, SIDES)
     if weights.suffix in PICKLES or weights.name.endswith(LITGPT):
         return Container(load_pickle(weights), {}, config, weights, files, beside=sides)
+    if weights.suffix == ".nemo":
+        tensors, beside_them = read_archive(weights)
+        return Container(tensors, {}, None, weights, (weights,), beside=beside_them)
     if weights.suffix == ".npz":
         return Container(load_npz(weights), {}, config, weights, files)
     if weights.suffix == ".gguf" or is_gguf(weights):
@@ -144,6 +148,8 @@ def _weights_in(folder: Path) -> Path:
         fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
         raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        refuse_ranks(folder, [str(path.relative_to(folder)) for path in (*folder.glob("*/model_weights.ckpt"), *folder.glob("*.distcp"))])
     if found:
         return found[0]
     inner = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/" + CONFIG))

@@ -22,6 +22,8 @@ from loratools.formats.base import Container, ReadOptions
 NAME = "comfyui"
 ROOTS = ("diffusion_model.", "text_encoders.")
 
+_SD1 = "cond_stage_model.transformer."  # its only text encoder in single-file checkpoints
+
 
 def detect(container: Container) -> bool:
     """Whether its modules lie under `diffusion_model.` or `text_encoders.` and end as changes of them do."""
@@ -77,6 +79,8 @@ def _read_otherwise(word: str, delta: Delta) -> None:
 def _named(module: str) -> str:
     if module.startswith(ROOTS):
         return module
+    if module.startswith(_SD1):
+        return f"text_encoders.clip_l.transformer.{module.removeprefix(_SD1)}"
     part = next((part for part in PARTS if module.startswith(f"{part}.")), None)
     if not module or part not in (None, "model.diffusion_model"):
         remedy = "--format kohya, which ComfyUI reads too" if module else None

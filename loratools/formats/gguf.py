@@ -18,9 +18,10 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError, raise_all
+from loratools.formats._heads import text_config
 from loratools.formats.base import Container, ReadOptions
-from loratools.formats.gguf_names import ARCHITECTURES, HEADS, SHARED, Heads, Names, architecture, heads_of, stated_heads, text_config
-from loratools.formats.gguf_rows import Member, Waiting, halved
+from loratools.formats.gguf_names import ARCHITECTURES, HEADS, SHARED, Heads, Names, architecture, heads_of, stated_heads
+from loratools.formats.gguf_rows import Member, halved, waiting
 from loratools.gguffile import Dequantized
 from loratools.tensorfile import Ref
 
@@ -129,7 +130,7 @@ class _Reading:
         if place.side:
             if met and counts is None:
                 raise MatchError("rows that llama.cpp interleaved by the model's heads, whose number neither file nor base tells")
-            b = halved(b, counts.of(place.side)) if counts else Waiting(b)
+            b = halved(b, counts.of(place.side)) if counts else waiting(b)
         low = self._low(a, b)
         return {place.name: replace(low.transposed(), layer="transposed") if self._turned(place.name) else low}
 

@@ -13,8 +13,12 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
+from loratools.deltas.compose import Chain
+from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, ShapeError, raise_all
+from loratools.formats._heads import text_config
+from loratools.formats._pieces import Waiting
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container
 from loratools.formats.gguf import ALPHA, ARCHITECTURE, KIND, NAME, TYPE
@@ -27,10 +31,9 @@ from loratools.formats.gguf_names import (
     architecture_of,
     heads_of,
     stated_heads,
-    text_config,
     tied_head,
 )
-from loratools.formats.gguf_rows import Stack, Waiting, filled, interleaved
+from loratools.formats.gguf_rows import Stack, filled, interleaved
 from loratools.gguffile import write_gguf
 from loratools.tensorfile import Ref
 
@@ -74,6 +77,9 @@ def _write(container: Container, path: Path) -> dict[str, str]:
 
 
 def _low(delta: Delta) -> LowRank:
+    if isinstance(delta, Replacement) or (isinstance(delta, Chain) and isinstance(delta.first, Replacement)):
+        remedy = "fit --for llama.cpp splits it off; peft leaves an embedding out with save_pretrained(..., save_embedding_layers=False)"
+        raise NotExpressible("a weight saved whole, and GGUF's adapters have LoRA alone", remedy=remedy)
     if isinstance(delta, LowRank) and delta.layer != "conv" and len(delta.A.spec.shape) == 2:
         found = next((ref.spec.dtype for ref in (delta.A, delta.B) if ref.spec.dtype not in _DTYPES), None)
         if found is not None:

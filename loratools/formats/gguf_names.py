@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from loratools.errors import FormatError, UnsupportedError
+from loratools.formats._heads import text_config
 from loratools.gguffile import package
 
 _QKVO = tuple(f"self_attn.{side}_proj" for side in "qkvo")
@@ -84,12 +85,6 @@ def architecture(name: str) -> Architecture:
         known = " ".join(row.name for row in ARCHITECTURES)
         raise UnsupportedError("an architecture whose names in GGUF are not known here", found=name, expected=f"one of {known}")
     return found
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the language model, within that of one that sees or hears too."""
-    inner = config.get("text_config")
-    return {**config, **inner} if isinstance(inner, Mapping) else config
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

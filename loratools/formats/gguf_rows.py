@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from loratools.errors import AmbiguousError, ShapeError
 from loratools.formats._derived import Derived
+from loratools.formats._pieces import Waiting
 from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref
 
 if TYPE_CHECKING:
@@ -41,17 +42,10 @@ def _laid(B: Ref, heads: int, pairs: tuple[int, int]) -> Ref:
     return Derived(B, shape, lambda found: found.reshape(heads, *pairs, *shape[1:]).swapaxes(1, 2).reshape(shape))
 
 
-class Waiting(Ref):
-    """B of q or k as llama.cpp has it, of a model whose number of heads is not known yet: its size is known, its rows are not."""
-
-    def __init__(self, origin: Ref) -> None:
-        self.origin, self.spec = origin, origin.spec
-
-    def rows(self, start: int, stop: int) -> Buffer:
-        raise AmbiguousError(
-            "rows that llama.cpp interleaved by the model's heads, whose number the file does not tell",
-            remedy="give --base a model with its config.json",
-        )
+def waiting(B: Ref) -> Waiting:
+    """B of q or k as llama.cpp has it, of a model whose number of heads is not known yet."""
+    fact = "rows that llama.cpp interleaved by the model's heads, whose number the file does not tell"
+    return Waiting(B, AmbiguousError(fact, remedy="give --base a model with its config.json"))
 
 
 def filled(ref: Ref, rank: int, axis: int) -> Ref:

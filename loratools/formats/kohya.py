@@ -123,6 +123,7 @@ def _namer(adapter: Adapter) -> Callable[[str], str]:
         if not module or (word is None and parts):
             fact = "lies in no part of the pipeline, and other modules do" if module else "a tensor of no module"
             raise NotExpressible(fact, expected=" or ".join(sorted(parts)) or None)
-        return word or f"lora_unet_{flatten(module)}"
+        alone = "lora_te" if module.startswith("text_model.") else "lora_unet"  # CLIP's text encoder on its own, else the network
+        return word or f"{alone}_{flatten(module)}"
 
     return named

@@ -18,6 +18,7 @@ from loratools.deltas.lokr import LoKr
 from loratools.deltas.miss import MiSS
 from loratools.errors import FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_config import REFUSED
+from loratools.formats.peft_lycoris_encode import LOHA, LOKR
 from loratools.formats.peft_method import Method, Part
 from loratools.formats.peft_values import short
 
@@ -139,6 +140,7 @@ ADDITIVE = (
         training=_LYCORIS,
         conv1d=False,
         make=_loha,
+        writing=LOHA,
     ),
     Method(
         peft_type="LOKR",
@@ -148,6 +150,7 @@ ADDITIVE = (
         training=(*_LYCORIS, "decompose_both", "decompose_factor", "rank_dropout_scale"),
         conv1d=False,
         make=_lokr,
+        writing=LOKR,
     ),
     Method(
         peft_type="C3A",

@@ -1,16 +1,16 @@
 """Writing peft's LoRA: the smallest folder that peft loads without a warning and that says every scale exactly.
 
 The commonest rank, alpha and flags go into the config, the others into `rank_pattern` and `alpha_pattern` under anchored,
-escaped names. What peft's LoRA cannot say is NotExpressible, all of it at once, before anything is written.
+escaped names. What peft's LoRA cannot say is NotExpressible, all of it at once, before anything is written; adapters of its other
+methods go by `peft_method_encode`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loratools.adapter import Adapter
@@ -26,14 +26,20 @@ from loratools.formats.base import Container
 from loratools.formats.peft_attention import apart, target_of
 from loratools.formats.peft_config import CARRIED
 from loratools.formats.peft_keys import ROOT, SAVED
+from loratools.formats.peft_method_encode import encode_method, row_for
 from loratools.formats.peft_tokens import MARKER
+from loratools.formats.peft_writing import WRITTEN_FOR, patterned, saved, shortest
 from loratools.tensorfile import Ref
-
-WRITTEN_FOR = "0.21.2"
 
 
 def encode(adapter: Adapter) -> Container:
-    """The adapter as peft's config and tensors; factors and magnitudes keep their bytes."""
+    """The adapter as peft's config and tensors; factors and magnitudes keep their bytes.
+
+    An adapter of one of peft's other methods, without any LoRA, is written as that method by its row of `peft_methods`.
+    """
+    row = row_for(adapter)
+    if row is not None:
+        return encode_method(adapter, row)
     faults: list[LoratoolsError] = [NotExpressible("peft has no place for it", tensor=name) for name in adapter.passengers]
     lows: dict[str, LowRank] = {}
     magnitudes: dict[str, Ref] = {}
@@ -115,7 +121,6 @@ def _config(
     targeted = {module: low for module, low in lows.items() if target_of(module) == module}
     ranks = {module: low.rank for module, low in targeted.items()}
     alphas = {module: _alpha(low, rslora) for module, low in targeted.items()}
-    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 8)
     transposed = [low.layer == "transposed" for low in lows.values()]
     kept = (*CARRIED, "exclude_modules")  # of another method's config the rest would be no field of a LoRA's
     carried = {name: value for name, value in adapter.metadata.get("peft", {}).items() if name in kept}
@@ -123,13 +128,12 @@ def _config(
         "peft_type": "LORA", "base_model_name_or_path": None, "task_type": None, "inference_mode": True, "peft_version": WRITTEN_FOR,
         "lora_dropout": 0.0, "revision": None,
         **carried,
-        "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "use_dora": bool(magnitudes), "lora_bias": bool(biases), "bias": "none",
+        **patterned(ranks, "r", "rank_pattern"), **patterned(alphas, "lora_alpha", "alpha_pattern"),
+        "use_rslora": rslora, "use_dora": bool(magnitudes), "lora_bias": bool(biases), "bias": "none",
         "fan_in_fan_out": any(transposed) if any(low.layer != "unknown" for low in lows.values()) else bool(carried.get("fan_in_fan_out")),
         "init_lora_weights": True,
         "target_modules": sorted(targeted),
         "modules_to_save": None,
-        "rank_pattern": {_exactly(module): value for module, value in sorted(ranks.items()) if value != rank},
-        "alpha_pattern": {_exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
         **({"trainable_token_indices": {module: list(rows.indices) for module, rows in sorted(tokens.items())}} if tokens else {}),
     }  # fmt: skip
     return dict(sorted(config.items()))
@@ -140,16 +144,7 @@ def _alpha(low: LowRank, rslora: bool) -> float:
     alpha = low.alpha
     if low.rslora != rslora:
         alpha = low.alpha * math.sqrt(low.rank) if low.rslora else low.alpha / math.sqrt(low.rank)
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _commonest(values: Iterable[Any], default: Any) -> Any:
-    counted = Counter(values).most_common()
-    return min((value for value, count in counted if count == counted[0][1]), default=default)
-
-
-def _exactly(module: str) -> str:
-    return f"^{re.escape(module)}"
+    return shortest(alpha)
 
 
 def _tensors(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> dict[str, Ref]:
@@ -175,17 +170,9 @@ def _saved(
     whole: Mapping[str, Ref], lows: Mapping[str, LowRank], tokens: Mapping[str, Rows], config: dict[str, Any]
 ) -> dict[str, Ref]:
     """Whole tensors under peft's keys, their modules entered in the config: biases as `bias`, others as `modules_to_save`."""
-    tensors: dict[str, Ref] = {}
-    modules: set[str] = set()
-    wrapped = {path.replace(".base_layer.", "."): f"{path}.base_layer" for path in lows}
-    wrapped |= {path: f"{path}.token_adapter.base_layer" for path in tokens}
-    loose = [name for name in whole if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" not in whole]
-    for name, ref in whole.items():
-        module, _, leaf = name.rpartition(".")
-        tensors[f"{ROOT}{wrapped.get(module, module)}.{leaf}" if module else ROOT + name] = ref
-        if name not in loose and module not in wrapped and leaf in ("weight", "bias"):
-            modules.add(module)
+    tensors, modules, loose = saved(whole, lows, tokens)
     if loose:
-        config["bias"] = "lora_only" if all(name.removesuffix(".bias") in wrapped for name in loose) else "all"
-    config["modules_to_save"] = sorted(modules) or None
+        adapted = {path.replace(".base_layer.", ".") for path in (*lows, *tokens)}
+        config["bias"] = "lora_only" if all(name.removesuffix(".bias") in adapted for name in loose) else "all"
+    config["modules_to_save"] = modules or None
     return tensors

@@ -25,6 +25,7 @@ from loratools.formats.base import Container, ReadOptions
 from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sort_keys
 from loratools.formats.peft_targets import Targets, dotted_key, selected, targets_of
 from loratools.formats.peft_values import Values, finite, given, short, unknown
+from loratools.formats.peft_writing import Writing
 from loratools.tensorfile import Ref, same_bytes
 
 
@@ -49,7 +50,8 @@ class Method:
     weight's. A weight's delta is that of a linear layer's (out, in) or a convolution's (out, in, *kernel); where the base stores the
     transpose it is turned. `conv1d`: whether peft puts the method on such layers, transformers' `Conv1D`, at all. With `tying`, modules
     that the config does not target may repeat a targeted one's tensors: they are tied to it. Keys of the `dotted` patterns fit only what
-    stands behind a dot. `tensor` is the one of a targeted module that the method changes, `*` all of them.
+    stands behind a dot. `writing` writes it, where that can be done. `tensor` is the one of a targeted module that the method changes,
+    `*` all of them.
     """
 
     peft_type: str
@@ -67,6 +69,7 @@ class Method:
     dotted: tuple[str, ...] = ()
     tensor: str = "weight"
     notes: tuple[str, ...] = ()
+    writing: Writing | None = None
 
     def grammar(self) -> Callable[[str], Key | None]:
         """The reading of a key without its prefix."""

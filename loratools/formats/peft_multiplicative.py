@@ -17,6 +17,7 @@ from loratools.deltas.paired import Paired
 from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, ShapeError
 from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_turned_encode import IA3
 from loratools.tensorfile import Ref
 
 
@@ -110,6 +111,7 @@ MULTIPLICATIVE = (
         settings=("feedforward_modules",),
         training=("init_ia3_weights",),
         make=_ia3,
+        writing=IA3,
     ),
     Method(
         peft_type="ROAD",

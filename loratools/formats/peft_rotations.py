@@ -14,6 +14,7 @@ from loratools.deltas.reflected import Reflected
 from loratools.deltas.rotated import Rotated
 from loratools.errors import FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_turned_encode import BOFT, OFT, divisor
 
 _OLD = "OFT as peft wrote it up to 0.15.2, with oft_r: another parametrisation, which peft reads no more"
 
@@ -57,22 +58,9 @@ def _check_blocks(part: Part, made: Rotated) -> None:
     if made.shared:
         return
     whole, found, wanted = count * size, *((count, wanted_count) if wanted_count else (size, wanted_size))
-    if found != _divisor(whole, wanted):
+    if found != divisor(whole, wanted):
         what = "many" if wanted_count else "large"
-        raise ShapeError(f"the blocks are not as {what} as the config says", found=found, expected=_divisor(whole, wanted))
-
-
-def _divisor(whole: int, wanted: int) -> int:
-    """The divisor nearest to a wanted one, the smaller of two (`adjust_oft_parameters`).
-
-    >>> _divisor(24, 8), _divisor(24, 9), _divisor(24, 10), _divisor(24, 99)
-    (8, 8, 12, 24)
-    """
-    if wanted >= whole:
-        return whole
-    above = next(number for number in range(wanted, whole + 1) if whole % number == 0)
-    below = next(number for number in range(wanted, 0, -1) if whole % number == 0)
-    return below if wanted - below <= above - wanted else above
+        raise ShapeError(f"the blocks are not as {what} as the config says", found=found, expected=divisor(whole, wanted))
 
 
 def _boft(part: Part) -> Delta:
@@ -108,6 +96,7 @@ ROTATIONS = (
         own_biases="oft_only",
         conv1d=False,
         make=_oft,
+        writing=OFT,
     ),
     Method(
         peft_type="BOFT",
@@ -118,6 +107,7 @@ ROTATIONS = (
         own_biases="boft_only",
         conv1d=False,
         make=_boft,
+        writing=BOFT,
     ),
     Method(
         peft_type="HRA",

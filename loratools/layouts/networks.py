@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
@@ -63,14 +63,23 @@ class Network:
     def title(self, side: str) -> str:
         return TITLES.get(self.name, side) if side == "original" else side
 
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """What its tensors' names begin with on either side."""
+        words = (word for _, first, second, *_ in self.rows for word in (first, *second.split(" ")))
+        return tuple(dict.fromkeys(word.partition(".")[0] for word in words))
+
     def side(self, names: Collection[str]) -> str | None:
         """Which names the tensors of a whole network of this kind have; None of another network's."""
         found = (side for side in SIDES if side in self.marks and all(any(map(mark.match, names)) for mark in self.marks[side]))
         return next(found, None)
 
-    def pairs(self, names: Collection[str], *, whole: bool) -> Pairs:
-        """The pairs with all numbers that occur in the names, which are those of a whole network or of an adapter, flat or not."""
-        shape = _Shape.of(names, whole=whole)
+    def pairs(self, names: Collection[str], *, whole: bool, layers: int | None = None) -> Pairs:
+        """The pairs with all numbers that occur in the names, which are those of a whole network or of an adapter, flat or not.
+
+        `layers` are a UNet's `layers_per_block`, which an adapter's names may leave open.
+        """
+        shape = _Shape.of(names, whole=whole, layers=layers)
         original: dict[str, Pair] = {}
         diffusers: dict[str, tuple[Pair, int]] = {}
         for kind, first, second, *shares in self.rows:
@@ -91,24 +100,26 @@ def _pair(kind: str, original: str, diffusers: list[str], shares: str = "1") -> 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What names tell of a network: the greatest number, a UNet's layers for each block, and whether an up block has attentions."""
+    """What names tell of a network: the greatest numbers, a UNet's layers for each block, and whether an up block has attentions."""
 
     most: int
+    inner: int
     layers: int
     attended: Mapping[int, bool]
 
     @classmethod
-    def of(cls, names: Collection[str], *, whole: bool) -> _Shape:
+    def of(cls, names: Collection[str], *, whole: bool, layers: int | None = None) -> _Shape:
         found = {int(text) for name in names for text in re.findall(r"(?<=[._])\d+(?=[._])", name) if len(text) < 4}
         most = max((number for number in found if number <= _MOST), default=0)
-        layers = _layers(names) if whole else _LAYERS
-        return cls(most, layers, dict(_attended(names, layers, whole=whole)))
+        layers = layers or (_layers(names) if whole else _LAYERS)
+        inner = (int(text) for name in names for text in re.findall(r"transformer_blocks[._](\d{1,3})[._]", name))
+        return cls(most, max(inner, default=0), layers, dict(_attended(names, layers, whole=whole)))
 
     def numbers(self, text: str) -> Iterator[dict[str, int]]:
         keys, n = set(re.findall(r"\{(\w+)\}", text)), self.layers
         ranges = {
             "b": range(min(self.most + 1, _BLOCKS)), "l": range(n + ("out" in keys)), "i": range(self.most + 1),
-            "t": range(self.most + 1), "u": range(1, 3),
+            "t": range(self.inner + 1), "u": range(1, 3),
         }  # fmt: skip
         free = [key for key in ranges if key in keys]
         for values in product(*(ranges[key] for key in free)):

@@ -1,4 +1,4 @@
-"""What modules of litgpt and torchtune are in transformers: the table `trainers.tsv` beside this file.
+"""What modules of litgpt, torchtune and NeMo are in transformers: the table `trainers.tsv` beside this file.
 
 A module is made of slots, rows in an order of the trainer's, each of which is a weight of transformers' or rows of one that is fused
 there too. An order tells where the rows of each slot lie:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loratools import threads as workers
 from loratools.errors import OptionError, UsageError
 from loratools.formats import FORMATS
+from loratools.layouts.networks import SIDES
 from loratools.tensors import dtype_code
 
 KINDS = ("lora", "dora", "dense")
@@ -26,18 +27,19 @@ class Options:
     device: str
     threads: int
 
-    GIVEN = ("kind", "magnitude_axis", "rank", "energy", "max_error", "dtype", "device", "threads", "format")
+    GIVEN = ("kind", "magnitude_axis", "rank", "energy", "max_error", "dtype", "device", "threads", "format", "layout")
 
     @classmethod
     def checked(
         cls, *, kind: str | None, magnitude_axis: str | None, rank: int | None, energy: float | None, max_error: float | None,
-        dtype: str | None, device: str, threads: int | None, format: str | None,
+        dtype: str | None, device: str, threads: int | None, format: str | None, layout: str | None,
     ) -> Options:  # fmt: skip
         ranks = {"--rank": rank, "--energy": energy, "--max-error": max_error}
         chosen = [name for name, value in ranks.items() if value is not None]
         _check(len(chosen) < 2, "at most one way to choose ranks", " and ".join(chosen), " or ".join(ranks))
         _check(kind in (None, *KINDS), "--kind", kind, " or ".join(KINDS))
         _check(magnitude_axis in (None, *AXES), "--magnitude-axis", magnitude_axis, " or ".join(AXES))
+        _check(layout in (None, *SIDES), "--layout", layout, " or ".join(SIDES))
         _check(rank is None or (type(rank) is int and rank >= 1), "--rank", rank, "a whole number of at least 1")
         _check(energy is None or 0 < energy <= 1, "--energy", energy, "more than 0, at most 1")
         _check(max_error is None or 0 < max_error < 1, "--max-error", max_error, "between 0 and 1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
@@ -11,7 +11,7 @@ from loratools.deltas.flat import FlatDoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.laid import TurnedAdditive
 from loratools.deltas.lowrank import LowRank
-from loratools.deltas.magnitudes import AXES, Norms, axis_of, clear, drift, fits, named, norms
+from loratools.deltas.magnitudes import AXES, Norms, axis_of, clear, drift, fits, moves, named, norms
 from loratools.errors import AmbiguousError
 from loratools.tensorfile import Ref, Spec
 
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from loratools.effect import Effect
 
 
-def moved(delta: Delta, weight: Ref | None) -> tuple[dict[str, Any], list[str]]:
+class Moved(NamedTuple):
+    """The fields of a report's row, what is odd about them, and m/‖W‖ − 1 of each magnitude along the axis."""
+
+    told: dict[str, Any]
+    odd: list[str]
+    each: list[float]
+
+
+def moved(delta: Delta, weight: Ref | None) -> Moved:
     """What a report says of a DoRA's magnitudes on a weight, read for it, and what is odd about them; nothing of other kinds.
 
     `axis` is `out` for one magnitude an output of the layer, `in` for one an input, None where nothing tells; `drift` the least,
@@ -29,7 +37,7 @@ def moved(delta: Delta, weight: Ref | None) -> tuple[dict[str, Any], list[str]]:
     if isinstance(delta, Chain) and isinstance(delta.first, Replacement):
         weight, delta = delta.first.value, delta.then
     if not isinstance(delta, DoRA | FlatDoRA) or weight is None:
-        return {}, []
+        return Moved({}, [], [])
     import torch
 
     from loratools.changes import reader
@@ -50,7 +58,7 @@ def moved(delta: Delta, weight: Ref | None) -> tuple[dict[str, Any], list[str]]:
     names = {"out": "in", "in": "out"} if _turned(delta) else {"out": "out", "in": "in"}
     told: dict[str, Any] = {"axis": axis and names[axis], "drift": drift(m, found.base[axis]) if axis else None}
     told["fits"] = [{**one, "axis": names[str(one["axis"])]} for one in named(readings)]
-    return {"magnitudes": told}, warnings
+    return Moved({"magnitudes": told}, warnings, moves(m, found.base[axis]).tolist() if axis else [])
 
 
 def other_axis(axis: str, m: Any, found: Norms) -> str | None:

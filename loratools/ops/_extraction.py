@@ -60,10 +60,13 @@ class Change:
 
 
 class Extraction:
-    """Every tensor of a pair of checkpoints, on its way to a delta. `run` fills `compared`, `alone` and `changes`, in file order."""
+    """Every tensor of a pair of checkpoints, on its way to a delta. `run` fills `compared`, `alone` and `changes`, in file order.
 
-    def __init__(self, pair: Pair, options: Options, progress: Progress | None = None) -> None:
-        self.pair, self.options, self.progress = pair, options, progress
+    With `spectra` every factored change has singular values to twice its rank, for a picture of what more ranks would give.
+    """
+
+    def __init__(self, pair: Pair, options: Options, progress: Progress | None = None, *, spectra: bool = False) -> None:
+        self.pair, self.options, self.progress, self.spectra = pair, options, progress, spectra
         self.compared: dict[str, Compared] = {}
         self.alone: dict[str, tuple[str | None, str | None]] = {}
         self.changes: dict[str, Change] = {}
@@ -143,6 +146,8 @@ class Extraction:
             change.sigma2 = self._spectrum(name, found, 8)
         else:
             self._settle(change, found)
+            if self.spectra and change.factored:
+                change.sigma2 = self._spectrum(name, found, max(8, 2 * change.factored.delta.rank))
         return change
 
     def _difference(self, name: str) -> Difference:

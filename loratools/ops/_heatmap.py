@@ -1,37 +1,35 @@
 """Heatmaps of one number for each module of a model: layers across, the modules of a layer down, as PNG, SVG or PDF.
 
-matplotlib is the extra `plot`. Colours are told apart by people who see few: purple to orange through white (ColorBrewer's PuOr)
-where a number has a sign, cividis (Nuñez, Anderton, Renslow 2018) where it has none. The same figure gives the same bytes.
+Purple to orange through white (ColorBrewer's PuOr) where a number has a sign, cividis where it has none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from loratools.errors import MissingExtra, UsageError
+from loratools.ops._figure import OUTSIDE, save, styled
 from loratools.ops._layers import place_of
-from loratools.output import check_output, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ENDINGS = (".png", ".svg", ".pdf")
 CELL = 0.24  # inches of a cell's side where there are many
 WIDE = 0.62  # and where there are few, with its number in it
 FEW = 48  # cells up to which numbers are written in them
 NONE = "#d0d0d0"  # a module without a value
-OUTSIDE = "–"  # the column of modules in no layer
 
 
 @dataclass(frozen=True)
 class Panel:
     """One map: its title, what its colours stand for, a value by tensor name (None: no value), and the least of the scale.
 
-    The scale ends at `high`; a `low` below 0 makes it one with a middle.
+    The scale ends at `high`; a `low` below 0 makes it one with a middle, and a `log` one has a `low` above 0. `form` is how a number
+    is written in its cell.
     """
 
     title: str
@@ -39,32 +37,15 @@ class Panel:
     values: Mapping[str, float | None]
     low: float = 0.0
     high: float = 1.0
-
-
-def checked(path: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
-    """The file to draw to, which may be replaced. Raises OptionError for another ending, MissingExtra without matplotlib."""
-    target = Path(path)
-    if target.suffix.lower() not in ENDINGS:
-        raise UsageError("--plot", found=target.name, expected=f"a name that ends in {' or '.join(ENDINGS)}")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise MissingExtra("--plot draws with matplotlib, which is not installed", remedy='pip install "loratools[plot]"') from None
-    return check_output(target, overwrite=True, inputs=inputs)
+    log: bool = False
+    form: str = ".2f"
 
 
 def draw(target: Path, panels: Sequence[Panel], *, title: str, names: Iterable[str]) -> None:
     """Draw every panel over the same grid; `names` are all tensors that have a cell, with a value or without."""
-    import matplotlib
-
     rows, columns, cells = grid(names)
-    fonts = {"font.size": 8, "font.family": "DejaVu Sans", "svg.fonttype": "none", "pdf.fonttype": 42}
-    style: dict[Any, Any] = {"svg.hashsalt": "loratools", **fonts}
-    with matplotlib.rc_context(style):
-        figure = _figure(panels, rows, columns, cells, title)
-        dated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(target.suffix.lower(), {})
-        with whole(target) as place:
-            figure.savefig(place, format=target.suffix.lower()[1:], dpi=150, metadata=dated)
+    with styled():
+        save(_figure(panels, rows, columns, cells, title), target)
 
 
 def grid(names: Iterable[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
@@ -106,31 +87,45 @@ def _figure(
     figure = Figure(figsize=(max(size[0], 5.5), size[1]), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
     for index, (panel, ax) in enumerate(zip(panels, axes, strict=True)):
-        _paint(figure, ax, panel, (len(rows), len(columns)), cells, few=few)
+        paint(figure, ax, panel, (len(rows), len(columns)), cells, few=few)
         last = not stacked or index == count - 1
-        _label(ax, rows, columns, left=stacked or index == 0, below=last)
+        label(ax, rows, columns, left=stacked or index == 0, below=last)
     missing = any(panel.values.get(name) is None for panel in panels for name in cells)
     figure.suptitle(title + ("\ngrey: no value, as one of the two lacks the module or has no such measure" if missing else ""), fontsize=9)
     return figure
 
 
-def _paint(figure: Figure, ax: Axes, panel: Panel, shape: tuple[int, int], cells: Mapping[str, tuple[int, int]], *, few: bool) -> None:
+def paint(
+    figure: Figure, ax: Axes, panel: Panel, shape: tuple[int, int], cells: Mapping[str, tuple[int, int]], *, few: bool,
+    bar: Axes | None = None,
+) -> None:  # fmt: skip
+    """One map; its scale in the axes `bar`, or beside it."""
     import numpy as np
     from matplotlib import colormaps
+    from matplotlib.colors import LogNorm, Normalize
 
     image = np.full(shape, np.nan)
     known = {name: value for name in cells if (value := panel.values.get(name)) is not None}
     for name, value in known.items():
-        image[cells[name]] = value
+        image[cells[name]] = max(value, panel.low) if panel.log else value
     colours = colormaps["PuOr_r" if panel.low < 0 else "cividis"].with_extremes(bad="white")
     holes = np.zeros((*shape, 4))
     for name in cells:
         if name not in known:
             holes[cells[name]] = (*(int(NONE[at : at + 2], 16) / 255 for at in (1, 3, 5)), 1.0)
-    shown = ax.imshow(image, cmap=colours, vmin=panel.low, vmax=panel.high, aspect="auto", interpolation="nearest")
+    scale = (LogNorm if panel.log else Normalize)(panel.low, panel.high)
+    shown = ax.imshow(image, cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
     ax.imshow(holes, aspect="auto", interpolation="nearest")
-    ax.set_title(panel.title, fontsize=8)
-    figure.colorbar(shown, ax=ax, label=panel.label, shrink=0.95, pad=0.02, ticks=[panel.low, (panel.low + panel.high) / 2, panel.high])
+    ax.set_title(panel.title, fontsize=8 if bar is None else 8.5, loc="center" if bar is None else "left")
+    ticks = [panel.low, math.sqrt(panel.low * panel.high) if panel.log else (panel.low + panel.high) / 2, panel.high]
+    if bar is None:
+        figure.colorbar(shown, ax=ax, label=panel.label, shrink=0.95, pad=0.02, ticks=ticks)
+    else:
+        told = figure.colorbar(shown, cax=bar, ticks=ticks, format=lambda value, _: f"{value:.2g}")
+        told.ax.minorticks_off()
+        told.ax.tick_params(labelsize=7, length=2)
+        told.set_label(panel.label, fontsize=7.5)
+        told.outline.set_visible(False)
     for edge in ax.spines.values():
         edge.set_visible(False)
     ax.set_xticks(np.arange(shape[1] + 1) - 0.5, minor=True)
@@ -138,13 +133,13 @@ def _paint(figure: Figure, ax: Axes, panel: Panel, shape: tuple[int, int], cells
     ax.grid(which="minor", color="white", linewidth=0.6)
     ax.tick_params(which="both", length=0)
     for name, value in known.items() if few else ():
-        red, green, blue, _ = colours((value - panel.low) / (panel.high - panel.low))
+        red, green, blue, _ = colours(scale(max(value, panel.low)))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         row, column = cells[name]
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        ax.text(column, row, f"{value:{panel.form}}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
 
 
-def _label(ax: Axes, rows: Sequence[str], columns: Sequence[str], *, left: bool, below: bool) -> None:
+def label(ax: Axes, rows: Sequence[str], columns: Sequence[str], *, left: bool, below: bool) -> None:
     """Ticks that leave room to read them: every module, and as many layers as do not touch."""
     step = 1 if max(map(len, columns)) > 3 or len(columns) <= 50 else 2
     ax.set_xticks(range(0, len(columns), step), columns[::step], rotation=90 if max(map(len, columns)) > 2 else 0, fontsize=7)

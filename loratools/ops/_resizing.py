@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratools.compress import error_of, hollow, known_of, lossless_rank, padded, recast, style_of, truncated, widest, within
+from loratools.deltas.base import Delta
+from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError, UsageError
 from loratools.factors import Factored
 from loratools.formats.base import Container
+from loratools.ops._algebra import bias_of
 from loratools.ops._size import file_bytes, parse_size
 from loratools.tensorfile import BITS
 from loratools.tensors import dtype_code
@@ -118,6 +121,15 @@ def ranks_within(
             return ranks
         capacity -= excess
     return ones
+
+
+def following(source: Mapping[str, Delta], deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """The deltas with every bias difference under the scaling of its module, its data as it is: for measuring a file."""
+    lows = {name: bias_of(name, deltas) for name, delta in source.items() if isinstance(delta, Full)}
+    return {
+        name: replace(delta, scale=low.scaling) if isinstance(delta, Full) and (low := lows[name]) else delta
+        for name, delta in deltas.items()
+    }
 
 
 def _norm(known: Triple) -> float:

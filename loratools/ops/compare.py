@@ -25,6 +25,7 @@ from loratools.ops import _heatmap
 from loratools.ops._algebra import label, loaded
 from loratools.ops._base import Base, resolved
 from loratools.ops._comparing import Row, cosine, norm_of, pair_row
+from loratools.ops._figure import checked
 from loratools.ops._intruders import EPSILON, TOP_K, intruders
 from loratools.ops._layers import place_of
 
@@ -63,7 +64,7 @@ def compare(
     words = arguments(locals(), "a", "b", "progress")
     check(words)
     inputs = paths(reading, [a, b], base)
-    target = None if plot is None else _heatmap.checked(plot, inputs)
+    target = None if plot is None else checked(plot, inputs)
     read_as, count = read_options(reading), threads or workers.default_threads()
     on = None if base is None else Base(base, reading)
     one, other = resolved([loaded(item, read_as) for item in (a, b)], on)

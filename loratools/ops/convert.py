@@ -21,6 +21,7 @@ from loratools.ops._algebra import format_of, label, loaded, output_rows
 from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
 from loratools.ops._converting import Conversion
+from loratools.ops._layout import layout_for, stacked
 from loratools.output import check_output, whole
 from loratools.plan import split_renames
 from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
@@ -34,6 +35,7 @@ def convert(
     format: str | None = None,
     kind: str | None = None,
     magnitude_axis: str | None = None,
+    layout: str | None = None,
     base: str | Path | None = None,
     rank: int | None = None,
     energy: float | None = None,
@@ -52,8 +54,12 @@ def convert(
     product of small rank (LoHa, LoKr, …), else the best of `rank`, or of the least rank within `energy` or `max_error`; "dora" gives
     each difference the magnitudes ‖W + ΔW‖ in float32, so that W′ stays; "dense" writes W′ − W itself. `magnitude_axis` ("out": one
     for each output, peft's; "in": one for each input) refits DoRA along that axis. `base` is the checkpoint the adapter belongs to,
-    needed wherever W decides. Raises, before anything is visible at `out` and all together, UnsupportedError and OptionError for what
-    cannot be done so, NotExpressible for what the format cannot say, and what reading and `Adapter.resolve` raise.
+    needed wherever W decides. `layout` gives the tensors of Flux, SD3 and Stable Diffusion the names of "diffusers", or "original", their
+    authors' (BFL, mmdit, LDM), by a table that needs no base; without it a format that has the names of one of them alone gets those.
+
+    Raises, before anything is visible at `out` and all together, UnsupportedError and OptionError for what cannot be done so,
+    NotExpressible for what the format cannot say, MatchError and AmbiguousError for names whose layout is not known or left open, and what
+    reading and `Adapter.resolve` raise.
 
     >>> receipt = convert("dora/", "plain/", kind="lora", base="base/", rank=16)  # doctest: +SKIP
     >>> max(row["error"] / row["optimal_error"] for row in receipt["tensors"])  # doctest: +SKIP
@@ -67,18 +73,20 @@ def convert(
         raise UsageError("--rename maps names to a base's", found="no --base")
     given = loaded(adapter, read_options(reading))
     on = None if base is None else Base(base, reading)
-    source = given if on is None else given.resolve(on.specs, on.family, renames=split_renames(rename))
+    source = given if on is None else stacked(given.resolve(on.specs, on.family, renames=split_renames(rename)), on.specs)
+    written = format_of(format or ("loratools" if kind == "dense" else None), given)
+    relayout, said = layout_for(source, written, layout, None if on is None else on.specs)
     work, count = Conversion(source, on, options), options.threads
     with workers.single_threaded_blas(options.device == "cpu"):
         if options.changes:
             work.run()
         made = work.adapter() if options.changes else source
+        laid = made if relayout is None else made.relaid(relayout)
         # what went in is digested beside the writing
         with ThreadPoolExecutor(1) as beside, whole(target) as place:
             inputs = beside.submit(adapter_inputs, given)
-            written = format or ("loratools" if kind == "dense" else None)
-            receipt.digests = write_container(encode(made, format_of(written, given)), place)
-            receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes()]
+            receipt.digests = write_container(encode(laid, written), place)
+            receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(), *([said] if said else [])]
             receipt.inputs = [*inputs.result(), *([on.input(count)] if on is not None else [])]
             receipt.expected, receipt.applied = len(source), len(made)
             receipt.outputs, receipt.history = output_rows(place), adapter_history(given)

@@ -6,14 +6,16 @@ no low-rank form is saved whole, dropped or refused (`rest`); what is left out i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
+from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.errors import OptionError
 from loratools.formats import encode
@@ -21,6 +23,7 @@ from loratools.formats.base import write_container
 from loratools.ops._algebra import output_rows
 from loratools.ops._extract_options import Options
 from loratools.ops._extraction import Extraction, Progress
+from loratools.ops._figure import checked
 from loratools.ops._pair import Pair
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
@@ -50,6 +53,7 @@ def extract(
     seed: int = 0,
     sha256: bool = False,
     overwrite: bool = False,
+    plot: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -58,8 +62,10 @@ def extract(
     Ranks follow exactly one of `rank`, `energy` (the share of ‖Δ‖² to keep), `max_error` (‖Δ − BA‖/‖Δ‖ not to exceed) and `size`
     (bytes of the file of weights, as in "40MB"). Factors are float32, balanced, alpha = rank, unless `dtype` and `alpha` say
     otherwise. `rest` is what becomes of changed tensors without a low-rank form: saved whole, dropped and listed, or an error.
-    The same bytes come out for any number of threads. Raises, before anything is visible at `out`, MatchError and ShapeError for
-    tensors only one side has or whose shapes differ, QuantizedError, NonFiniteError, OptionError.
+    The same bytes come out for any number of threads. `plot` draws to a .png, .svg or .pdf file, as spec/pictures.md tells: twice as
+    many singular values are computed for it, and what is extracted is the same. Raises, before anything is visible at `out`,
+    MatchError and ShapeError for tensors only one side has or whose shapes differ, QuantizedError, NonFiniteError, OptionError,
+    MissingExtra for a picture without matplotlib.
 
     >>> receipt = extract("base/", "tuned/", "adapter/", rank=8)  # doctest: +SKIP
     >>> max(row["error"] for row in receipt["tensors"])  # doctest: +SKIP
@@ -67,10 +73,11 @@ def extract(
     """
     arguments = {name: value for name, value in locals().items() if name not in ("base", "tuned", "out", "progress")}
     options = Options.checked(**{name: arguments[name] for name in Options.GIVEN})
+    picture = None if plot is None else checked(plot, [base, tuned], out)
     target = check_output(out, overwrite=overwrite, inputs=[base, tuned])
     receipt = Receipt("extract", {"base": str(base), "tuned": str(tuned), "out": str(out), **arguments})
     pair = Pair(open_checkpoint(base), open_checkpoint(tuned), tuple(include), tuple(exclude), tuple(embedding), tuple(transposed))
-    work = Extraction(pair, options, progress)
+    work = Extraction(pair, options, progress, spectra=picture is not None)
     with workers.single_threaded_blas(options.device == "cpu"):
         work.run()
     deltas = {name: change.delta for name, change in work.changes.items() if change.delta is not None}
@@ -86,7 +93,22 @@ def extract(
             add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
             add_sha256(receipt.inputs, None)
         receipt.write(receipt_path(place, folder=place.is_dir()))
+        if picture is not None:
+            _draw(picture, f"{tuned} beside {base}", work, deltas, receipt.outputs)
     return receipt.as_json()
+
+
+def _draw(picture: Path, title: str, work: Extraction, deltas: Mapping[str, Delta], outputs: Sequence[Mapping[str, Any]]) -> None:
+    """The picture of an extraction, its error over all modules and the size of its file of weights beside the curve."""
+    from loratools.ops._page import draw
+    from loratools.ops._pictures import extraction_page
+
+    total, missed, size = 0.0, 0.0, sum(row["bytes"] for row in outputs if not row["path"].endswith(".json"))
+    for change in work.changes.values():
+        total += (change.norm or 0.0) ** 2
+        missed += ((change.norm or 0.0) if change.delta is None else change.factored.error if change.factored else 0.0) ** 2
+    error = math.sqrt(missed / total) if total else 0.0
+    draw(picture, extraction_page(title, work, deltas, error, size))
 
 
 def _fill(receipt: Receipt, work: Extraction, adapter: Adapter) -> None:

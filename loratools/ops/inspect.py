@@ -15,18 +15,17 @@ from typing import Any, Unpack
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
-from loratools.deltas.base import Additive, Delta
-from loratools.deltas.compose import Chain, Part
+from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
-from loratools.deltas.laid import Unsettled, WherePresent
-from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
+from loratools.facts import facts_of, low_rank
 from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats.base import CONFIG, open_container, read_options
-from loratools.formats.reading import Reading, reads
+from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
+from loratools.ops._figure import checked
 from loratools.pipeline import open_checkpoint
 from loratools.source import headers
 from loratools.source.handles import size_at
@@ -45,29 +44,36 @@ def inspect(
     base: str | Path | None = None,
     values: bool = False,
     spectra: bool = False,
+    plot: str | Path | None = None,
     **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What a file or folder holds, as plain JSON values; spec/cli.md names the fields.
 
     Only headers are read, without torch, unless `values` (zero factors, non-finite values) or `spectra` (singular values and norms,
     which implies `values`) ask for the data. `base` joins the adapter's names and shapes with a checkpoint's; of a DoRA it is read,
-    to tell how far the magnitudes moved from the base's norms and which norms they fit. Raises what reading raises, OptionError for
-    `base` or `spectra` on a checkpoint.
+    to tell how far the magnitudes moved from the base's norms and which norms they fit. `plot` draws to a .png, .svg or .pdf file, as
+    spec/pictures.md tells, and implies `spectra`; with `base` every weight that the adapter changes is read for it. Raises what
+    reading raises, OptionError for `base`, `spectra` or `plot` on a checkpoint and for a picture of nothing, MissingExtra without
+    matplotlib.
 
     >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
     0.06
     """
+    target = None if plot is None else checked(plot, paths(reading, [path], base))
+    values, spectra = values or target is not None, spectra or target is not None
     with headers(path) as place:
-        report = _told(path if values or spectra else place, place, base, values, spectra, reading)
+        report = _told(path if values or spectra else place, place, base, values, spectra, target, reading)
     return report | {"path": str(path)}
 
 
-def _told(path: str | Path, seen: Path, base: str | Path | None, values: bool, spectra: bool, reading: Reading) -> dict[str, Any]:
+def _told(
+    path: str | Path, seen: Path, base: str | Path | None, values: bool, spectra: bool, target: Path | None, reading: Reading
+) -> dict[str, Any]:
     """The report on what lies at `path`; `seen` is where its headers can be read, as those of `base`."""
     if not seen.exists():
         raise FormatError("no such file or folder", file=seen)
     if not holds_adapter(seen):
-        words = {"--base": base, "--spectra": spectra, "--alpha-in": reading["alpha_in"], "--initial": reading["initial"]}
+        words = {"--base": base, "--plot": target, "--spectra": spectra, "--alpha-in": reading["alpha_in"], "--initial": reading["initial"]}
         wrong = [word for word, given in words.items() if given not in (None, False)]
         if wrong:
             raise OptionError(f"{wrong[0]} is for adapters, and this is a checkpoint", file=seen)
@@ -76,7 +82,7 @@ def _told(path: str | Path, seen: Path, base: str | Path | None, values: bool, s
     globs = Family({}, tuple(reading["embedding"]), tuple(reading["transposed"]))
     with nullcontext(base) if base is None or values or spectra else headers(base) as below:
         checkpoint = open_checkpoint(below) if below is not None else None
-        return _adapter(adapter, seen, checkpoint, globs, values, spectra)
+        return _adapter(adapter, seen, checkpoint, globs, values, spectra, target)
 
 
 def holds_adapter(path: Path) -> bool:
@@ -95,14 +101,17 @@ def holds_adapter(path: Path) -> bool:
 # -- an adapter
 
 
-def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool) -> dict[str, Any]:
+def _adapter(
+    adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None
+) -> dict[str, Any]:
     warnings = _as_a_whole(adapter)
     weights: Mapping[str, Ref] = {}
+    asked, drift = adapter, dict[str, list[float]]()
     if base is not None:
         adapter, weights, more = _joined(adapter, base, family)
         warnings += more
     warnings += adapter.notes
-    rows = {name: _row(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
+    rows = {name: facts_of(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
         warnings += [f"{name}: {text}" for text in _oddities(delta)]
         if values or spectra:
@@ -110,9 +119,12 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
         if spectra:
             rows[name] |= _spectrum(delta)
         if base is not None and not base.quantization:
-            told, odd = moved(delta, weights.get(name))
-            rows[name] |= told
-            warnings += [f"{name}: {text}" for text in odd]
+            found = moved(delta, weights.get(name))
+            rows[name] |= found.told
+            warnings += [f"{name}: {text}" for text in found.odd]
+            drift |= {name: found.each} if found.each else {}
+    if target is not None:
+        _draw(target, str(path), asked, adapter, base, weights, rows, drift)
     base_parameters = sum(spec.numel for spec in base.specs.values()) if base is not None else None
     return {
         "path": str(path),
@@ -129,6 +141,23 @@ def _adapter(adapter: Adapter, path: Path, base: Checkpoint | None, family: Fami
         "values_checked": values or spectra,
         "warnings": warnings,
     }
+
+
+def _draw(
+    target: Path, title: str, asked: Adapter, joined: Adapter, base: Checkpoint | None, weights: Mapping[str, Ref],
+    rows: Mapping[str, Any], drift: Mapping[str, list[float]],
+) -> None:  # fmt: skip
+    """The picture of an adapter, and of its weights where a base has them in numbers."""
+    from loratools.ops._page import draw
+    from loratools.ops._pictures import adapter_page
+    from loratools.plan import supplied
+
+    deltas: Mapping[str, Delta] = joined
+    if base is not None and not base.quantization:
+        deltas = {name: supplied(name, delta, base) for name, delta in joined.items()}
+    else:
+        weights = {}
+    draw(target, adapter_page(title, asked, deltas, weights, rows, drift))
 
 
 def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Ref], list[str]]:
@@ -150,42 +179,6 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
 
 def _refused(base: Checkpoint) -> str:
     return "merge takes it with --dequantize alone" if base.dequantizable else "merge refuses it"
-
-
-def _row(name: str, delta: Delta, base: Spec | None) -> dict[str, Any]:
-    facts = delta.facts()
-    dtypes = dict.fromkeys(ref.spec.dtype for ref in delta.refs().values())
-    return {
-        "name": name,
-        "kind": delta.kind,
-        "shape": list(_shape(delta, base)),
-        "rank": facts.get("rank"),
-        "alpha": facts.get("alpha"),
-        "scaling": facts.get("scaling"),
-        "parameters": delta.parameters,
-        "dtype": "+".join(dtypes),
-    }
-
-
-def low_rank(delta: Delta) -> LowRank | None:
-    """The factors within a delta, under whatever is wrapped around them."""
-    if isinstance(delta, Chain):
-        return low_rank(delta.then)
-    if isinstance(delta, Part):
-        return low_rank(delta.delta)
-    inner = delta.direction if isinstance(delta, DoRA) else delta
-    return inner if isinstance(inner, LowRank) else None
-
-
-def _shape(delta: Delta, base: Spec | None) -> tuple[int, ...]:
-    """The shape of W′; without a base that of the factors' product, transposed where the model stores it so."""
-    inner = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
-    if base is not None or not inner.needs_base:
-        return inner.spec(base).shape
-    low = low_rank(delta)
-    if low is not None:
-        return low.shape()
-    return inner.shape() if isinstance(inner, Additive) else ()
 
 
 def _settings(adapter: Adapter) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from loratools.formats import encode
 from loratools.formats.base import Container, read_options
 from loratools.formats.reading import Reading, arguments, paths, reads
 from loratools.ops._algebra import bias_of, format_of, label, loaded, low_of, scaled_to, shares, with_low, write
-from loratools.ops._resizing import Policy, ranks_within, reached, resized, squares
+from loratools.ops._resizing import Policy, following, ranks_within, reached, resized, squares
 from loratools.output import check_output
 from loratools.receipt import Receipt
 
@@ -102,7 +102,7 @@ def _made(source: Adapter, lows: Mapping[str, LowRank], policy: Policy, format: 
 
     def encoded(planned: Mapping[str, LowRank]) -> Container:
         deltas = {name: with_low(delta, planned[name]) if name in planned else delta for name, delta in source.items()}
-        return encode(replace(source, deltas=_following(source, deltas)), format)
+        return encode(replace(source, deltas=following(source, deltas)), format)
 
     if policy.size is not None:
         sigma2 = _each(squares, lows, count)
@@ -125,15 +125,6 @@ def _each(work: Callable[..., Any], lows: Mapping[str, LowRank], count: int, mor
 
     workers.run_all([partial(one, name) for name in lows], count)
     return {name: done[name] for name in lows}
-
-
-def _following(source: Mapping[str, Delta], deltas: Mapping[str, Delta]) -> dict[str, Delta]:
-    """The deltas with every bias difference under the scaling of its module, its data as it is: for measuring a file."""
-    lows = {name: bias_of(name, deltas) for name, delta in source.items() if isinstance(delta, Full)}
-    return {
-        name: replace(delta, scale=low.scaling) if isinstance(delta, Full) and (low := lows[name]) else delta
-        for name, delta in deltas.items()
-    }
 
 
 def _with_biases(source: Mapping[str, Delta], deltas: Mapping[str, Delta]) -> dict[str, Delta]:

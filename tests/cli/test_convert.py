@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import loratools as library
 from loratools.cli import run
@@ -118,3 +119,22 @@ def test_notes_are_told_unless_quiet(tmp_path: Path, loratools: Line) -> None:
     lora = llama_adapter(tmp_path / "lora")
     assert "prefix 'wrapped.' added" in loratools("convert", lora, "-o", tmp_path / "one", "--base", base)[2]
     assert loratools("convert", lora, "-o", tmp_path / "two", "--base", base, "--quiet")[2] == ""
+
+
+def test_a_layout_needs_no_base(tmp_path: Path, loratools: Line) -> None:
+    word = "lora_unet_single_blocks_0_linear1"
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(28, 2), "alpha": torch.tensor(2.0)}
+    tensors = {f"{word}.{suffix}": value for suffix, value in factors.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    code, text, notes = loratools("convert", tmp_path / "a.safetensors", "-o", tmp_path / "b.safetensors", "--format", "diffusers")
+    assert code == 0 and told(text)["held"] == ["1 of 1 deltas"]
+    assert "layout diffusers: 1 of 1 names are the other side's (flux, diffusers 0.42); 1 tensors are 4 there" in notes
+    root = "transformer.single_transformer_blocks.0"
+    names = {*(f"{root}.attn.to_{part}.weight" for part in "qkv"), f"{root}.proj_mlp.weight"}
+    assert set(library.load(tmp_path / "b.safetensors")) == names
+    words = ["--format", "kohya", "--layout", "original"]
+    assert loratools("convert", tmp_path / "b.safetensors", "-o", tmp_path / "c.safetensors", *words)[0] == 0
+    found = load_file(tmp_path / "c.safetensors")
+    assert set(found) == set(tensors) and all(raw(value) == raw(tensors[key]) for key, value in found.items())
+    code, _, error = loratools("convert", tmp_path / "a.safetensors", "-o", tmp_path / "d.safetensors", "--layout", "bfl")
+    assert code == 2 and "bfl" in error

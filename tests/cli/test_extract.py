@@ -101,3 +101,13 @@ def test_options_that_make_no_sense_are_faults_and_leave_nothing(
     assert (found.returncode, found.stdout) == (code, "")
     assert found.stderr.startswith("Error: ") and "Traceback" not in found.stderr
     assert not (tmp_path / "rooms").exists() or not list((tmp_path / "rooms").iterdir())
+
+
+def test_a_picture_comes_with_it_and_one_of_another_kind_is_refused_before_work(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    found = run("extract", *pair, "-o", tmp_path / "adapter", "--rank", 2, "--plot", tmp_path / "x.png")
+    assert found.returncode == 0 and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    other = run("extract", "no base", "no tune", "-o", tmp_path / "other", "--rank", 2, "--plot", tmp_path / "x.jpg")
+    assert (other.returncode, other.stderr) == (2, "Error: --plot: found x.jpg, expected a name that ends in .png or .svg or .pdf\n")
+    inside = run("extract", *pair, "-o", tmp_path / "other", "--rank", 2, "--plot", tmp_path / "other" / "x.png")
+    assert inside.returncode == 2 and "expected a file that is not the output or in it" in inside.stderr
+    assert not (tmp_path / "other").exists()

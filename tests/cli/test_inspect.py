@@ -188,3 +188,22 @@ def test_the_format_may_be_named(tmp_path: Path) -> None:
     assert other.returncode == 1 and other.stderr.startswith("Error: ")
     none = run("inspect", adapter, "--from", "petf")
     assert none.returncode == 2 and none.stderr.startswith("Error: unknown --from: found petf, expected peft or ")
+
+
+def test_a_picture_is_drawn_and_one_of_another_kind_refused_before_work(tmp_path: Path, base: Path) -> None:
+    adapter = llama_adapter(tmp_path / "adapter")
+    found = run("inspect", adapter, "--base", base, "--plot", tmp_path / "x.svg")
+    assert found.returncode == 0 and "‖ΔW‖ " in found.stdout  # --spectra is implied
+    assert (tmp_path / "x.svg").read_bytes().startswith(b"<?xml")
+    other = run("inspect", "no such adapter", "--plot", tmp_path / "x.bmp")
+    assert (other.returncode, other.stderr) == (2, "Error: --plot: found x.bmp, expected a name that ends in .png or .svg or .pdf\n")
+    inside = run("inspect", adapter, "--plot", adapter / "x.png")
+    assert inside.returncode == 1 and "is, holds or lies inside the input" in inside.stderr
+
+
+def test_matplotlib_is_imported_for_a_picture_alone(tmp_path: Path) -> None:
+    adapter = llama_adapter(tmp_path / "adapter")
+    asked = "print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    code = f"import sys; from loratools.cli import run; run(['inspect', {str(adapter)!r}]); {asked}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT, check=True)
+    assert found.stdout.splitlines()[-1] == "False False"

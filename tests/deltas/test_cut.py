@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from loratools.deltas.base import Additive, Delta
-from loratools.deltas.cut import alpha_for, cut, stack, unstacked
+from loratools.deltas.compose import Part
+from loratools.deltas.cut import alpha_for, cut, restacked, stack, unstacked
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.parts import Joined, joined
 from loratools.deltas.scaled import Scaled
 from loratools.errors import LoratoolsError, ShapeError, UnsupportedError
 from loratools.tensorfile import Spec
@@ -80,9 +82,12 @@ def test_other_as_lie_one_above_the_other(lacking: int | None) -> None:
     assert found.rank == (6 if lacking is None else 4)
     rows = [W[2 * i : 2 * i + 2] if part is None else changed(part, W[2 * i : 2 * i + 2]) for i, part in enumerate(parts)]
     torch.testing.assert_close(changed(found, W), torch.cat(rows), rtol=1e-14, atol=1e-14)
-    if lacking is None:  # and back: B's blocks, each with its own A
-        again = unstacked(found, (0, 2, 4, 6))
-        for part, whole in zip(again, parts, strict=True):
+    again = unstacked(found, (0, 2, 4, 6))  # and back: B's blocks, each with its own A
+    for part, whole in zip(again, parts, strict=True):
+        assert part.rank == 2
+        if whole is None:
+            assert not read_tensor(part.B).any()
+        else:
             assert isinstance(whole, LowRank) and part.scaling == 1.5
             assert torch.equal(read_tensor(part.A), read_tensor(whole.A)) and torch.equal(read_tensor(part.B), read_tensor(whole.B))
 
@@ -112,6 +117,17 @@ def test_other_kinds_one_above_the_other(kind: str) -> None:
 def test_what_is_no_one_change(parts: list[Delta | None], error: type[LoratoolsError], words: str) -> None:
     with pytest.raises(error, match=words):
         stack(parts, (2, 4))
+
+
+def test_changes_of_stretches_are_one_where_there_is_one() -> None:
+    q, v = low(2, seed=1), low(1, seed=5)
+    found = restacked(joined([Part(delta=q, start=1, stop=3), Part(delta=v, start=4, stop=5)]), 6)
+    assert isinstance(found, LowRank) and found.rank == 4
+    zero = torch.zeros(1, 4).double()
+    rows = [zero, changed(q, 0 * W[:2]), zero, changed(v, 0 * W[:1]), zero]
+    torch.testing.assert_close(changed(found, 0 * W), torch.cat(rows), rtol=1e-14, atol=1e-14)
+    kept = joined([Part(delta=q, start=0, stop=2), Part(delta=Full(diff=to_ref(torch.ones(4, 4))), start=2, stop=6)])
+    assert isinstance(kept, Joined) and restacked(kept, 6) is kept and restacked(q, 2) is q
 
 
 def test_the_alpha_of_a_scaling() -> None:

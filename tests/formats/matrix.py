@@ -230,6 +230,8 @@ def told(delta: Delta) -> dict[str, object]:
 
 def contents(delta: Delta) -> Counter[bytes]:
     """The elements of each tensor, in any order that an orientation gives them."""
+    if isinstance(delta, Unsettled):
+        return contents(delta.delta)
     if isinstance(delta, Scaled):  # told from 1 or not, the factors are the same numbers
         factors = delta.offset + read_tensor(delta.l, torch.float64).reshape(-1)
         return Counter([factors.numpy().tobytes()])

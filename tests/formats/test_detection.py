@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import loratools.formats as formats
 from loratools.errors import FormatError, UnsupportedError
 from loratools.formats import FORMATS, load
 from loratools.formats._marks import LOOKS
 from loratools.formats.base import Container, open_container
+from loratools.tensors import to_ref
 from tests.files import write_adapter
 from tests.formats.adapters import SMALL
 from tests.formats.keytables import TABLES, container
@@ -30,6 +32,22 @@ REAL = {
 }  # fmt: skip
 
 
+# keys of formats whose names are of one network's modules
+SPELT = {
+    "torchtune": ("layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"),
+    "litgpt": ("transformer.h.0.attn.qkv.lora_A", "transformer.h.0.attn.qkv.lora_B"),
+    "nemo": ("decoder.layers.0.mlp.linear_fc2.adapter.linear_in.weight", "decoder.layers.0.mlp.linear_fc2.adapter.linear_out.weight"),
+    "nemo canonical": (
+        "module.decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_in.weight",
+        "module.decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_out.weight",
+    ),
+    "nemo 1": (
+        "model.language_model.encoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight",
+        "model.language_model.encoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_out.weight",
+    ),
+}
+
+
 def claims(found: Container) -> list[str]:
     return [row.name for row in FORMATS if row.detect(found)]
 
@@ -42,6 +60,13 @@ def test_recorded_keys(table: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_real_files(name: str) -> None:
     assert claims(open_container(DATA / name)) == [REAL[name]]
+
+
+@pytest.mark.parametrize("name", SPELT)
+def test_keys_of_known_networks(name: str) -> None:
+    keys = SPELT[name]
+    assert claims(Container({key: to_ref(torch.ones(2, 2)) for key in keys})) == [name.partition(" ")[0]]
+    assert name.startswith("nemo") == all(re.fullmatch(LOOKS["nemo"], key) for key in keys)
 
 
 @pytest.mark.parametrize("name", SMALL)

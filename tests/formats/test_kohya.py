@@ -10,9 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools import inspect, merge
+from loratools.adapter import Adapter
+from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, ShapeError
 from loratools.formats import load
 from loratools.formats.base import ReadOptions
+from loratools.formats.kohya import encode
+from loratools.tensors import to_ref
 from tests.files import read_checkpoint, write_checkpoint
 from tests.formats.keytables import container
 from tests.strategies import randn
@@ -187,3 +191,11 @@ def test_modules_that_the_base_lacks(tmp_path: Path) -> None:
     save_file({f"{MODULE}.{slot}": tensor for slot, tensor in PAIR.items()} | other, tmp_path / "a.safetensors")
     with pytest.raises(MatchError, match=r"lora_unet_other\.weight: the base has no such weight"):
         merge(base, tmp_path / "a.safetensors", tmp_path / "out")
+
+
+def test_a_text_encoder_alone_is_no_unet() -> None:
+    low = LowRank(A=to_ref(torch.ones(2, 4)), B=to_ref(torch.ones(4, 2)), alpha=2.0)
+    assert [key.partition(".")[0] for key in encode(Adapter({"text_model.encoder.layers.0.mlp.fc1.weight": low})).tensors] == [
+        "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    ] * 3
+    assert next(iter(encode(Adapter({"mid_block.proj_in.weight": low})).tensors)).startswith("lora_unet_mid_block_proj_in.")

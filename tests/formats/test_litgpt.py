@@ -10,11 +10,12 @@ from torch import Tensor
 
 import loratools
 from loratools.adapter import Adapter
+from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, FormatError, ShapeError
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError
 from loratools.formats import FORMATS
 from loratools.formats.base import Container, open_container
-from loratools.formats.litgpt import decode
+from loratools.formats.litgpt import decode, encode
 from loratools.tensors import read_tensor, to_ref
 
 HEAD, GROUPS, SIZE, EMBD, RANK = 4, 2, 4, 16, 2
@@ -116,3 +117,134 @@ def test_what_nothing_tells() -> None:
         decode(container(state(on), (False, True, True)))
     with pytest.raises(FormatError, match="not a tensor litgpt writes"):
         decode(container({**state(on), "transformer.wte.weight": torch.ones(2, 2)}, on))
+
+
+# -- the other families: (config's name, groups, q k v or the fused weight, other modules)
+
+FAMILIES: dict[str, tuple[str, int, tuple[str, ...], dict[str, str]]] = {
+    "phi": (
+        "phi-tiny", 4, tuple(f"model.layers.0.self_attn.{slot}_proj" for slot in "qkv"),
+        {"attn.proj": "model.layers.0.self_attn.dense", "mlp.fc": "model.layers.0.mlp.fc1", "mlp.proj": "model.layers.0.mlp.fc2"},
+    ),
+    "gpt_neox": (
+        "pythia-tiny", 4, ("gpt_neox.layers.0.attention.query_key_value",),
+        {
+            "attn.proj": "gpt_neox.layers.0.attention.dense", "mlp.fc": "gpt_neox.layers.0.mlp.dense_h_to_4h",
+            "mlp.proj": "gpt_neox.layers.0.mlp.dense_4h_to_h", "lm_head": "embed_out",
+        },
+    ),
+    "falcon": (
+        "falcon-tiny", 1, ("transformer.h.0.self_attention.query_key_value",),
+        {
+            "attn.proj": "transformer.h.0.self_attention.dense", "mlp.fc": "transformer.h.0.mlp.dense_h_to_4h",
+            "mlp.proj": "transformer.h.0.mlp.dense_4h_to_h", "lm_head": "lm_head",
+        },
+    ),
+    "mixtral": (
+        "Mixtral-tiny", 2, tuple(f"model.layers.0.self_attn.{slot}_proj" for slot in "qkv"),
+        {
+            "attn.proj": "model.layers.0.self_attn.o_proj", "mlp.gate": "model.layers.0.block_sparse_moe.gate",
+            "mlp.experts.1.fc_1": "model.layers.0.block_sparse_moe.experts.1.w1",
+            "mlp.experts.1.fc_2": "model.layers.0.block_sparse_moe.experts.1.w3",
+            "mlp.experts.1.proj": "model.layers.0.block_sparse_moe.experts.1.w2",
+        },
+    ),
+}  # fmt: skip
+
+
+def module(name: str) -> str:
+    return name if name == "lm_head" else f"transformer.h.0.{name}"
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families_of_other_names(kind: str) -> None:
+    name, groups, fused, others = FAMILIES[kind]
+    sizes, on = (HEAD * SIZE, groups * SIZE, groups * SIZE), (True, True, True)
+    torch.manual_seed(3)
+    tensors = {
+        f"{module('attn.qkv')}.lora_A": torch.randn(3 * RANK, EMBD), f"{module('attn.qkv')}.lora_B": torch.randn(sum(sizes), RANK),
+    }  # fmt: skip
+    for other in others:
+        tensors |= {f"{module(other)}.lora_A": torch.randn(RANK, EMBD), f"{module(other)}.lora_B": torch.randn(EMBD, RANK)}
+    adapter = decode(container(tensors, on, {**MODEL, "name": name, "n_query_groups": groups}))
+    assert set(adapter) == {f"{weight}.weight" for weight in (*fused, *others.values())}
+    blocks = tensors[f"{module('attn.qkv')}.lora_A"].double().chunk(3)
+    slots = [b @ a * (3 / RANK) for a, b in zip(blocks, tensors[f"{module('attn.qkv')}.lora_B"].double().split(sizes), strict=True)]
+    if len(fused) == 1:  # rows of each group of heads: its q, its k, its v
+        split = [slot.view(groups, -1, EMBD) for slot in slots]
+        slots = [torch.cat([part[group] for group in range(groups) for part in split])]
+    for weight, want in zip(fused, slots, strict=True):
+        torch.testing.assert_close(change(adapter, f"{weight}.weight", len(want)), want)  # the same products, summed in another order
+    for other, weight in others.items():
+        want = tensors[f"{module(other)}.lora_B"].double() @ tensors[f"{module(other)}.lora_A"].double() * (3 / RANK)
+        torch.testing.assert_close(change(adapter, f"{weight}.weight", EMBD), want)
+    back = encode(adapter).tensors
+    assert {key: bytes(ref.read()) for key, ref in back.items()} == {key: bytes(to_ref(one).read()) for key, one in tensors.items()}
+
+
+# -- what does not fit
+
+
+def refused(found: Container, error: type[LoratoolsError], said: str) -> None:
+    """The first of its faults is of that class, and says that."""
+    with pytest.raises(LoratoolsError, match=said) as caught:
+        decode(found)
+    assert isinstance(getattr(caught.value, "errors", [caught.value])[0], error)
+
+
+def test_hyperparameters_that_do_not_fit() -> None:
+    on = (True, True, True)
+    for more, error, said in (
+        ({"lora_r": 8}, ShapeError, r"the rank is not that of hyperparameters\.yaml: found 2, expected 8"),
+        ({"lora_alpha": "x"}, FormatError, r"hyperparameters\.yaml: lora_alpha: found x, expected a number"),
+        ({"lora_alpha": True}, FormatError, "lora_alpha: found True"),
+    ):
+        found = container(state(on), on)
+        refused(Container(found.tensors, beside={**found.beside, "hyperparameters.yaml": {**hyper(on), **more}}), error, said)
+
+
+def test_models_that_do_not_fit() -> None:
+    on = (True, True, True)
+    base = {"model_type": "llama", "num_attention_heads": HEAD, "num_key_value_heads": HEAD, "hidden_size": EMBD}
+    pending = decode(container(state(on), on)).pending
+    assert pending is not None
+    with pytest.raises(MatchError, match="its heads are not the base's"):
+        pending(base)
+    with pytest.raises(FormatError, match="how litgpt names this model's modules is not known here: found bert"):
+        pending({"model_type": "bert"})
+    refused(container(state(on), on, {**MODEL, "n_query_groups": 3}), FormatError, "heads that make no groups")
+    refused(container(state(on), on, {**MODEL, "n_query_groups": "2"}), FormatError, "the heads of litgpt's config")
+
+
+def test_tensors_that_do_not_fit() -> None:
+    on, ones = (True, True, True), torch.ones(2, 2)
+    half = {key: one for key, one in state(on).items() if key != "transformer.h.0.mlp.proj.lora_B"}
+    refused(container(half, on), FormatError, "has no lora_B beside it")
+    flat = {**state(on), "transformer.h.0.mlp.proj.lora_A": torch.ones(2)}
+    refused(container(flat, on), ShapeError, "not a factor: found .2., expected a matrix")
+    stray = {"transformer.h.0.mlp.gate.lora_A": ones, "transformer.h.0.mlp.gate.lora_B": ones}
+    refused(container(state(on) | stray, on), FormatError, "not a module that litgpt has in a llama: expected transformer")
+
+
+def low(rank: int = 2, alpha: float = 4.0) -> LowRank:
+    return LowRank(A=to_ref(torch.ones(rank, EMBD)), B=to_ref(torch.ones(EMBD, rank)), alpha=alpha, layer="linear")
+
+
+def test_what_it_cannot_say() -> None:
+    o, down = "model.layers.{}.self_attn.o_proj.weight", "model.layers.{}.mlp.down_proj.weight"
+    model = {"model_type": "llama"}
+    cases: list[tuple[dict[str, LowRank | DoRA], str]] = [
+        ({o.format(0): DoRA(direction=low(), magnitude=to_ref(torch.ones(EMBD, 1)))}, "litgpt has no DoRA; convert --kind lora --base"),
+        ({o.format(0): low(), down.format(0): low(3, 6.0)}, "one rank for all modules: resize --rank makes it one: found 3"),
+        ({o.format(0): low(), down.format(0): low(alpha=5.0)}, "one alpha for all modules: rescale --bake makes it one: found 5"),
+        ({o.format(0): low(), o.format(1): low(), down.format(0): low()}, "LoRA on the same modules of every block: found 2 attn.proj"),
+        ({"model.embed_tokens.weight": low()}, "litgpt has no LoRA on this tensor of a llama"),
+    ]
+    for deltas, said in cases:
+        with pytest.raises(NotExpressible, match=said):
+            encode(Adapter(dict(deltas), model=model))
+    with pytest.raises(NotExpressible, match="no low-rank change to write"):
+        encode(Adapter({}, model=model))
+    passenger = Adapter({o.format(0): low()}, passengers={"x": to_ref(torch.ones(1))}, model=model)
+    with pytest.raises(NotExpressible, match="litgpt has no place for it"):
+        encode(passenger)

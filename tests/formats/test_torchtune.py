@@ -14,7 +14,7 @@ import loratools
 from loratools.adapter import Adapter
 from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, FormatError, NotExpressible
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, OptionError, ShapeError, UnsupportedError
 from loratools.formats import FORMATS
 from loratools.formats.base import Container, ReadOptions, open_container
 from loratools.formats.torchtune import decode, encode
@@ -143,3 +143,69 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     assert bytes_of(loratools.load(tmp_path / "again")) == bytes_of(loratools.load(folder))
     assert bytes_of(loratools.load(tmp_path / "peft")).keys() == bytes_of(loratools.load(folder)).keys()
     assert decode(open_container(folder), ReadOptions(alpha=8))["model.layers.1.mlp.gate_proj.weight"].facts()["scaling"] == 4
+
+
+# -- what does not fit
+
+Q, W1 = "layers.1.attn.q_proj", "layers.1.mlp.w1"
+CONFIGS: dict[str, tuple[dict[str, object], type[LoratoolsError], str]] = {
+    "rank": ({"r": 8}, ShapeError, r"the rank is not that of adapter_config\.json: found 2, expected 8"),
+    "alpha": ({"lora_alpha": "x"}, FormatError, r"adapter_config\.json: lora_alpha: found x, expected a number"),
+    "no number": ({"lora_alpha": False}, FormatError, "lora_alpha: found False"),
+    "a field": ({"use_rslora": True}, FormatError, "a field torchtune does not write: found use_rslora"),
+}
+TENSORS: dict[str, tuple[dict[str, Tensor], type[LoratoolsError], str]] = {
+    "a stack": ({f"{Q}.lora_a.weight": torch.ones(2, 2, 16)}, ShapeError, "not a factor: found .2, 2, 16."),
+    "empty": ({f"{Q}.lora_a.weight": torch.ones(0, 16)}, ShapeError, "not a factor.*ZeRO-3"),
+    "ranks": ({f"{Q}.lora_b.weight": torch.ones(16, 3)}, ShapeError, r"layers\.1\.attn\.q_proj"),
+    "heads": ({f"{Q}.lora_b.weight": torch.ones(12, 2)}, ShapeError, "not the rows of q or k of the model's heads: found 12"),
+    "a magnitude": ({f"{W1}.magnitude": torch.ones(5)}, ShapeError, "a magnitude of another size than B"),
+    "experts": ({"layers.1.moe.experts.lora_gate_a": torch.ones(2, 2)}, UnsupportedError, "LoRA of grouped experts"),
+    "a module": (
+        {"layers.1.conv.lora_a.weight": torch.ones(2, 2), "layers.1.conv.lora_b.weight": torch.ones(2, 2)}, FormatError,
+        "not a module that torchtune has in a llama: expected layers",
+    ),
+}  # fmt: skip
+
+
+def refused(found: Container, error: type[LoratoolsError], said: str) -> None:
+    """The first of its faults is of that class, and says that."""
+    with pytest.raises(LoratoolsError, match=said) as caught:
+        decode(found)
+    assert isinstance(getattr(caught.value, "errors", [caught.value])[0], error)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_that_do_not_fit(case: str) -> None:
+    more, error, said = CONFIGS[case]
+    found = container(state())
+    refused(Container(found.tensors, config={**PEFT, **more}, beside=found.beside), error, said)
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_do_not_fit(case: str) -> None:
+    more, error, said = TENSORS[case]
+    refused(container(state() | more), error, said)
+
+
+def test_heads_that_nothing_tells_and_half_a_dora_of_a_fused_weight() -> None:
+    refused(container(state(), {"model_type": "llama"}), AmbiguousError, "where its rows lie depends on the model's heads")
+    half = state() | {f"{Q}.magnitude": torch.ones(16)}
+    refused(container(half, {**CONFIG, "model_type": "phi3"}), NotExpressible, "a DoRA of some rows of a fused weight")
+    refused(container(state(), {**CONFIG, "num_key_value_heads": "2"}), FormatError, "config.json: the heads")
+
+
+def test_what_else_it_cannot_say(tmp_path: Path) -> None:
+    def low(rank: int = 2, alpha: float = 4.0) -> LowRank:
+        return LowRank(A=to_ref(torch.ones(rank, 16)), B=to_ref(torch.ones(16, rank)), alpha=alpha, layer="linear")
+
+    v, o = "model.layers.0.self_attn.v_proj.weight", "model.layers.0.self_attn.o_proj.weight"
+    for other, said in ((low(3, 6.0), "one rank for all modules: resize --rank"), (low(alpha=5.0), "one alpha.*rescale --bake")):
+        with pytest.raises(NotExpressible, match=said):
+            encode(Adapter({v: low(), o: other}, model=CONFIG))
+    with pytest.raises(NotExpressible, match="DoRA along rows only; convert --magnitude-axis out"):
+        encode(Adapter({v: DoRA(direction=low(), magnitude=to_ref(torch.ones(1, 16)))}, model=CONFIG))
+    with pytest.raises(AmbiguousError, match="where its rows lie depends on the model's heads"):
+        encode(Adapter({"model.layers.0.self_attn.q_proj.weight": low()}, model={"model_type": "llama"}))
+    with pytest.raises(OptionError, match="a folder of weights and a config"):
+        loratools.save(Adapter({v: low()}, model=CONFIG), tmp_path / "out.pt", format="torchtune")

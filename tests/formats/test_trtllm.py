@@ -11,6 +11,7 @@ import torch
 import loratools
 from loratools.adapter import Adapter
 from loratools.deltas.dora import DoRA
+from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible, OptionError, UnsupportedError
 from loratools.formats.base import Container
@@ -59,6 +60,18 @@ def test_what_it_cannot_say(tmp_path: Path) -> None:
     mixed = {f"{LAYER}self_attn.q_proj.weight": q, f"{LAYER}self_attn.k_proj.weight": low(6, 4, torch.float32)[2]}
     with pytest.raises(NotExpressible, match="one dtype for all"):
         loratools.save(Adapter(mixed), tmp_path / "out", format="trtllm")
+    wide = low(6, 4, torch.float64)[2]
+    with pytest.raises(NotExpressible, match="one dtype for all: float32, float16 or bfloat16: found F64"):
+        loratools.save(Adapter({f"{LAYER}self_attn.q_proj.weight": wide}), tmp_path / "out", format="trtllm")
+    whole = Full(diff=to_ref(torch.ones(6, 4)))
+    with pytest.raises(NotExpressible, match="no place for a full delta, but for LoRA of linear layers; convert --kind lora first"):
+        loratools.save(Adapter({f"{LAYER}self_attn.q_proj.weight": whole}), tmp_path / "out", format="trtllm")
+    with pytest.raises(NotExpressible, match="no low-rank change to write"):
+        loratools.save(Adapter({}), tmp_path / "out", format="trtllm")
+    riding = Adapter({f"{LAYER}self_attn.q_proj.weight": q}, passengers={"token": to_ref(torch.ones(2))})
+    with pytest.raises(NotExpressible, match="TensorRT-LLM has no place for it"):
+        loratools.save(riding, tmp_path / "out", format="trtllm")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(OptionError, match="a folder of two arrays"):
         loratools.save(Adapter({f"{LAYER}self_attn.q_proj.weight": q}), tmp_path / "out.npy", format="trtllm")
 

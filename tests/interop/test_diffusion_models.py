@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from loratools import merge
+from loratools import convert, merge
 from loratools.errors import LoratoolsError
 from loratools.layouts.networks import recognised
 from tests.files import write_pipeline
@@ -127,6 +127,32 @@ def test_flux_under_bfl_names(tmp_path: Path, prefix: str) -> None:
     receipt = merge(base, tmp_path / "a.safetensors", tmp_path / "out")
     assert receipt["applied"] == receipt["expected"]
     close(outputs(merged(flux(), tmp_path / "out" / part)), outputs(theirs), outputs(flux()))
+
+
+LOADERS = {
+    "flux": ("FluxLoraLoaderMixin", "transformer"), "sd3": ("SD3LoraLoaderMixin", "transformer"),
+    "unet": ("StableDiffusionLoraLoaderMixin", "unet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "prefix"), [(flux, "lora_unet_"), (flux, "diffusion_model."), (sd3, "lora_unet_"), (unet, "lora_unet_")])
+def test_diffusers_loads_what_was_written_without_a_base(tmp_path: Path, make: type, prefix: str) -> None:
+    """Every matrix and convolution of the network, from its authors' names; merged is the file as it was."""
+    base, part = pipeline(tmp_path / "base", make())
+    tensors = lora(originals(make().state_dict()), prefix, prefix.endswith("_"))
+    save_file(tensors, tmp_path / "a.safetensors")
+    receipt = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", format="diffusers")
+    assert receipt["notes"] and all(note.startswith("layout diffusers: ") for note in receipt["notes"])
+    name, kind = LOADERS[make.__name__]
+    mixin, theirs = getattr(loaders, name), make()
+    found = mixin.lora_state_dict(tmp_path, weight_name="b.safetensors", return_lora_metadata=True, local_files_only=True)
+    if kind == "unet":
+        mixin.load_lora_into_unet(found[0], network_alphas=found[1], unet=theirs, metadata=found[2])
+    else:
+        more = {"network_alphas": None} if make is flux else {}  # the file has none: its metadata tells the scales
+        mixin.load_lora_into_transformer(found[0], transformer=theirs, metadata=found[-1], **more)
+    merge(base, tmp_path / "a.safetensors", tmp_path / "out")
+    close(outputs(merged(make(), tmp_path / "out" / part)), outputs(theirs), outputs(make()))
 
 
 @pytest.mark.parametrize("make", [flux, sd3, unet])

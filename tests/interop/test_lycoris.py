@@ -5,11 +5,13 @@ Its forward is the oracle: `get_diff_weight` and `merge_to` of LoHa and LoKr mul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lycoris.modules import get_module, make_module
 from lycoris.modules.boft import ButterflyOFTModule
 from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.full import FullModule
@@ -22,8 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loratools import convert, merge
-from loratools.formats import load
+from loratools.adapter import Adapter
+from loratools.deltas.butterfly import Butterfly
+from loratools.formats import encode, load
+from loratools.formats.base import Container
+from loratools.formats.kohya import decode
+from loratools.tensors import read_tensor, to_ref
 from tests.files import read_checkpoint, write_checkpoint
+from tests.formats.matrix import IN, KINDS, OUT, Draw, adapter_of
 
 # float32: sums of at most 100 products in orders of their own
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -129,3 +137,70 @@ def test_written_again_it_is_what_lycoris_saved(tmp_path: Path, name: str, kind:
     assert set(found) == set(saved)
     for key, tensor in saved.items():
         assert found[key].shape == tensor.shape and torch.equal(found[key].double(), tensor.double()), key
+
+
+# -- files that loratools wrote of its own, loaded by LyCORIS
+
+OURS = {
+    "linear": (lambda: nn.Linear(IN, OUT), (3, IN)), "convolution 1×1": (lambda: nn.Conv2d(IN, OUT, 1), (2, IN, 4, 5)),
+    "convolution 3×3": (lambda: nn.Conv2d(IN, OUT, 3), (2, IN, 4, 5)), "norm": (lambda: nn.LayerNorm(OUT), (3, OUT)),
+}  # fmt: skip
+LIVE = (
+    "LoRA", "DoRA, a magnitude for each output", "LoHa", "LoKr", "LoKr of whole factors", "Tucker", "GLoRA of LyCORIS",
+    "outputs turned (LyCORIS' OFT)", "outputs turned, bounded and scaled",
+    "(IA)³ of inputs", "(IA)³ told from 1", "difference",
+)  # fmt: skip
+
+
+def made_of(tensors: dict[str, Tensor], layer: nn.Module) -> nn.Module:
+    """LyCORIS' module of a file's tensors, by its own loader, and then strictly once more."""
+    word = next(iter(tensors)).partition(".")[0]
+    kind, found = get_module(tensors, word)
+    slots = {key.removeprefix(f"{word}."): tensor for key, tensor in tensors.items()}
+    if kind is IA3Module:  # whose loader leaves `on_input` aside, 4.1.3
+        return loaded(kind(word, layer, 1.0, train_on_input=bool(slots["on_input"])), slots)
+    module = make_module(kind, found, word, layer)
+    return module if kind is FullModule else loaded(module, slots)  # it adds the weight to `diff` when it is put on the layer
+
+
+def loaded(module: nn.Module, slots: dict[str, Tensor]) -> nn.Module:
+    """A module with a file's tensors: none it does not know, none it lacks but those that a file may leave out."""
+    result = module.load_state_dict(slots, strict=False)
+    assert not result.unexpected_keys and set(result.missing_keys) <= {"scalar", "b_norm"}, result
+    return module
+
+
+@pytest.mark.parametrize(("kind", "layer"), [(kind, layer) for kind in LIVE for layer in KINDS[kind][1] if layer in OURS])
+def test_lycoris_loads_what_is_written(kind: str, layer: str) -> None:
+    torch.manual_seed(0)
+    written = encode(adapter_of(kind, layer, "kohya"), "kohya")
+    make, shape = OURS[layer]
+    check_live(written, make, shape)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "point"])
+def test_lycoris_loads_a_butterfly_that_is_written(kind: str) -> None:
+    """Of 16 outputs, for LyCORIS' BOFT has a power of two of blocks: eight of 2, four factors of them."""
+    torch.manual_seed(0)
+    delta = Butterfly(numbers=Draw()(4, 8, 2, 2, scale=0.3), side="out", halves=False, together=True, floor=1e-8)
+    make, shape = LAYERS[kind]
+    check_live(encode(Adapter({"lora_unet_mid_block_0_x.weight": delta}, flat=True), "kohya"), make, shape)
+
+
+def check_live(written: Container, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """A layer under LyCORIS' module of a file computes what it does with the weight that loratools makes of the file."""
+    plain, x = make(), torch.randn(shape)
+    W = plain.weight.detach().double()
+    (delta,) = decode(written).values()
+    spec = to_ref(W).spec
+    rows, columns = delta.matrix(spec)
+    bound = delta.bind(spec, lambda step: iter([(slice(0, rows), W.reshape(rows, columns).clone())]))
+    changed = make()
+    changed.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        changed.weight.copy_(bound(slice(0, rows), W.reshape(rows, columns).clone()).reshape(W.shape))
+        before = plain(x)
+        module = made_of({key: read_tensor(ref) for key, ref in written.tensors.items()}, plain)
+        module.apply_to()
+        torch.testing.assert_close(plain(x), changed(x), **TOLERANCE)
+        assert not torch.allclose(before, changed(x), rtol=1e-2, atol=1e-2)

@@ -1,19 +1,17 @@
-"""Heatmaps: the grid of layers and modules, files of each kind that are the same each time, and what is said without matplotlib."""
+"""Heatmaps: the grid of layers and modules, files of each kind that are the same each time, and scales."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import struct
-import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from loratools.adapter import Adapter
-from loratools.errors import MissingExtra, OptionError, OutputError
-from loratools.ops import _heatmap
-from loratools.ops._heatmap import Panel, draw, grid
+from loratools.ops._heatmap import Panel, draw, grid, paint
 from loratools.ops.compare import compare
 from tests.ops._lora import low
 
@@ -107,22 +105,11 @@ def test_a_comparison_is_drawn(tmp_path: Path) -> None:
     assert any(text.startswith("grey") for text in shown)
 
 
-def test_another_ending_and_an_input_in_its_place(tmp_path: Path) -> None:
-    one = Adapter(deltas={llama(1)[0]: low((20, 7), 2, 0)})
-    with pytest.raises(OptionError, match=r"--plot: found both\.jpg, expected a name that ends in \.png or \.svg or \.pdf"):
-        compare(one, one, plot=tmp_path / "both.jpg")
-    (tmp_path / "adapter").mkdir()
-    with pytest.raises(OutputError, match="is, holds or lies inside the input"):
-        _heatmap.checked(tmp_path / "adapter" / "p.png", [tmp_path / "adapter"])
-    (tmp_path / "old.png").write_text("an earlier one")
-    compare(one, one, plot=tmp_path / "old.png")
-    assert (tmp_path / "old.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_without_matplotlib_it_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    one = Adapter(deltas={llama(1)[0]: low((20, 7), 2, 0)})
-    with pytest.raises(MissingExtra) as caught:
-        compare(one, one, plot=tmp_path / "p.png")
-    assert str(caught.value) == '--plot draws with matplotlib, which is not installed; pip install "loratools[plot]"'
-    assert compare(one, one)["total"]["cosine"] == pytest.approx(1)  # and nothing else needs it
+def test_a_logarithmic_scale_holds_zeros_and_writes_numbers_as_asked() -> None:
+    ax = Figure().subplots()
+    values: dict[str, float | None] = {"h.0.q.weight": 0.0, "h.1.q.weight": 0.01, "h.2.q.weight": 1.0}
+    cells = {name: (0, column) for column, name in enumerate(values)}
+    paint(ax.figure, ax, Panel("t", "x", values, 0.01, 1.0, log=True, form=".2g"), (1, 3), cells, few=True)  # type: ignore[arg-type]
+    image = ax.images[0]
+    assert image.norm(image.get_array()).tolist() == [[0.0, 0.0, 1.0]]  # type: ignore[arg-type,union-attr]
+    assert [text.get_text() for text in ax.texts] == ["0", "0.01", "1"]

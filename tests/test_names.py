@@ -8,13 +8,10 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.cli._names import grouped, natural
+from loratools.names import grouped, natural
 
-NAMES = st.lists(
-    st.lists(st.sampled_from(["h", "0", "1", "2", "3", "7", "10", "01", "q", "attn"]), min_size=1, max_size=4).map(".".join),
-    unique=True,
-    max_size=30,
-)
+PARTS = st.lists(st.sampled_from(["h", "0", "1", "2", "3", "7", "10", "01", "q", "attn"]), min_size=1, max_size=4)
+NAMES = st.lists(PARTS.map(".".join) | PARTS.map("_".join), unique=True, max_size=30)
 
 
 def spelt_out(pattern: str) -> list[str]:
@@ -61,3 +58,9 @@ def test_one_layer_alone_keeps_its_name() -> None:
 
 def test_natural_order() -> None:
     assert sorted(["l.10.a", "l.2.b", "l.2.a", "l.weight"], key=natural) == ["l.weight", "l.2.a", "l.2.b", "l.10.a"]
+
+
+def test_names_whose_dots_became_underscores() -> None:
+    names = [f"lora_unet_blocks_{block}_ff_net_0_proj.weight" for block in range(4)] + ["lora_te1_fc1"]
+    assert [pattern for pattern, _ in grouped(names)] == ["lora_unet_blocks_{0..3}_ff_net_0_proj.weight", "lora_te1_fc1"]
+    assert [pattern for pattern, _ in grouped(["a_1.q.weight", "a_2.q.weight"])] == ["a_1.q.weight", "a_2.q.weight"]

@@ -8,12 +8,14 @@ from collections.abc import Hashable, Iterable, Mapping
 
 Numbers = tuple[int, ...]
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component that is a number
+_FLAT = re.compile(r"(?<![^._])\d+(?![^._])")  # the same in a name whose dots became underscores
 
 
 def grouped(names: Iterable[str], key: Mapping[str, Hashable] | None = None) -> list[tuple[str, list[str]]]:
     """(pattern, the names it stands for) in the order of their first names; only names of equal `key` share one.
 
-    A pattern stands for exactly its names: where they are not all combinations of the numbers in it, they get several.
+    A number is a component of the name, between underscores where the name has no dots. A pattern stands for exactly its names:
+    where they are not all combinations of the numbers in it, they get several.
 
     >>> grouped(["h.0.q", "h.1.q", "h.3.q", "norm"])
     [('h.{0,1,3}.q', ['h.0.q', 'h.1.q', 'h.3.q']), ('norm', ['norm'])]
@@ -21,9 +23,10 @@ def grouped(names: Iterable[str], key: Mapping[str, Hashable] | None = None) -> 
     families: dict[Hashable, dict[Numbers, str]] = defaultdict(dict)
     listed = list(names)
     for name in listed:
-        numbers = tuple(int(found) for found in _NUMBER.findall(name))
+        pattern = _NUMBER if "." in name.removesuffix(".weight") else _FLAT
+        numbers = tuple(int(found) for found in pattern.findall(name))
         # a number written with a leading zero would come back as another name
-        shape = _NUMBER.sub("\0", name) if all(str(int(found)) == found for found in _NUMBER.findall(name)) else name
+        shape = pattern.sub("\0", name) if all(str(int(found)) == found for found in pattern.findall(name)) else name
         families[shape, key[name] if key else None][numbers if "\0" in shape else ()] = name
     rows = []
     for (shape, _), members in families.items():  # type: ignore[misc]
