@@ -43,7 +43,8 @@ function heatmap(id, open) {
       const colour = mixed(stops, (value - shown.low) / grow);
       return { name, value: [column, row, value], label: { color: inkOn(colour) } };
     });
-    const cell = Math.floor(across / 7); // letters that a cell has room for
+    const longest = Math.max(0, ...data.map(item => shown.show(item.value[2]).length));
+    const room = across >= 6.4 * longest + 8; // for every number, or for none
     const text = { color: css("--quiet"), fontSize: 11, fontFamily: css("--mono") };
     chart ??= echarts.init(box, null, { renderer: "svg" });
     chart.resize();
@@ -57,7 +58,7 @@ function heatmap(id, open) {
       yAxis: { type: "category", data: rows, inverse: true, axisTick: { show: false }, axisLine: { show: false },
         axisLabel: { ...text, interval: 0, formatter: name => { const room = Math.floor((labels - 14) / 6.6); return name.length > room ? `…${name.slice(1 - room)}` : name; } } },
       visualMap: { show: false, type: "continuous", min: shown.low, max: shown.high, inRange: { color: stops }, dimension: 2 },
-      series: [{ type: "heatmap", data, label: { show: cell >= 5, fontSize: 11, fontFamily: css("--sans"), formatter: item => shown.show(item.data.value[2]) },
+      series: [{ type: "heatmap", data, label: { show: room, fontSize: 11, fontFamily: css("--sans"), formatter: item => shown.show(item.data.value[2]) },
         itemStyle: { borderColor: css("--page"), borderWidth: across < 20 ? 1 : 2, borderRadius: 2 }, emphasis: { itemStyle: { borderColor: css("--ink"), borderWidth: 2 } } }],
     }, true);
     chart.off("click");

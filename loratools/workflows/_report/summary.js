@@ -25,9 +25,9 @@ function card(one, index) {
       rows.some(row => known(row.alpha)) && ["Alpha", span(rows.map(row => row.alpha))],
       rows.some(row => known(row.scaling)) && ["Scaling", span(rows.map(row => row.scaling))],
       ["Stored as", [...new Set(rows.map(row => row.dtype))].join(", ")], ["On disk", bytes(one.bytes)],
-      norms.length && ["‖ΔW‖, all", number(Math.sqrt(norms.reduce((sum, norm) => sum + norm * norm, 0)))],
+      norms.length && ["‖ΔW‖, all", even(Math.sqrt(norms.reduce((sum, norm) => sum + norm * norm, 0)))],
       known(median(rows.map(row => row.share))) && ["Median ‖ΔW‖ / ‖W‖", percent(median(rows.map(row => row.share)))],
-      known(median(rows.map(row => row.effective_rank))) && ["Median effective rank", number(median(rows.map(row => row.effective_rank)))],
+      known(median(rows.map(row => row.effective_rank))) && ["Median effective rank", even(median(rows.map(row => row.effective_rank)))],
     ], "tiles"),
     facts([["File", one.path], ["Base named", one.base_model || "not stated"]]),
     warnings([...new Set(one.warnings)]));
