@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[dict[str, Delta], str]] = {
     ),
     "cut by no factor": ({"a": LoKr(w1=D(2, 4), w2=D(16, 8), scale=1.0)}, r"one decompose_factor.*found \(2·16, 4·8\)"),
     "cut by two": (
-        {"a": LoKr(w1=D(2, 2), w2=D(32, 32), scale=1.0), "b": LoKr(w1=D(4, 4), w2=D(16, 16), scale=1.0)}, "all weights by one decompose_fac",
+        {"a": LoKr(w1=D(2, 2), w2=D(32, 32), scale=1.0), "b": LoKr(w1=D(4, 4), w2=D(16, 16), scale=1.0)}, "by one decompose_factor",
     ),
     "a Conv1d": ({"a": LoKr(w1=D(2, 2), w2=D(3, 2, 3), scale=1.0)}, "indices of a Conv1d's whole second factor before those of the first"),
     "a Conv2d": ({"a": LoKr(w1=D(2, 2), w2=D(3, 2, 3, 3), scale=1.0, exchanged=True)}, r"of others after them: found \[3, 2, 3, 3\]"),
