@@ -56,8 +56,8 @@ GOOD = file_of([NAMED], [info("a", 4, 2)])
 
 
 def test_bytes_and_fields_come_back(tmp_path: Path) -> None:
-    dtypes = ("float32", "float16", "bfloat16")
-    tensors = {f"t.{dtype}": randn(3, 5, seed=index, dtype=getattr(torch, dtype)) for index, dtype in enumerate(dtypes)}
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    tensors = {f"t.{index}": randn(3, 5, seed=index, dtype=dtype) for index, dtype in enumerate(dtypes)}
     digests = write_gguf(tmp_path / "a.gguf", FIELDS, {name: to_ref(tensor) for name, tensor in tensors.items()})
     found = GGUFFile(tmp_path / "a.gguf")
     assert is_gguf(tmp_path / "a.gguf") and list(found) == list(tensors) == list(digests)

@@ -50,7 +50,7 @@ class LoKr(Additive):
         if self.exchanged and (self.w2 is None or len(self.w2.spec.shape) < 3):
             raise ShapeError("only a whole w2 with a kernel has its indices exchanged with w1's")
 
-    def _sides(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    def sides(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
         """(out₁, in₁) and (out₂, in₂, kernel); where nothing tells the kernel it is within in₂."""
         one = self.w1.spec.shape if self.w1 else (_of(self.w1_a).shape[0], _of(self.w1_b).shape[1])
         if self.w2:
@@ -60,7 +60,7 @@ class LoKr(Additive):
         return (one[0], one[1]), ((a[1], b[1], math.prod(self.t2.spec.shape[2:])) if self.t2 else (a[0], b[1], 1))
 
     def shape(self) -> tuple[int, ...]:
-        (out, width), (out2, width2, kernel) = self._sides()
+        (out, width), (out2, width2, kernel) = self.sides()
         return out * out2, width * width2 * kernel
 
     @property
@@ -96,7 +96,7 @@ class LoKr(Additive):
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         import torch
 
-        (out, width), (out2, width2, kernel) = self._sides()
+        (out, width), (out2, width2, kernel) = self.sides()
         w1, w2 = self.factors(device)
         w1 = w1 * (self.scale * scale)
 
@@ -114,7 +114,7 @@ class LoKr(Additive):
         """Of rank r₁·r₂, a whole factor counting as a product with the identity: (B₁ ⊗ B₂)·(A₁ ⊗ A₂)."""
         import torch
 
-        _, (_, width2, kernel) = self._sides()
+        _, (_, width2, kernel) = self.sides()
         (B1, A1), (B2, A2) = (_split(factors) for factors in self._pairs(device))
         rank = A1.shape[0] * A2.shape[0]
         if rank >= min(self.shape()):

@@ -35,6 +35,8 @@ def detect(container: Container) -> bool:
     """Whether a config of MLX's lies beside it, or, where there is none, its factors are named and turned as MLX's."""
     if container.config is not None:
         return "peft_type" not in container.config and any(mark in container.config for mark in _MARKS)
+    if container.fields:  # GGUF's, whose factors are named alike
+        return False
     return any(key.endswith(".lora_a") for key in container.tensors) and not any(".weight" in key for key in container.tensors)
 
 

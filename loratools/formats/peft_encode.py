@@ -55,6 +55,9 @@ def encode(adapter: Adapter) -> Container:
         fault = _take(name, delta, lows, magnitudes, whole, biases)
         faults += [fault] if fault else []
     faults += _mixed(lows, magnitudes, biases)
+    if not faults and not lows and not tokens:
+        fact = "peft loads no LoRA without a module that it targets"
+        faults += [NotExpressible(fact, tensor=name, remedy="--format loratools keeps it, or merge it into the base") for name in whole]
     raise_all(faults)
     config = _config(adapter, lows, magnitudes, biases, tokens)
     tensors = _tensors(lows, magnitudes, biases)

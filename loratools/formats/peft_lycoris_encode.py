@@ -84,7 +84,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(delta: LoKr) -> _Cut:
-    (out, width), (out2, width2, _) = delta._sides()
+    (out, width), (out2, width2, _) = delta.sides()
     return _Cut(out, width, out2, width2, flat=delta.w2 is None and delta.t2 is None)
 
 
@@ -106,11 +106,13 @@ def _factor(cuts: Mapping[str, _Cut]) -> int:
     sides = {(cut.out, cut.out2) for cut in cuts.values()} | {(cut.width, cut.width2) for cut in cuts.values() if not cut.flat}
     loose = {(cut.width, tuple(cut.widths())) for cut in cuts.values() if cut.flat}
     top = max((max(one) for one in (*sides, *((width, 1) for width, _ in loose))), default=1)
-    most = max((first for first, _ in (*sides, *loose)), default=1)
-    for factor in (-1, most, *range(1, min(top, 2 * most) + 2)):
-        whole = all(factorization(one * other, factor) == (one, other) for one, other in sides)
-        if whole and all(any(factorization(one * size, factor) == (one, size) for size in sizes) for one, sizes in loose):
-            return int(factor)
+    most: int = max((first for first, _ in (*sides, *loose)), default=1)
+    for matrices in (True, False):  # rather no kernel within the sides that may have one
+        reach = [(one, sizes[:1] if matrices else sizes) for one, sizes in loose]
+        for factor in (-1, most, *range(1, min(top, 2 * most) + 2)):
+            whole = all(factorization(one * other, factor) == (one, other) for one, other in sides)
+            if whole and all(any(factorization(one * size, factor) == (one, size) for size in sizes) for one, sizes in reach):
+                return factor
     path, cut = next(iter(cuts.items()))
     fact = "peft cuts all weights by one decompose_factor, and these are cut by none that it could be"
     raise _refused(fact, found=f"({cut.out}·{cut.out2}, {cut.width}·{cut.width2})").at(tensor=f"{path}.weight")
@@ -163,7 +165,8 @@ def _lokr_rank(delta: LoKr, cut: _Cut, factor: int, *, both: bool) -> int:
         raise _refused("peft's LoKr has one rank for both of its factors", found=" and ".join(map(str, sorted(found))))
     least = math.ceil(max(1.0, second, first if both else 1.0))
     told = None if delta.alpha is None or not delta.scale else delta.alpha / delta.scale
-    rank = next(iter(found)) if found else int(told) if told is not None and told >= least and told == int(told) else least
+    stated = int(told) if told is not None and told >= least and told == int(told) else least
+    rank: int = next(iter(found), stated)
     for name, whole, wanted in (("w1", delta.w1, not (both and rank < first)), ("w2", delta.w2, rank >= second)):
         if (whole is not None) != wanted:
             spelt = "whole" if wanted else "a product"

@@ -15,7 +15,7 @@ from loratools.deltas.butterfly import Butterfly
 from loratools.deltas.compose import Stacked
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
-from loratools.deltas.laid import Unsettled
+from loratools.deltas.laid import Unsettled, WherePresent
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
@@ -230,7 +230,7 @@ def told(delta: Delta) -> dict[str, object]:
 
 def contents(delta: Delta) -> Counter[bytes]:
     """The elements of each tensor, in any order that an orientation gives them."""
-    if isinstance(delta, Unsettled):
+    if isinstance(delta, Unsettled | WherePresent):
         return contents(delta.delta)
     if isinstance(delta, Scaled):  # told from 1 or not, the factors are the same numbers
         factors = delta.offset + read_tensor(delta.l, torch.float64).reshape(-1)

@@ -14,6 +14,7 @@ from loratools.errors import FormatError, UnsupportedError
 from loratools.formats import FORMATS, load
 from loratools.formats._marks import LOOKS
 from loratools.formats.base import Container, open_container
+from loratools.gguffile import write_gguf
 from loratools.tensors import to_ref
 from tests.files import write_adapter
 from tests.formats.adapters import SMALL
@@ -72,6 +73,13 @@ def test_keys_of_known_networks(name: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_small_files_of_each(tmp_path: Path, name: str) -> None:
     assert claims(open_container(SMALL[name]().write(tmp_path)[1])) == [name]
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    """Whatever it holds: what it is, a LoRA or another thing, is its decoder's to say."""
+    for kind in ("adapter", "model"):
+        write_gguf(tmp_path / "a.gguf", {"general.architecture": "llama", "general.type": kind}, {"x.lora_a": to_ref(randn(2, 2, seed=0))})
+        assert claims(open_container(tmp_path / "a.gguf")) == ["gguf"]
 
 
 @pytest.mark.parametrize("seed", range(3))
