@@ -106,13 +106,13 @@ def _factor(cuts: Mapping[str, _Cut]) -> int:
     sides = {(cut.out, cut.out2) for cut in cuts.values()} | {(cut.width, cut.width2) for cut in cuts.values() if not cut.flat}
     loose = {(cut.width, tuple(cut.widths())) for cut in cuts.values() if cut.flat}
     top = max((max(one) for one in (*sides, *((width, 1) for width, _ in loose))), default=1)
-    most: int = max((first for first, _ in (*sides, *loose)), default=1)
+    most = max((first for first, _ in (*sides, *loose)), default=1)
     for matrices in (True, False):  # rather no kernel within the sides that may have one
         reach = [(one, sizes[:1] if matrices else sizes) for one, sizes in loose]
         for factor in (-1, most, *range(1, min(top, 2 * most) + 2)):
             whole = all(factorization(one * other, factor) == (one, other) for one, other in sides)
             if whole and all(any(factorization(one * size, factor) == (one, size) for size in sizes) for one, sizes in reach):
-                return factor
+                return int(factor)
     path, cut = next(iter(cuts.items()))
     fact = "peft cuts all weights by one decompose_factor, and these are cut by none that it could be"
     raise _refused(fact, found=f"({cut.out}·{cut.out2}, {cut.width}·{cut.width2})").at(tensor=f"{path}.weight")
