@@ -195,7 +195,7 @@ def test_a_picture_is_drawn_and_one_of_another_kind_refused_before_work(tmp_path
     found = run("inspect", adapter, "--base", base, "--plot", tmp_path / "x.svg")
     assert found.returncode == 0 and "‖ΔW‖ " in found.stdout  # --spectra is implied
     assert (tmp_path / "x.svg").read_bytes().startswith(b"<?xml")
-    other = run("inspect", "no such adapter", "--plot", tmp_path / "x.bmp")
+    other = run("inspect", adapter, "--plot", tmp_path / "x.bmp")
     assert (other.returncode, other.stderr) == (2, "Error: --plot: found x.bmp, expected a name that ends in .png or .svg or .pdf\n")
     inside = run("inspect", adapter, "--plot", adapter / "x.png")
     assert inside.returncode == 1 and "is, holds or lies inside the input" in inside.stderr
