@@ -200,7 +200,7 @@ def test_no_network(client: Client) -> None:
 
 def test_local_inspect_imports_no_client(client: Client, tmp_path: Path) -> None:
     code = f"import sys, loratools; loratools.inspect({str(lora(tmp_path / 'lora'))!r}); print('huggingface_hub' in sys.modules)"
-    assert client.python(code).stdout == "False\n"
+    assert client.python(code, fresh=True).stdout == "False\n"
 
 
 def test_a_pickle_is_downloaded_or_refused(hub: Hub, client: Client, tmp_path: Path) -> None:
