@@ -21,7 +21,6 @@ remote.PAUSES = (0.01, 0.01, 0.01)
 
 def main() -> None:
     """Answer one line of JSON on stdin, a command, by one on stdout, what came of it."""
-    import httpx2  # noqa: F401
     import rich.progress  # noqa: F401
     import torch  # noqa: F401
 
