@@ -70,9 +70,9 @@ def _run(asked: dict[str, Any]) -> int:
     if asked["code"] is not None:
         exec(compile(asked["code"], "<code>", "exec"), {"__name__": "__main__"})
         return 0
-    from loratools.cli import main
+    from loratools.cli import run
 
-    main(asked["words"])
+    return run(asked["words"])
 
 
 if __name__ == "__main__":
