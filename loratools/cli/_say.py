@@ -49,7 +49,7 @@ def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
             now = time.monotonic()
             if now - last > 0.05 or done == total:  # a block is done each millisecond, and an update costs a tenth of one
                 last = now
-                bar.update(task, completed=done, total=total, visible=True)
+                bar.update(task, completed=done, total=total, visible=True, refresh=done == total)
 
         try:
             yield told

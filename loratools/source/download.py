@@ -67,9 +67,8 @@ def _fetch(repository: Repository, name: str, storage: Path, pointer: Path) -> N
     hf_hub_download(repository.place.repo, name, revision=repository.commit)
     if not _is_whole(pointer, entry):
         raise SourceError("not in the cache in its full size", found=str(pointer), remedy="delete it there")
-    if entry.size > MAX_HTTP_DOWNLOAD_SIZE:
-        if not _is_sound(pointer.resolve(), entry):
-            _refuse(pointer.resolve(), entry, "other bytes")
+    if entry.size > MAX_HTTP_DOWNLOAD_SIZE and not _is_sound(pointer.resolve(), entry):
+        _refuse(pointer.resolve(), entry, "other bytes")
 
 
 def _is_whole(path: Path, entry: Entry) -> bool:

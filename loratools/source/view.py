@@ -136,7 +136,7 @@ class Ranged(handles.Source):
         return count
 
     def _small(self) -> tuple[int, bytes]:
-        """The tensors of at most 8 elements that lie beyond, such as alphas, by one request more: where it is allowed and they lie close."""
+        """The tensors of few elements that lie beyond, such as alphas: by one request, if one is left and they lie close."""
         if not self._apart[1] and self.repository.requests < REQUESTS:
             table = json.loads(self._data[8 : self._end])
             spans = [
