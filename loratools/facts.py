@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from loratools.deltas.base import Additive, Delta
@@ -21,11 +22,16 @@ def facts_of(name: str, delta: Delta, base: Spec | None = None) -> dict[str, Any
         "kind": delta.kind,
         "shape": list(shape_of(delta, base)),
         "rank": facts.get("rank"),
-        "alpha": facts.get("alpha"),
-        "scaling": facts.get("scaling"),
+        "alpha": _known(facts.get("alpha")),
+        "scaling": _known(facts.get("scaling")),
         "parameters": delta.parameters,
         "dtype": "+".join(dtypes),
     }
+
+
+def _known(value: float | None) -> float | None:
+    """A number; None for the nan that stands for an alpha which was not fetched."""
+    return None if value is None or math.isnan(value) else value
 
 
 def low_rank(delta: Delta) -> LowRank | None:

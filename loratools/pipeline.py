@@ -20,6 +20,7 @@ from loratools.families import Families, Family
 from loratools.jsonfile import read_json
 from loratools.needed import of_model
 from loratools.source import local
+from loratools.source.handles import lacking, name_of
 from loratools.tensorfile import Ref
 from loratools.weightfiles import PIPELINE, holds_model
 
@@ -32,7 +33,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises what `Checkpoint` and `Pipeline` raise, and `source.local`.
     """
     path = local(path, of_model)
-    return Pipeline(path) if (path / PIPELINE).is_file() else Checkpoint(path)
+    found = Pipeline(path) if (path / PIPELINE).is_file() else Checkpoint(path)
+    left = [] if found.single else lacking(found.folder)
+    if left:
+        files = f"{len(left)} file{'s' if len(left) > 1 else ''}"
+        found.notes.append(f"not downloaded, {files} of {name_of(found.folder)}: {', '.join(left[:4])}{', …' if len(left) > 4 else ''}")
+    return found
 
 
 class Pipeline(Checkpoint):

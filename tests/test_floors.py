@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -98,3 +99,21 @@ def test_opening_headers_needs_no_torch(module: str) -> None:
     heavy = {"torch", "huggingface_hub", "numpy", "rich", "transformers"}
     code = f"import sys, loratools{module}; print(*{heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
+
+
+# who talks to the Hub, and to publish as well as to read
+ONLINE = {"source/cache.py", "source/remote.py", "source/download.py", "workflows/push.py"}
+
+
+def test_only_the_source_and_push_import_the_hubs_client() -> None:
+    """Anywhere in a file, by name or by its text, such as a call of import_module."""
+    found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if _imports_client(path)}
+    assert found <= ONLINE and "source/remote.py" in found, found - ONLINE
+
+
+def _imports_client(path: Path) -> bool:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return any(re.fullmatch(r"huggingface_hub(\.[\w.]+)?", name) for name in names)

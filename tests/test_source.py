@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import socket
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
+import click
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from loratools.cli import _say
 from loratools.errors import FormatError, OptionError
 from loratools.source.place import Place, place_of
-from tests.files import llama_config, llama_tensors, peft_config, read_checkpoint, write_adapter, write_checkpoint
+from loratools.source.watch import bar, watching
+from tests.files import llama_config, llama_tensors, peft_config, read_checkpoint, write_adapter, write_checkpoint, write_pipeline
 from tests.hub.client import Client
 from tests.hub.repositories import User
 from tests.hub.server import Hub
@@ -200,7 +208,7 @@ def test_no_network(client: Client) -> None:
 
 def test_local_inspect_imports_no_client(client: Client, tmp_path: Path) -> None:
     code = f"import sys, loratools; loratools.inspect({str(lora(tmp_path / 'lora'))!r}); print('huggingface_hub' in sys.modules)"
-    assert client.python(code).stdout == "False\n"
+    assert client.python(code, fresh=True).stdout == "False\n"
 
 
 def test_a_pickle_is_downloaded_or_refused(hub: Hub, client: Client, tmp_path: Path) -> None:
@@ -211,3 +219,201 @@ def test_a_pickle_is_downloaded_or_refused(hub: Hub, client: Client, tmp_path: P
     done = client.loratools("inspect", "ada/lora")
     assert done.returncode == 1 and "hf://ada/lora/adapter_model.bin: only headers of safetensors files" in done.stderr
     assert client.loratools("inspect", "ada/lora", "--values").returncode == 0
+
+
+# -- files within a repository, pipelines, repositories as outputs and bases
+
+
+def test_a_file_and_a_folder_within_a_repository(full: Hub, client: Client, tmp_path: Path) -> None:
+    files = full.repositories["ada/lora"].files
+    full.add("ada/many", {"README.md": b"# many\n"} | {f"sub/{name}": data for name, data in files.items()})
+    for path in ("hf://ada/many/sub/adapter_model.safetensors", "hf://ada/many/sub"):
+        full.clear()
+        report = json.loads(client.loratools("inspect", path, "--json").stdout)
+        assert (report["path"], report["modules_total"]) == (path, 2)
+        assert len(full.answered()) == 3
+    path = "hf://ada/many@main/sub/adapter_model.safetensors:0.5"
+    done = client.loratools("merge", tmp_path / "base", path, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    client.loratools("merge", tmp_path / "base", f"{tmp_path / 'lora'}:0.5", "-o", tmp_path / "same")
+    merged, same = read_checkpoint(tmp_path / "out"), read_checkpoint(tmp_path / "same")
+    assert all(torch.equal(merged[name], same[name]) for name in same)
+    commit = full.repositories["ada/many"].refs["main"]
+    inputs = json.loads((tmp_path / "out/loratools.json").read_text())["inputs"]
+    assert inputs[1]["path"] == f"hf://ada/many@{commit}/sub/adapter_model.safetensors"
+    assert set(client.blobs().values()) == set(files.values()) | {value for value in client.blobs().values() if value.isdigit()}
+
+
+def test_inspect_with_a_base_on_the_hub(full: Hub, client: Client, tmp_path: Path) -> None:
+    done = client.loratools("inspect", "ada/lora", "--base", "ada/base", "--json")
+    assert done.returncode == 0, done.stderr
+    local = client.loratools("inspect", tmp_path / "lora", "--base", tmp_path / "base", "--json")
+    assert json.loads(done.stdout) | {"path": ""} == json.loads(local.stdout) | {"path": ""}
+    assert len(full.answered()) <= 3 + SHARDS + 3 and not client.cache.exists()
+
+
+def test_a_pipeline_on_the_hub(hub: Hub, client: Client, tmp_path: Path) -> None:
+    models = {"unet": ({"proj.weight": torch.ones(8, 8)}, {}), "text_encoder": ({"q_proj.weight": torch.ones(8, 8)}, {})}
+    base = write_pipeline(tmp_path / "pipe", models)
+    hub.add("ada/pipe", base)
+    tensors = {"unet.proj.lora_A.weight": torch.ones(2, 8), "unet.proj.lora_B.weight": torch.ones(8, 2)}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    hub.add("ada/style", {"pytorch_lora_weights.safetensors": (tmp_path / "pytorch_lora_weights.safetensors").read_bytes()})
+    report = json.loads(client.loratools("inspect", "ada/pipe", "--json").stdout)
+    assert sorted(report["components"]) == ["text_encoder", "unet"] and not client.cache.exists()
+    done = client.loratools("merge", "ada/pipe", "hf://ada/style/pytorch_lora_weights.safetensors", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    [weights] = (tmp_path / "out/unet").glob("*.safetensors")
+    assert torch.equal(load_file(weights)["proj.weight"], torch.full((8, 8), 3.0))
+    assert (tmp_path / "out/model_index.json").read_bytes() == (base / "model_index.json").read_bytes()
+
+
+def test_verify_of_a_repository(full: Hub, client: Client, tmp_path: Path) -> None:
+    assert client.loratools("merge", "ada/base", "ada/lora", "-o", tmp_path / "out", "--reversible").returncode == 0
+    full.add("ada/merged", tmp_path / "out")
+    done = client.loratools("verify", "ada/merged", "--base", "ada/base", "--adapter", "ada/lora", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert (report["path"], report["ok"], report["max_ulp"]) == ("ada/merged", True, 0) and report["digests"] == report["replayed"] > 0
+    spoilt = dict(full.repositories["ada/merged"].files)
+    name = next(name for name in spoilt if name.startswith("model-00001"))
+    spoilt[name] = spoilt[name][:-1] + bytes([spoilt[name][-1] ^ 1])
+    commit = full.add("ada/merged", spoilt | {"other.safetensors": spoilt[name]})
+    done = client.loratools("verify", "ada/merged")
+    assert done.returncode == 1 and f"Error: ada/merged@{commit}: " in done.stderr and "not the bytes that were written" in done.stderr
+    assert f"hf://ada/merged@{commit}/other.safetensors: weights that the receipt does not know" in done.stderr
+    assert client.loratools("verify", "ada/lora").stderr.startswith("Error: ada/lora: no receipt beside it; give --base and --adapter")
+
+
+def test_unmerge_of_a_repository_finds_the_adapter_by_its_name(full: Hub, client: Client, tmp_path: Path) -> None:
+    assert client.loratools("merge", "ada/base", "ada/lora", "-o", tmp_path / "out", "--reversible").returncode == 0
+    record = (tmp_path / "out/unmerge.safetensors").read_bytes()
+    commits = [full.repositories[name].refs["main"] for name in ("ada/base", "ada/lora")]
+    assert f"hf://ada/lora@{commits[1]}/adapter_model.safetensors".encode() in record and f"ada/base@{commits[0]}".encode() in record
+    assert str(client.home).encode() not in record
+    full.add("ada/merged", tmp_path / "out")
+    done = client.loratools("unmerge", "ada/merged", "-o", tmp_path / "back", HF_HOME=str(tmp_path / "another"))
+    assert done.returncode == 0, done.stderr
+    back, base = read_checkpoint(tmp_path / "back"), read_checkpoint(tmp_path / "base")
+    assert all(torch.equal(back[name], base[name]) for name in base)
+
+
+def test_what_is_not_downloaded_is_told(full: Hub, client: Client, tmp_path: Path) -> None:
+    more = {"optimizer.pt": b"x", "consolidated.00.pth": b"x", "notes.txt": b"x"}
+    commit = full.add("ada/base", full.repositories["ada/base"].files | more)
+    done = client.loratools("merge", "ada/base", "ada/lora", "-o", tmp_path / "out")
+    assert f"Note: not downloaded, 2 files of ada/base@{commit}: consolidated.00.pth, optimizer.pt\n" in done.stderr
+    assert (tmp_path / "out/notes.txt").read_bytes() == b"x"
+    assert "not downloaded" not in client.loratools("merge", tmp_path / "base", "ada/lora", "-o", tmp_path / "again").stderr
+
+
+def test_faults_name_the_repository_and_not_the_cache(full: Hub, client: Client, tmp_path: Path) -> None:
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors") | {"stray": torch.ones(2)}
+    save_file(tensors, tmp_path / "lora/adapter_model.safetensors")
+    commit = full.add("ada/lora", tmp_path / "lora")
+    done = client.loratools("convert", "ada/lora", "-o", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.startswith(f"Error: hf://ada/lora@{commit}/adapter_model.safetensors: "), done.stderr
+    assert str(client.home) not in done.stderr
+
+
+# -- kohya's alphas, which lie among the data
+
+
+def kohya(path: Path, alpha: torch.dtype, modules: int = 4) -> bytes:
+    tensors: dict[str, torch.Tensor] = {}
+    for i in range(modules):
+        name = f"lora_unet_down_blocks_{i}_attentions_0_proj_in"
+        down, up = torch.ones(4, 8192), torch.ones(8, 4)
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2, dtype=alpha)}
+    save_file(tensors, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "modules", "known", "requests"),
+    [
+        (torch.float16, 4, True, 3),  # behind the weights, which are wider: one request for all
+        (torch.float64, 4, True, 2),  # before them: they come with the header
+        (torch.float32, 4, False, 2),  # between them: all but the first not within 64 kB
+        (torch.float64, 400, True, 3),  # before them, behind a long header: they come with its rest
+    ],
+)
+def test_alphas(hub: Hub, client: Client, tmp_path: Path, dtype: torch.dtype, modules: int, known: bool, requests: int) -> None:
+    hub.counts = False
+    hub.add("ada/kohya", {"k.safetensors": kohya(tmp_path / "k.safetensors", dtype, modules)})
+    done = client.loratools("inspect", "hf://ada/kohya/k.safetensors", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert {(row["alpha"], row["scaling"]) for row in report["modules"][1:]} == {(2.0, 0.5) if known else (None, None)}
+    warned = [text for text in report["warnings"] if "--values" in text]
+    assert warned == ([] if known else [UNKNOWN])
+    assert len(hub.answered()) == requests
+    assert sum(request.sent for request in hub.asked("GET cdn")) <= header_of(tmp_path / "k.safetensors") + (1 << 16)
+    if not known:
+        shown = client.loratools("inspect", "hf://ada/kohya/k.safetensors")
+        assert shown.returncode == 0 and "unknown: --values reads them" in shown.stdout
+        read = json.loads(client.loratools("inspect", "hf://ada/kohya/k.safetensors", "--values", "--json").stdout)
+        assert {row["scaling"] for row in read["modules"]} == {0.5} and UNKNOWN not in read["warnings"]
+
+
+UNKNOWN = (
+    "the alphas of 3 of 4 modules lie beyond the header that was fetched, so they and the scaling are unknown: --values reads them"
+)
+
+
+# -- progress, time, damage
+
+
+def test_progress_on_a_terminal(full: Hub, client: Client, tmp_path: Path) -> None:
+    environment = client.environment(TERM="xterm", COLUMNS="120")
+    command = [sys.executable, "-m", "loratools", "merge", "ada/base", "ada/lora", "-o", str(tmp_path / "out")]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs) as run:
+        os.close(theirs)
+        told = b""
+        with suppress(OSError):  # the terminal's other end was closed
+            while block := os.read(ours, 4096):
+                told += block
+        assert run.wait(timeout=60) == 0, told
+    os.close(ours)
+    text = told.decode()
+    for word in ("model-00001-of-00003.safetensors", "adapter_model.safetensors", "Merging", "kB", "0:00:00"):
+        assert word in text, text
+
+
+@pytest.mark.parametrize(("quiet", "terminal", "watched"), [(False, True, True), (True, True, False), (False, False, False)])
+def test_who_is_shown_downloads(monkeypatch: pytest.MonkeyPatch, quiet: bool, terminal: bool, watched: bool) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    context = click.Context(click.Command("merge"))
+    context.params["quiet"] = quiet
+    with context, watching(_say.download), bar("x.safetensors", 10) as told:
+        told(5)
+        assert [task.completed for display in _say._displays for task in display.tasks] == ([5] if watched else [])
+    assert not _say._displays
+
+
+def test_a_hub_that_does_not_answer(full: Hub, client: Client, tmp_path: Path) -> None:
+    full.fault("/api/models/", delay=2.0, times=9)
+    done = client.loratools("inspect", "ada/lora", HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert done.returncode == 1 and "does not answer in time" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    full.clear()
+    full.fault("GET cdn/blob", delay=2.0)  # one that was late is asked again
+    done = client.loratools("convert", "ada/lora", "-o", tmp_path / "out", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert done.returncode == 0 and len(full.asked("GET cdn/blob")) == 2, done.stderr
+
+
+def test_a_file_of_the_cache_whose_bytes_were_damaged_is_fetched_again(full: Hub, client: Client, tmp_path: Path) -> None:
+    assert client.loratools("convert", "ada/lora", "-o", tmp_path / "first").returncode == 0
+    data = (tmp_path / "lora/adapter_model.safetensors").read_bytes()
+    [blob] = [path for path in client.cache.glob("models--*/blobs/*") if path.read_bytes() == data]
+    full.clear()
+    assert client.loratools("convert", "ada/lora", "-o", tmp_path / "second").returncode == 0
+    assert not full.asked("GET cdn/blob")
+    blob.write_bytes(data[:-1] + b"\7")
+    assert client.loratools("convert", "ada/lora", "-o", tmp_path / "third").returncode == 0
+    assert len(full.asked("GET cdn/blob")) == 1 and blob.read_bytes() == data
+    for path in blob.parent.glob("*.checked"):  # as if another program had downloaded it
+        path.unlink()
+    full.clear()
+    assert client.loratools("convert", "ada/lora", "-o", tmp_path / "fourth").returncode == 0
+    assert not full.asked("GET cdn/blob") and blob.with_name(f"{blob.name}.loratools.checked").is_file()

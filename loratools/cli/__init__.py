@@ -15,8 +15,11 @@ import click
 
 from loratools import __version__
 from loratools.cli._lazy import LazyGroup
+from loratools.cli._say import download
 from loratools.cli._signals import stop_on_signals
 from loratools.errors import Faults, LoratoolsError, UsageError
+from loratools.source.handles import name_of
+from loratools.source.watch import watching
 
 # what `loratools --help` says of each command; its module has its name
 COMMANDS = {
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code, having told every error on stderr."""
     try:
-        with stop_on_signals():
+        with stop_on_signals(), watching(download):
             code = cli.main(list(arguments) if arguments is not None else None, prog_name="loratools", standalone_mode=False)
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -90,11 +93,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def told(error: Exception) -> list[str] | None:
     """One line a fault, at most ten and a count; None for an exception that is a bug and shall show its traceback."""
     if isinstance(error, LoratoolsError):
-        lines = [str(fault) for fault in (error.errors if isinstance(error, Faults) else (error,))]
+        faults = error.errors if isinstance(error, Faults) else (error,)
+        for fault in faults:
+            fault.file = name_of(fault.file) if fault.file is not None else None
+        lines = [str(fault) for fault in faults]
         more = len(lines) - SHOWN
         return lines[:SHOWN] + ([f"… and {more} more faults"] if more > 0 else [])
     if isinstance(error, OSError):
-        return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)]
+        return [f"{name_of(error.filename)}: {error.strerror}" if error.filename else error.strerror or str(error)]
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # the latter is torch's RuntimeError
         return ["out of memory; fewer --threads need less"]
     if type(error).__name__ == "OutOfMemoryError":  # torch's own, which naming by import would cost a second

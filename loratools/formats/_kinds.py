@@ -56,7 +56,7 @@ def _lokr(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     ranked = refs.get("w1_b", refs.get("w2_b"))
     if ranked is None:
         told = slots.get("alpha")
-        return _decomposed(slots, LoKr(**refs, scale=1.0, alpha=None if told is None else slots.number("alpha")))
+        return _decomposed(slots, LoKr(**refs, scale=1.0, alpha=None if told is None else slots.stated_alpha()))
     rank = ranked.spec.shape[0]
     scale = slots.alpha(rank, alpha)
     return _decomposed(slots, LoKr(**refs, scale=scale / rank, alpha=scale))

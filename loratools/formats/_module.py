@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError
 from loratools.formats._scalar import scalar
+from loratools.source.handles import NotFetched
 from loratools.tensorfile import Ref
 
 # other spellings of the same things: peft's, those of diffusers' older releases, and bare ones
@@ -64,12 +66,19 @@ class Slots:
         except LoratoolsError as error:
             raise error.at(tensor=self.keys.get(slot, self.first)) from None
 
+    def stated_alpha(self) -> float:
+        """The alpha in the file; nan where its header alone was fetched from the Hub, so that nothing but a report can come of it."""
+        try:
+            return self.number("alpha")
+        except NotFetched:
+            return math.nan
+
     def alpha(self, rank: int, given: float | None) -> float:
         """The alpha in the file, else the one a user gave, else the rank, which is what trainers mean by none."""
         ref = self.get("alpha")
         if ref is None:
             return float(rank) if given is None else given
-        value = self.number("alpha")
+        value = self.stated_alpha()
         if value == 0 and given is None:
             raise AmbiguousError(
                 "alpha is 0, which kohya reads as the rank and ComfyUI as no effect", tensor=self.keys["alpha"],

@@ -114,7 +114,7 @@ def open_container(path: str | Path) -> Container:
 
     Raises FormatError for what is no adapter, a header that lies, or a pickle that holds more than tensors, and what `source.local` raises.
     """
-    path = local(path, _needed)
+    path = local(path, of_adapter)
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
     weights = _weights_in(path) if path.is_dir() else path
@@ -136,8 +136,8 @@ def open_container(path: str | Path) -> Container:
     return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides)
 
 
-def _needed(path: Path) -> list[Path]:
-    """An adapter's files, and the receipt that may lie with it."""
+def of_adapter(path: Path) -> list[Path]:
+    """An adapter's files, and the receipt that may lie with it: those that are downloaded of a repository."""
     weights = _weights_in(path) if path.is_dir() else path
     names = (CONFIG, RECEIPT, f"{weights.name}.{RECEIPT}")
     return [weights, *(file for name in names if (file := weights.parent / name).is_file() and file != weights)]

@@ -20,6 +20,7 @@ from loratools.plan import Plan
 from loratools.receipt import adapter_inputs, receipt_path
 from loratools.record import Spool, record_path
 from loratools.sidefiles import file_entry
+from loratools.source.handles import name_of
 from loratools.stream import BLOCK, Applied
 from loratools.tensorfile import BITS, InMemory, Ref, Spec, TensorFile
 
@@ -113,7 +114,7 @@ class Recording:
         folder = self.place.parent if checkpoint.single else self.place
         return {
             "adapters": [
-                {"path": str(adapter.path), "strength": strength, "files": [_file(row) for row in adapter_inputs(adapter)]}
+                {"path": name_of(str(adapter.path)), "strength": strength, "files": [_file(row) for row in adapter_inputs(adapter)]}
                 for adapter, strength in self.given
             ],
             "added": {name: self.done.written[name] for name in self.added},
@@ -126,7 +127,7 @@ class Recording:
             ],
             "left_out": [entry["name"] for entry in self.done.left_out],
             "options": dict(self.options),
-            "path": str(checkpoint.path),
+            "path": name_of(checkpoint.path),
             "restored": self._restored(spool),
             "single": checkpoint.single,
         }

@@ -6,6 +6,7 @@ Parameters are elements of the tensors on disk, and the share of the base is pef
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -104,7 +105,7 @@ def holds_adapter(path: Path) -> bool:
 def _adapter(
     adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None
 ) -> dict[str, Any]:
-    warnings = _as_a_whole(adapter)
+    warnings = _as_a_whole(adapter) + _unfetched(adapter)
     weights: Mapping[str, Ref] = {}
     asked, drift = adapter, dict[str, list[float]]()
     if base is not None:
@@ -201,6 +202,12 @@ def _as_a_whole(adapter: Adapter) -> list[str]:
     if adapter.passengers:
         warnings.append(f"{len(adapter.passengers)} tensors change no weight: {', '.join(list(adapter.passengers)[:3])}")
     return warnings
+
+
+def _unfetched(adapter: Adapter) -> list[str]:
+    lacking = [name for name, delta in adapter.items() if math.isnan(delta.facts().get("alpha") or 0)]
+    told = "lie beyond the header that was fetched, so they and the scaling are unknown: --values reads them"
+    return [f"the alphas of {len(lacking)} of {len(adapter)} modules {told}"] if lacking else []
 
 
 def _oddities(delta: Delta) -> Iterator[str]:

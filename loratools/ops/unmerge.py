@@ -24,6 +24,7 @@ from loratools.formats import load
 from loratools.formats.base import read_options
 from loratools.inverse import Inverse
 from loratools.jsonfile import read_json
+from loratools.needed import of_model
 from loratools.ops._approximate import approximate as subtract
 from loratools.ops._recording import Factors, wide
 from loratools.output import check_output, whole
@@ -32,6 +33,9 @@ from loratools.plan import Plan, make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
 from loratools.record import Record, record_path
 from loratools.sidefiles import copy, file_entry
+from loratools.source import local
+from loratools.source.handles import name_of
+from loratools.source.place import SCHEME
 from loratools.stream import BLOCK, Applied
 from loratools.tensorfile import Buffer, Ref, Spec, parse_header
 from loratools.tensorwriter import TensorWriter
@@ -67,7 +71,7 @@ def unmerge(
     count = threads or pool.default_threads()
     if count < 1:
         raise UsageError("--threads", found=count, expected="at least 1")
-    checkpoint = open_checkpoint(merged)
+    checkpoint = open_checkpoint(local(merged, _files))
     if checkpoint.single and target.suffix != ".safetensors":
         raise OptionError("a model that is one file gives one file", found=target.name, expected="OUT with the ending .safetensors")
     path = record_path(checkpoint.path if checkpoint.single else checkpoint.folder, folder=not checkpoint.single)
@@ -83,6 +87,12 @@ def unmerge(
         receipt.history = history_of(checkpoint)
         undoing.restore(place, receipt)
     return receipt.as_json()
+
+
+def _files(path: Path) -> list[Path]:
+    """What is downloaded of a repository: the model, and the record of how it was merged."""
+    record = record_path(path, folder=path.is_dir())
+    return [*of_model(path), *([record] if record.is_file() else [])]
 
 
 @dataclass
@@ -187,12 +197,12 @@ class Undoing:
                 item.used = True
                 return item.adapter
         remedy = "give the adapter as it was merged with --adapter"
-        if not Path(entry["path"]).exists():
+        if not entry["path"].startswith(SCHEME) and not Path(entry["path"]).exists():
             raise MatchError("the adapter that was merged is not where it was", file=entry["path"], remedy=remedy)
         there = _Found(entry["path"], self._load(entry["path"]))
         if there.digests != said:
             files = (*there.adapter.files, *there.adapter.initial)
-            other = [str(file) for file, one, two in zip(files, there.digests, said, strict=False) if one != two]
+            other = [name_of(file) for file, one, two in zip(files, there.digests, said, strict=False) if one != two]
             found = f"other bytes in {', '.join(other) or 'its files'}"
             raise MatchError("not the adapter that was merged", file=entry["path"], found=found, remedy=remedy)
         return there.adapter

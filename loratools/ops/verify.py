@@ -21,11 +21,14 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint, combined_digest
 from loratools.errors import FormatError, UsageError
 from loratools.formats import load
-from loratools.formats.base import open_container, read_options
+from loratools.formats.base import CONFIG, of_adapter, open_container, read_options
+from loratools.needed import of_model
 from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
 from loratools.receipt import receipt_path
 from loratools.sidefiles import file_entry
+from loratools.source import local
+from loratools.source.handles import name_of, read_whole
 from loratools.tensorfile import Ref, Spec
 from loratools.tensors import dtype_code, read_tensor
 from loratools.ulps import distance
@@ -53,12 +56,12 @@ def verify(
     listed = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if bool(listed) != (base is not None):
         raise UsageError("--base and --adapter belong together")
-    path = Path(path)
+    given, path = path, local(path, _needed)
     receipt = read_receipt(path)
     if receipt is None and base is None:
-        raise FormatError("no receipt beside it", file=path, remedy="give --base and --adapter to replay the merge")
+        raise FormatError("no receipt beside it", file=str(given), remedy="give --base and --adapter to replay the merge")
     count = threads or pool.default_threads()
-    report: dict[str, Any] = {"path": str(path), "digests": 0, "replayed": 0, "max_ulp": None, "differing": 0, "forward": [], "faults": []}
+    report: dict[str, Any] = {"path": str(given), "digests": 0, "replayed": 0, "max_ulp": None, "differing": 0, "forward": [], "faults": []}
     with pool.single_threaded_blas():
         if receipt is not None:
             _check_digests(path, receipt, report, count)
@@ -81,7 +84,7 @@ def read_receipt(path: Path) -> dict[str, Any] | None:
     if not place.is_file():
         return None
     try:
-        receipt = json.loads(place.read_text(encoding="utf-8"))
+        receipt = json.loads(read_whole(place))
         if isinstance(receipt["digests"], dict) and isinstance(receipt["outputs"], list):
             return dict(receipt)
     except (ValueError, KeyError, TypeError):
@@ -96,13 +99,14 @@ def _check_digests(path: Path, receipt: Mapping[str, Any], report: dict[str, Any
     tensors = _tensors(path)
     said = receipt["digests"]
     faults: list[str] = report["faults"]
-    faults += [f"{path}: {name}: the receipt has it, the output lacks it" for name in sorted(said.keys() - tensors.keys())]
-    faults += [f"{path}: {name}: the receipt does not know it" for name in sorted(tensors.keys() - said.keys())]
+    shown = name_of(path)
+    faults += [f"{shown}: {name}: the receipt has it, the output lacks it" for name in sorted(said.keys() - tensors.keys())]
+    faults += [f"{shown}: {name}: the receipt does not know it" for name in sorted(tensors.keys() - said.keys())]
     found: dict[str, str] = {}
     common = sorted(said.keys() & tensors.keys())
     pool.run_all([partial(_digest, name, tensors[name], found) for name in common], count)
     faults += [
-        f"{path}: {name}: not the bytes that were written: found {found[name][:16]}…, expected {str(said[name])[:16]}…"
+        f"{shown}: {name}: not the bytes that were written: found {found[name][:16]}…, expected {str(said[name])[:16]}…"
         for name in common
         if found[name] != said[name]
     ]
@@ -111,7 +115,7 @@ def _check_digests(path: Path, receipt: Mapping[str, Any], report: dict[str, Any
 
 
 def _tensors(path: Path) -> Mapping[str, Ref]:
-    if path.is_dir() and (path / "adapter_config.json").is_file():
+    if path.is_dir() and (path / CONFIG).is_file():
         return open_container(path).tensors
     return open_checkpoint(path)
 
@@ -132,24 +136,37 @@ def _check_files(path: Path, receipt: Mapping[str, Any], digests: Mapping[str, s
     for entry in receipt["outputs"]:
         file = folder / entry["path"]
         if not file.is_file():
-            faults.append(f"{file}: the receipt has it, the output lacks it")
+            faults.append(f"{name_of(file)}: the receipt has it, the output lacks it")
         elif entry["header_sha256"] is None:
             if file_entry(file, entry["path"])["blake3"] != entry["blake3"]:
-                faults.append(f"{file}: not the bytes that were written")
+                faults.append(f"{name_of(file)}: not the bytes that were written")
         else:
             opened = TensorFile(file)
             above = "".join(f"{part}." for part in Path(entry["path"]).parent.parts)  # the model's name, in a pipeline
             inside = {name: digests[above + name] for name in opened if above + name in digests}
             own = combined_digest(inside) if len(inside) == len(opened) else None
             if opened.header_sha256 != entry["header_sha256"]:
-                faults.append(f"{file}: its header is not the one that was written")
+                faults.append(f"{name_of(file)}: its header is not the one that was written")
             elif entry["blake3"] not in (own, file_entry(file, entry["path"])["blake3"]):
-                faults.append(f"{file}: not the tensors that were written to it")
+                faults.append(f"{name_of(file)}: not the tensors that were written to it")
     if path.is_dir():
         known = {entry["path"] for entry in receipt["outputs"]}
-        places = ("*.safetensors", "*/*.safetensors") if (path / PIPELINE).is_file() else ("*.safetensors",)
-        found = sorted(file for place in places for file in path.glob(place))
-        faults += [f"{file}: weights that the receipt does not know" for file in found if str(file.relative_to(path)) not in known]
+        found = _weights_in(path)
+        faults += [f"{name_of(file)}: weights that the receipt does not know" for file in found if str(file.relative_to(path)) not in known]
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    places = ("*.safetensors", "*/*.safetensors") if (folder / PIPELINE).is_file() else ("*.safetensors",)
+    return sorted(file for place in places for file in folder.glob(place))
+
+
+def _needed(path: Path) -> list[Path]:
+    """What is downloaded of a repository: the adapter or the model, all that the receipt names, and weights that it may not know."""
+    folder = path if path.is_dir() else path.parent
+    adapter = path.is_dir() and (path / CONFIG).is_file()
+    files = [*(of_adapter(path) if adapter else of_model(path)), *(_weights_in(path) if path.is_dir() else ())]
+    listed = (read_receipt(path) or {}).get("outputs", ())
+    return list(dict.fromkeys([*files, *(file for entry in listed if (file := folder / entry["path"]).is_file())]))
 
 
 # -- replay
@@ -170,7 +187,7 @@ def _plan_again(original: Checkpoint, adapters: Sequence[str | Path], said: Mapp
 
 def _replay(merged: Checkpoint, original: Checkpoint, plan: Plan, report: dict[str, Any], count: int) -> None:
     """Every tensor again from base and plan, in the dtype the output has, compared bit by bit."""
-    path = merged.path
+    path = name_of(merged.path)
     floats = {spec.dtype for spec in merged.specs.values() if spec.floating}
     before = {spec.dtype for spec in original.specs.values() if spec.floating}
     changes, added = changes_of(original, plan, {}, dtype=next(iter(floats)) if len(floats) == 1 and floats != before else None)
@@ -203,7 +220,7 @@ def _forward(merged: Checkpoint, original: Checkpoint, plan: Plan, report: dict[
         if row["ratio"] > LIMIT:
             found, bound = f"{math.sqrt(row['ratio']):.3g} times the rounding bound", f"at most {math.sqrt(LIMIT):.2f}"
             report["faults"].append(
-                f"{merged.path}: {name}: output {worst} does not change as the layer's: found {found}, expected {bound}"
+                f"{name_of(merged.path)}: {name}: output {worst} does not change as the layer's: found {found}, expected {bound}"
             )
 
 
@@ -212,7 +229,7 @@ def loaded_adapters(adapters: Sequence[str | Path], said: Mapping[str, Any]) -> 
     return [(load(str(path), options=options), strength) for path, strength in map(split_strength, adapters)]
 
 
-def _compare(name: str, expected: Change | Ref, found: Ref, rows: dict[str, tuple[int, int]], faults: list[str], path: Path) -> None:
+def _compare(name: str, expected: Change | Ref, found: Ref, rows: dict[str, tuple[int, int]], faults: list[str], path: str) -> None:
     """One tensor against what it should be, block by block; what is no floating-point number has to be equal."""
     spec: Spec = expected.spec
     if spec != found.spec:

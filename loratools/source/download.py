@@ -13,8 +13,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from loratools.errors import SourceError
 from loratools.source import handles, watch
@@ -43,19 +44,22 @@ def downloaded(place: Place, choose: Callable[[Path], Iterable[Path]]) -> Path:
     if not COMMIT.fullmatch(revision):
         (storage / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
         (storage / "refs" / revision).write_text(repository.commit)
-    handles.call(snapshot, repository.name)
+    handles.call(snapshot, repository.name, sorted(repository.files.keys() - set(names)))
     return snapshot / place.inner
 
 
 def _fetch(repository: Repository, name: str, storage: Path, pointer: Path) -> None:
-    """One file into the cache, unless it is there in its full size."""
+    """One file into the cache, unless it is there whole: in its full size, with the Hub's digest."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import MAX_HTTP_DOWNLOAD_SIZE
 
     entry = repository.files[name]
+    blob = storage / "blobs" / entry.etag
+    for path in (pointer.resolve(), blob):
+        if _is_whole(path, entry) and not _is_sound(path, entry):
+            path.unlink()
     if _is_whole(pointer, entry):
         return
-    blob = storage / "blobs" / entry.etag
     if not _is_whole(blob, entry) and entry.size <= MAX_HTTP_DOWNLOAD_SIZE:
         blob.parent.mkdir(parents=True, exist_ok=True)
         _into(blob, repository, name, entry)
@@ -63,13 +67,37 @@ def _fetch(repository: Repository, name: str, storage: Path, pointer: Path) -> N
     hf_hub_download(repository.place.repo, name, revision=repository.commit)
     if not _is_whole(pointer, entry):
         raise SourceError("not in the cache in its full size", found=str(pointer), remedy="delete it there")
-    if entry.size > MAX_HTTP_DOWNLOAD_SIZE:
-        with pointer.open("rb") as stream:
-            _check(hashlib.file_digest(stream, "sha256").hexdigest(), entry, pointer.resolve())
+    if entry.size > MAX_HTTP_DOWNLOAD_SIZE and not _is_sound(pointer.resolve(), entry):
+        _refuse(pointer.resolve(), entry, "other bytes")
 
 
 def _is_whole(path: Path, entry: Entry) -> bool:
     return path.is_file() and path.stat().st_size == entry.size
+
+
+def _is_sound(path: Path, entry: Entry) -> bool:
+    """Whether a file has the Hub's digest; one that was found to is not read again as long as its time stays the same."""
+    mark, time_of = path.with_name(f"{path.name}.loratools.checked"), str(path.stat().st_mtime_ns)
+    if mark.is_file() and mark.read_text() == time_of:
+        return True
+    digest = _empty(entry)
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    if digest.hexdigest() != entry.etag:
+        return False
+    _mark(path)
+    return True
+
+
+def _mark(path: Path) -> None:
+    if path.parent.name == "blobs":  # never in a snapshot, whose files are copied
+        with suppress(OSError):  # a cache that others own
+            path.with_name(f"{path.name}.loratools.checked").write_text(str(path.stat().st_mtime_ns))
+
+
+def _empty(entry: Entry) -> Any:
+    return hashlib.sha256() if entry.sha256 else hashlib.sha1(b"blob %d\0" % entry.size)
 
 
 def _into(blob: Path, repository: Repository, name: str, entry: Entry) -> None:
@@ -81,12 +109,15 @@ def _into(blob: Path, repository: Repository, name: str, entry: Entry) -> None:
             return
         growing = _Growing(file, entry)
         with watch.bar(name, entry.size) as told:
+            told(growing.size)
             _fill(growing, repository, name, told)
-        _check(growing.digest.hexdigest(), entry, partial)
+        if (found := growing.digest.hexdigest()) != entry.etag:
+            _refuse(partial, entry, found)
         file.flush()
         os.fsync(file.fileno())
         if partial.exists():  # else the run that was waited for has put it in place
             partial.replace(blob)
+        _mark(blob)
 
 
 class _Growing:
@@ -95,19 +126,16 @@ class _Growing:
     def __init__(self, file: BinaryIO, entry: Entry) -> None:
         self.file, self.entry = file, entry
         file.seek(0)
-        self.size, self.digest = 0, self._empty()
+        self.size, self.digest = 0, _empty(entry)
         while block := file.read(_BLOCK):
             self.size += len(block)
             self.digest.update(block)
         if self.size > entry.size:
             self.clear()
 
-    def _empty(self) -> Any:
-        return hashlib.sha256() if self.entry.sha256 else hashlib.sha1(b"blob %d\0" % self.entry.size)
-
     def clear(self) -> None:
         self.file.truncate(0)
-        self.size, self.digest = 0, self._empty()
+        self.size, self.digest = 0, _empty(self.entry)
 
     def add(self, block: bytes) -> None:
         if self.size + len(block) > self.entry.size:
@@ -143,8 +171,7 @@ def _fill(growing: _Growing, repository: Repository, name: str, told: Callable[[
             time.sleep(waiting(failed, PAUSES[vain - 1]))
 
 
-def _check(found: str, entry: Entry, path: Path) -> None:
-    if found != entry.etag:
-        path.unlink(missing_ok=True)
-        fact = "not the bytes that the Hub has a digest of, and deleted"
-        raise SourceError(fact, found=found, expected=entry.etag, remedy="run it again")
+def _refuse(path: Path, entry: Entry, found: str) -> NoReturn:
+    path.unlink(missing_ok=True)
+    fact = "not the bytes that the Hub has a digest of, and deleted"
+    raise SourceError(fact, found=found, expected=entry.etag, remedy="run it again")

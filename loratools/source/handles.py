@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 
 from loratools.errors import FormatError, SourceError
@@ -64,6 +65,11 @@ class Placeholder(ABC):
 
 _PLACEHOLDERS: dict[str, Placeholder] = {}
 _NAMES: dict[str, str] = {}
+_LACKING: dict[str, tuple[str, ...]] = {}
+
+
+class NotFetched(SourceError):
+    """Data that lie beyond what was fetched with the header."""
 
 
 def open_at(path: Path) -> Source:
@@ -99,9 +105,19 @@ def forget(placeholders: dict[str, Placeholder]) -> None:
         _PLACEHOLDERS.pop(path, None)
 
 
-def call(root: Path, name: str) -> None:
-    """Let a folder, and all that lies in it, be called by a repository's name."""
+def call(root: Path, name: str, lacking: Iterable[str] = ()) -> None:
+    """Let a folder, and all that lies in it, be called by a repository's name; it may lack files that the repository has."""
     _NAMES[os.fspath(root)] = name
+    _LACKING[os.fspath(root)] = tuple(lacking)
+
+
+def lacking(folder: Path) -> list[str]:
+    """The files of a repository's folder that were not downloaded, relative to it."""
+    for root in (folder, *folder.parents):
+        if (names := _LACKING.get(os.fspath(root))) is not None:
+            paths = [root / name for name in names]
+            return [path.relative_to(folder).as_posix() for path in paths if folder in path.parents and not path.exists()]
+    return []
 
 
 def name_of(path: str | Path) -> str:

@@ -45,6 +45,7 @@ class Repository:
         from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
         self.place = place
+        self.requests = 1  # besides those that were only sent on, or failed in passing
         with refusals(place):
             info = again(lambda: HfApi().model_info(place.repo, revision=place.revision, files_metadata=True, timeout=HF_HUB_ETAG_TIMEOUT))
         if info.sha is None:
@@ -71,6 +72,7 @@ class Repository:
         stop = min(stop, self.files[file].size)
         if stop <= start:
             return b""
+        self.requests += 1
         with refusals(self.shown(file)):
             return again(lambda: self._read(file, start, stop))
 

@@ -7,6 +7,7 @@ nothing half-read can be taken for the whole.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import tempfile
@@ -21,6 +22,8 @@ from loratools.source.place import Place
 from loratools.source.remote import Repository, refusals
 
 AHEAD = 1 << 16  # bytes read of a file whose header's length is not known, and so the most that are read in vain
+REQUESTS = 3  # for an adapter: no more are made for the sake of small tensors alone
+SMALL = 8  # elements
 HEADER_LIMIT = 100_000_000
 _LEAST = len('"":{"dtype":"U8","shape":[],"data_offsets":[0,0]},')  # that a header takes for a tensor, besides its name
 TEXT_LIMIT = 1 << 27  # of a file that is read whole, such as a config or an index
@@ -115,21 +118,37 @@ class Ranged(handles.Source):
     def __init__(self, repository: Repository, name: str, ahead: int) -> None:
         self.repository, self.name, self.size = repository, name, repository.files[name].size
         self._data = repository.read(name, 0, ahead)
+        self._apart = (0, b"")  # small tensors that lie beyond, and where
         self._end = self.size if len(self._data) < 8 else min(self.size, 8 + struct.unpack("<Q", self._data[:8])[0])
 
     def readinto(self, buffer: memoryview, offset: int) -> int:
         stop = min(offset + len(buffer), self.size)
         if stop > len(self._data) and stop <= self._end:
-            self._data += self.repository.read(self.name, len(self._data), self._end)
-        if stop > len(self._data):
-            raise NotFetched("its data are not read from afar", file=str(self.repository.shown(self.name)), remedy="--values downloads it")
+            self._data += self.repository.read(self.name, len(self._data), self._end + AHEAD)
+        start, data = 0, self._data
+        if stop > len(data):
+            start, data = self._small()
+        if not start <= offset or stop > start + len(data):
+            fact = "its data are not read from afar"
+            raise handles.NotFetched(fact, file=str(self.repository.shown(self.name)), remedy="--values downloads it")
         count = max(stop - offset, 0)
-        buffer[:count] = self._data[offset:stop]
+        buffer[:count] = data[offset - start : stop - start]
         return count
 
-
-class NotFetched(SourceError):
-    """Data that lie beyond what was fetched with the header."""
+    def _small(self) -> tuple[int, bytes]:
+        """The tensors of few elements that lie beyond, such as alphas: by one request, if one is left and they lie close."""
+        if not self._apart[1] and self.repository.requests < REQUESTS:
+            table = json.loads(self._data[8 : self._end])
+            spans = [
+                tuple(self._end + place for place in entry["data_offsets"])
+                for name, entry in table.items()
+                if name != "__metadata__" and math.prod(entry["shape"]) <= SMALL
+            ]
+            beyond = [span for span in spans if span[1] > len(self._data)]
+            first, last = min(span[0] for span in beyond), max(span[1] for span in beyond)
+            if last - first <= self._end + AHEAD - len(self._data):
+                self._apart = first, self.repository.read(self.name, first, last)
+        return self._apart
 
 
 class Hints:

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from tests.hub.server import Hub
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 60.0
+Done: TypeAlias = subprocess.CompletedProcess[str]
+
+
+class Worker:
+    """The process of tests/hub/worker.py, which ends when its stdin does."""
+
+    def __init__(self) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "tests.hub.worker"]
+        self.process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, asked: dict[str, Any]) -> Done:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
+            self.process.kill()
+            worker.cache_clear()
+            raise subprocess.TimeoutExpired(asked["words"] or "python", TIMEOUT)
+        return subprocess.CompletedProcess(asked["words"], **json.loads(self.process.stdout.readline()))
+
+
+@lru_cache(maxsize=1)
+def worker() -> Worker:
+    return Worker()
 
 
 @dataclass
@@ -32,15 +63,20 @@ class Client:
         token = {"HF_TOKEN": self.token} if self.token is not None else {}
         return kept | made | token | self.settings | more
 
-    def loratools(self, *words: str | Path, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
-        """`loratools WORDS…`; settings are variables of its environment."""
-        command = [sys.executable, "-m", "loratools", *map(str, words)]
-        return subprocess.run(command, env=self.environment(**settings), capture_output=True, text=True, timeout=60, cwd=cwd or self.home)
+    def loratools(self, *words: str | Path, cwd: Path | None = None, fresh: bool = False, **settings: str) -> Done:
+        """`loratools WORDS…`; settings are variables of its environment. `fresh` starts an interpreter for it."""
+        return self._run([*map(str, words)], None, cwd or self.home, fresh, settings)
 
-    def python(self, code: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    def python(self, code: str, *, fresh: bool = False, **settings: str) -> Done:
         """A few lines of Python."""
-        command = [sys.executable, "-c", textwrap.dedent(code)]
-        return subprocess.run(command, env=self.environment(**settings), capture_output=True, text=True, timeout=60, cwd=self.home)
+        return self._run([], textwrap.dedent(code), self.home, fresh, settings)
+
+    def _run(self, words: list[str], code: str | None, cwd: Path, fresh: bool, settings: dict[str, str]) -> Done:
+        environment = self.environment(**settings)
+        if not fresh:
+            return worker().run({"words": words, "code": code, "cwd": str(cwd), "environment": environment})
+        command = [sys.executable, *(["-c", code] if code is not None else ["-m", "loratools", *words])]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT, cwd=cwd)
 
     @property
     def cache(self) -> Path:
