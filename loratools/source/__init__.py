@@ -3,7 +3,8 @@
     local(path, choose)     a path as one on disk, what is needed of a repository downloaded
     headers(path)           a path to read headers at; of a repository a folder of its files' names, read by range when opened
 
-Only `cache.py`, `remote.py` and `download.py` import huggingface_hub, when a path is a repository's. spec/hub.md tells what is asked for.
+Only `cache.py`, `remote.py`, `download.py` and `publish.py` import huggingface_hub, when a path is a repository's. spec/hub.md tells
+what is asked for.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def report(
     >>> report("adapter/", "report.html")["adapters"][0]["modules_total"]  # doctest: +SKIP
     72
     """
-    given = [Path(path) for path in ([adapters] if isinstance(adapters, str | Path) else adapters)]
+    given = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     _check(given)
     target = check_output(out, overwrite=overwrite, inputs=paths(reading, given, base))
     if target.is_dir():
@@ -68,23 +68,23 @@ def report(
     return data
 
 
-def _check(given: Sequence[Path]) -> None:
+def _check(given: Sequence[str | Path]) -> None:
     faults: list[LoratoolsError] = []
     if not given:
         raise OptionError("a report is of one adapter or more")
     real = Counter(os.path.realpath(path) for path in given)
     for path in dict.fromkeys(given):
-        if not path.exists():
-            faults.append(FormatError("no such file or folder", file=path))
-        elif real[os.path.realpath(path)] > 1:
+        if not Path(path).exists():
+            continue  # reading it tells whether it is a repository's
+        if real[os.path.realpath(path)] > 1:
             faults.append(OptionError("given twice", file=path))
-        elif not holds_adapter(path):
+        elif not holds_adapter(Path(path)):
             faults.append(FormatError("a report is of adapters, and this is a checkpoint", file=path, remedy="give it with --base"))
     raise_all(faults)
 
 
 def _data(
-    given: Sequence[Path], known: Sequence[Adapter], on: Base | None, reading: Reading, threads: int | None,
+    given: Sequence[str | Path], known: Sequence[Adapter], on: Base | None, reading: Reading, threads: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
     total = sum(touched(adapter, on) + sum(f.stat().st_size for f in adapter.files if f.suffix != ".json") for adapter in known)
@@ -113,7 +113,7 @@ def _data(
     }
 
 
-def labels(given: Sequence[Path]) -> list[str]:
+def labels(given: Sequence[str | Path]) -> list[str]:
     """What each adapter is called: its last name, or as much of its path as tells it from the others.
 
     >>> labels([Path("a/style.safetensors"), Path("x/lora"), Path("y/lora")])

@@ -13,12 +13,12 @@ from loratools.workflows._checking import look
 from loratools.workflows.targets import names
 
 
-def findings(path: Path, on: Base | None, reading: Reading) -> list[dict[str, Any]]:
+def findings(path: str | Path, on: Base | None, reading: Reading) -> list[dict[str, Any]]:
     """A row for each target: its findings and notes, or in `failed` why the adapter cannot be looked at for it."""
     return [_row(path, target, on, reading) for target in names()]
 
 
-def _row(path: Path, target: str, on: Base | None, reading: Reading) -> dict[str, Any]:
+def _row(path: str | Path, target: str, on: Base | None, reading: Reading) -> dict[str, Any]:
     row: dict[str, Any] = {"target": target, "title": target, "findings": [], "failed": None}
     try:
         seen = look(path, target, on, dict(reading))

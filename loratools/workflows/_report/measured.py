@@ -32,7 +32,7 @@ Row = dict[str, Any]
 Told = Callable[[int], None]  # is told how many bytes were done
 
 
-def measured(path: Path, adapter: Adapter, on: Base | None, reading: Reading, told: Told) -> Row:
+def measured(path: str | Path, adapter: Adapter, on: Base | None, reading: Reading, told: Told) -> Row:
     """An adapter's facts, its warnings, its receipts, and a row for each module; `adapter` is under the base's names if there is one.
 
     A row has inspect's fields, `norm` (‖W′ − W‖; without a base ‖ΔW‖, of a DoRA its direction's), `weight` (‖W‖), `share` (their
