@@ -21,7 +21,7 @@ from loratools.cli._say import notes, say, say_json
 @options.reading
 @options.together(options.as_json, options.quiet)
 def command(path: str, repo: str, as_json: bool, quiet: bool, **words: Any) -> None:
-    """Publish an adapter or a merged model on the Hugging Face Hub.
+    """Publish an adapter or a merge on the Hub, with a model card.
 
     Weights, config, receipt and a card go up in one commit; whatever else the folder holds stays, and is listed. The card tells what
     it is, how it is loaded, how it was made and what its limits are; prose and keys that a README.md has already are kept. Who may

@@ -31,6 +31,8 @@ from loratools.formats.peft_tokens import MARKER
 from loratools.formats.peft_writing import WRITTEN_FOR, patterned, saved, shortest
 from loratools.tensorfile import Ref
 
+NOTHING = "dummy-target-modules"  # peft 0.21.2 utils/constants.py::DUMMY_TARGET_MODULES: without it peft refuses whole tensors alone
+
 
 def encode(adapter: Adapter) -> Container:
     """The adapter as peft's config and tensors; factors and magnitudes keep their bytes.
@@ -55,9 +57,6 @@ def encode(adapter: Adapter) -> Container:
         fault = _take(name, delta, lows, magnitudes, whole, biases)
         faults += [fault] if fault else []
     faults += _mixed(lows, magnitudes, biases)
-    if not faults and not lows and not tokens:
-        fact = "peft loads no LoRA without a module that it targets"
-        faults += [NotExpressible(fact, tensor=name, remedy="--format loratools keeps it, or merge it into the base") for name in whole]
     raise_all(faults)
     config = _config(adapter, lows, magnitudes, biases, tokens)
     tensors = _tensors(lows, magnitudes, biases)
@@ -135,7 +134,7 @@ def _config(
         "use_rslora": rslora, "use_dora": bool(magnitudes), "lora_bias": bool(biases), "bias": "none",
         "fan_in_fan_out": any(transposed) if any(low.layer != "unknown" for low in lows.values()) else bool(carried.get("fan_in_fan_out")),
         "init_lora_weights": True,
-        "target_modules": sorted(targeted),
+        "target_modules": sorted(targeted) if lows or tokens else NOTHING,
         "modules_to_save": None,
         **({"trainable_token_indices": {module: list(rows.indices) for module, rows in sorted(tokens.items())}} if tokens else {}),
     }  # fmt: skip

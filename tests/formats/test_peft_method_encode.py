@@ -79,8 +79,6 @@ def test_what_the_method_cannot_say(case: str) -> None:
         encode(source, "peft")
 
 
-def test_nothing_but_whole_tensors_is_no_adapter_of_pefts() -> None:
-    with pytest.raises(NotExpressible, match=r"norm\.weight: peft loads no LoRA without a module that it targets; --format"):
-        encode(Adapter({"norm.weight": Replacement(value=near_one(Draw(), 4))}), "peft")
-
-
+def test_of_whole_tensors_alone_peft_is_told_to_target_nothing() -> None:
+    config = encode(Adapter({"norm.weight": Replacement(value=near_one(Draw(), 4))}), "peft").config
+    assert config is not None and config["target_modules"] == "dummy-target-modules" and config["modules_to_save"] == ["norm"]

@@ -12,7 +12,7 @@ from loratools.deltas.laid import Unsettled
 from loratools.deltas.rotated import Rotated
 from loratools.errors import FormatError, LoratoolsError, ShapeError, UnsupportedError
 from loratools.formats import load
-from loratools.formats.peft_rotations import _divisor
+from loratools.formats.peft_turned_encode import divisor
 from tests.deltas.apply import applied
 from tests.files import write_adapter
 from tests.strategies import randn
@@ -65,7 +65,7 @@ def test_a_bound_is_shared_out_among_the_blocks(tmp_path: Path) -> None:
 def test_blocks_of_the_nearest_size_that_divides(tmp_path: Path) -> None:
     assert rotation(tmp_path / "a", oft_block_size=5).extent() == 12
     assert rotation(tmp_path / "b", oft_block_size=0, r=3).extent() == 12
-    assert [_divisor(12, wanted) for wanted in (1, 5, 8, 9, 10, 11, 12, 40)] == [1, 4, 6, 6, 12, 12, 12, 12]
+    assert [divisor(12, wanted) for wanted in (1, 5, 8, 9, 10, 11, 12, 40)] == [1, 4, 6, 6, 12, 12, 12, 12]
 
 
 FAULTS: dict[str, tuple[dict[str, Any], type[LoratoolsError], str]] = {

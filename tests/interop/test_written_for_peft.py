@@ -36,7 +36,7 @@ ROTATED = {"rtol": 2e-6, "atol": 2e-6}
 MAKE = {
     "linear": lambda: nn.Linear(IN, OUT, bias=False), "bias": lambda: nn.Linear(IN, OUT), "convolution 1×1": lambda: nn.Conv2d(IN, OUT, 1),
     "convolution 3×3": lambda: nn.Conv2d(IN, OUT, 3), "embedding": lambda: nn.Embedding(MANY, IN),
-    "Conv1D, stored (in, out)": lambda: Conv1D(OUT, IN), "norm": lambda: nn.LayerNorm(OUT),
+    "Conv1D, stored (in, out)": lambda: Conv1D(OUT, IN), "norm": lambda: nn.RMSNorm(OUT),
 }  # fmt: skip
 
 
