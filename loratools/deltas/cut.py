@@ -7,11 +7,12 @@ changes that share A are B's one above the other; others are A's one above the o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from loratools.deltas.around import Around
 from loratools.deltas.base import Additive, Delta, Dense
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
@@ -27,20 +28,15 @@ from loratools.tensors import read_tensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loratools.deltas.seeded import Bank
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Cut(Additive):
+class Cut(Around, Additive):
     """ΔW[start:stop] of any difference, as the change of a weight that is those rows."""
 
     delta: Additive
     start: int
     stop: int
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.delta.kind
 
     @property
     def reproducible(self) -> bool:  # type: ignore[override]
@@ -57,22 +53,6 @@ class Cut(Additive):
         whole = replace(base, shape=(self.delta.shape()[0], *base.shape[1:]))
         dense = self.delta.bind_dense(whole, scale, device)
         return lambda part: dense(slice(part.start + self.start, part.stop + self.start))
-
-    @property
-    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
-        return self.delta.draws
-
-    def drawn(self, bank: Bank) -> Self:
-        return replace(self, delta=self.delta.drawn(bank))
-
-    def facts(self) -> dict[str, Any]:
-        return self.delta.facts()
-
-    def refs(self) -> dict[str, Ref]:
-        return self.delta.refs()
-
-    def map(self, fn: Callable[[Ref], Ref]) -> Self:
-        return replace(self, delta=self.delta.map(fn))
 
 
 def cut(delta: Delta, start: int, stop: int) -> Delta:

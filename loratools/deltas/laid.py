@@ -5,32 +5,26 @@ transformers' `Conv1D` stores (in, out). `Unsettled` and `WherePresent` are what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from loratools.deltas.around import Around
 from loratools.deltas.base import Additive, Bound, Delta, Dense, Read
 from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.modulated import Modulated
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.tensorfile import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loratools.deltas.seeded import Bank
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Wrapped(Delta):
-    """Another delta under a condition; it has that one's kind, tensors and facts."""
-
-    delta: Delta
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.delta.kind
+class _Wrapped(Around):
+    """Another delta under a condition."""
 
     @property
     def needs_base(self) -> bool:
@@ -41,22 +35,6 @@ class _Wrapped(Delta):
 
     def bind(self, base: Spec | None, read: Read, device: str = "cpu") -> Bound:
         raise AssertionError("resolve the adapter first")
-
-    @property
-    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
-        return self.delta.draws
-
-    def drawn(self, bank: Bank) -> Self:
-        return replace(self, delta=self.delta.drawn(bank))
-
-    def facts(self) -> dict[str, Any]:
-        return self.delta.facts()
-
-    def refs(self) -> dict[str, Ref]:
-        return self.delta.refs()
-
-    def map(self, fn: Callable[[Ref], Ref]) -> Self:
-        return replace(self, delta=self.delta.map(fn))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,14 +114,10 @@ class Turned(_Wrapped):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TurnedAdditive(Additive):
+class TurnedAdditive(Around, Additive):
     """W′ = W + ΔWᵀ for a ΔW that is told of (out, in) and a weight stored (in, out)."""
 
     delta: Additive
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.delta.kind
 
     @property
     def reproducible(self) -> bool:  # type: ignore[override]
@@ -180,19 +154,3 @@ class TurnedAdditive(Additive):
     def product(self, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
         found = self.delta.product(device)
         return None if found is None else (found[1].T.contiguous(), found[0].T.contiguous())
-
-    @property
-    def draws(self) -> tuple[Bank, tuple[int, ...]] | None:
-        return self.delta.draws
-
-    def drawn(self, bank: Bank) -> Self:
-        return replace(self, delta=self.delta.drawn(bank))
-
-    def facts(self) -> dict[str, Any]:
-        return self.delta.facts()
-
-    def refs(self) -> dict[str, Ref]:
-        return self.delta.refs()
-
-    def map(self, fn: Callable[[Ref], Ref]) -> Self:
-        return replace(self, delta=self.delta.map(fn))

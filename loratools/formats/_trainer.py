@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError, raise_all
 from loratools.formats._heads import REMEDY, Heads, heads_of, rows_of, text_config
 from loratools.formats._pieces import Piece, Waiting, apart, piece_of, together
+from loratools.formats.base import Container, ReadOptions
 from loratools.layouts.trainers import Family, Leaf, Row, families, family_of, named
 
 
@@ -34,6 +35,52 @@ class Model:
             known = ", ".join(name for family in families(trainer) for name in family.types)
             raise FormatError(f"how {trainer} names this model's modules is not known here", found=kind, expected=f"one of {known}")
         return cls(family, heads_of(config), config)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A trainer's adapter: read by what lies beside it, and once more when the config of its base is known.
+
+    `depends` is what depends on the model, for the message where nothing tells which it is.
+    """
+
+    container: Container
+    options: ReadOptions
+    depends: ClassVar[str] = "what its modules are in transformers"
+
+    def now(self) -> Adapter:
+        """The adapter as far as its own files tell of its model, and the rest of it as `pending`."""
+        try:
+            return replace(self.adapter(self.beside), pending=self.pending)
+        except LoratoolsError as error:
+            raise error.at(file=self.container.path) from None
+
+    def pending(self, config: Mapping[str, Any]) -> Adapter:
+        """The adapter by the config of its base. Raises MatchError where its own has other heads, AmbiguousError where neither tells."""
+        try:
+            if not text_config(config or self.beside).get("model_type"):
+                raise self.unknown()
+            own, there = heads_of(self.beside), heads_of(config)
+            if own and there and own != there:
+                raise MatchError("its heads, in config.json, are not the base's", found=own, expected=there)
+            return self.adapter(config or self.beside)
+        except LoratoolsError as error:
+            raise error.at(file=self.container.path) from None
+
+    @property
+    def beside(self) -> Mapping[str, Any]:
+        """The model's config.json beside the file, or nothing."""
+        found: Mapping[str, Any] = self.container.beside.get("config.json", {})
+        return found
+
+    @classmethod
+    def unknown(cls) -> AmbiguousError:
+        fact = f"{cls.depends} depends on the model, which nothing tells"
+        return AmbiguousError(fact, remedy="give --base the model, or put its config.json beside the adapter")
+
+    def adapter(self, config: Mapping[str, Any]) -> Adapter:
+        """The adapter of a model with this config, its modules under the trainer's own names where it tells none."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

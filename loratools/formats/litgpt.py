@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, stacked
 from loratools.formats._scale import only
 from loratools.formats._sides import write_yaml
-from loratools.formats._trainer import Model, Part, deltas_of, modules_of, waiting
+from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.litgpt_files import FILE, HYPER, hyperparameters, model_config
 from loratools.formats.litgpt_qkv import parts_of
@@ -48,20 +48,16 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     Raises AmbiguousError without an alpha and for modules whose slots or rows nothing tells, FormatError for strays and incomplete
     modules, MatchError where the base has other heads, ShapeError.
     """
-    reading = _Reading(container, options or ReadOptions())
-    try:
-        return replace(reading.adapter({}), pending=reading.pending)
-    except LoratoolsError as error:
-        raise error.at(file=container.path) from None
+    return _Reading(container, options or ReadOptions()).now()
 
 
-@dataclass(frozen=True)
-class _Reading:
-    container: Container
-    options: ReadOptions
+class _Reading(Reading):
+    @property
+    def beside(self) -> Mapping[str, Any]:
+        return {}  # litgpt's own files tell its model
 
     def pending(self, config: Mapping[str, Any]) -> Adapter:
-        """The adapter once the config of its base is known."""
+        """Its side files may tell as much as a config: what neither does is a fault of its module."""
         try:
             return self.adapter(config, strict=True)
         except LoratoolsError as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ from loratools.errors import (
     UnsupportedError,
     raise_all,
 )
-from loratools.formats._heads import rows_of, text_config
+from loratools.formats._heads import rows_of
 from loratools.formats._pieces import Piece
 from loratools.formats._scale import only
 from loratools.formats._sides import write_yaml
-from loratools.formats._trainer import Model, Part, deltas_of, modules_of, waiting
+from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import Container, ReadOptions, write_tensors
 from loratools.formats.nemo_files import CONFIG, OLDER, RUN, Told, run_config, told
 from loratools.tensorfile import Ref
@@ -56,28 +56,10 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     Raises AmbiguousError without an alpha, FormatError for strays, incomplete modules and models whose names are not known, MatchError
     where the base has other heads, UnsupportedError for LoRA of experts, ShapeError.
     """
-    reading = _Reading(container, options or ReadOptions())
-    try:
-        return replace(reading.adapter(container.beside.get("config.json", {})), pending=reading.pending)
-    except LoratoolsError as error:
-        raise error.at(file=container.path) from None
+    return _Reading(container, options or ReadOptions()).now()
 
 
-@dataclass(frozen=True)
-class _Reading:
-    container: Container
-    options: ReadOptions
-
-    def pending(self, config: Mapping[str, Any]) -> Adapter:
-        """The adapter once the config of its base is known."""
-        beside = self.container.beside.get("config.json", {})
-        try:
-            if not text_config(config or beside).get("model_type"):
-                raise _unknown()
-            return self.adapter(config or beside)
-        except LoratoolsError as error:
-            raise error.at(file=self.container.path) from None
-
+class _Reading(Reading):
     def adapter(self, config: Mapping[str, Any]) -> Adapter:
         said, model = told(self.container.beside), Model.of(NAME, config)
         alpha = self._alpha(said)
@@ -89,7 +71,7 @@ class _Reading:
             try:
                 piece = _piece(pair, alpha, said)
                 if model.family is None:
-                    deltas |= [waiting(module, piece, _unknown())]
+                    deltas |= [waiting(module, piece, self.unknown())]
                 else:
                     parts += _parts(module, piece, model)
             except LoratoolsError as error:
@@ -106,11 +88,6 @@ class _Reading:
             fact = f"no alpha in the file: it is in NeMo's {CONFIG}, in Megatron-Bridge's {RUN}"
             raise AmbiguousError(fact, remedy="put that beside it, or give the alpha with --alpha-in A")
         return float(alpha)
-
-
-def _unknown() -> AmbiguousError:
-    fact = "what its modules are in transformers depends on the model, which nothing tells"
-    return AmbiguousError(fact, remedy="give --base the model, or put its config.json beside the adapter")
 
 
 def _piece(pair: Mapping[str, Ref], alpha: float, said: Told) -> Piece:

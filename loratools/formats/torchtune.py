@@ -12,18 +12,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
-from loratools.formats._heads import rows_of, text_config
+from loratools.formats._heads import rows_of
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, picked
 from loratools.formats._scale import only
-from loratools.formats._trainer import Model, Part, deltas_of, modules_of, waiting
+from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import CONFIG, Container, ReadOptions
 from loratools.layouts.trainers import Leaf
 from loratools.tensorfile import Ref
@@ -45,27 +44,11 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     Raises AmbiguousError without an alpha, FormatError for strays, incomplete modules and models whose names are not known,
     UnsupportedError for LoRA of experts, ShapeError.
     """
-    reading = _Reading(container, options or ReadOptions())
-    try:
-        return replace(reading.adapter(container.beside.get("config.json", {})), pending=reading.pending)
-    except LoratoolsError as error:
-        raise error.at(file=container.path) from None
+    return _Reading(container, options or ReadOptions()).now()
 
 
-@dataclass(frozen=True)
-class _Reading:
-    container: Container
-    options: ReadOptions
-
-    def pending(self, config: Mapping[str, Any]) -> Adapter:
-        """The adapter once the config of its base is known."""
-        beside = self.container.beside.get("config.json", {})
-        try:
-            if not text_config(config or beside).get("model_type"):
-                raise _unknown()
-            return self.adapter(config or beside)
-        except LoratoolsError as error:
-            raise error.at(file=self.container.path) from None
+class _Reading(Reading):
+    depends = "whether rows of q and k are permuted, and what its modules are,"
 
     def adapter(self, config: Mapping[str, Any]) -> Adapter:
         model, _ = Model.of(NAME, config), self._stated()
@@ -93,7 +76,7 @@ class _Reading:
         A = pair["lora_a.weight"]
         piece = Piece(A, pair["lora_b.weight"], self._alpha(A), pair.get("magnitude"))
         if model.family is None:
-            return waiting(module, piece, _unknown())
+            return waiting(module, piece, self.unknown())
         found = model.family.module(module)
         if found is None:
             raise FormatError(f"not a module that torchtune has in a {model.family.name}", expected=", ".join(_leaves(model)))
@@ -121,11 +104,6 @@ class _Reading:
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise FormatError(f"{CONFIG}: lora_alpha", found=alpha, expected="a number")
         return float(alpha)
-
-
-def _unknown() -> AmbiguousError:
-    fact = "whether rows of q and k are permuted, and what its modules are, depends on the model, which nothing tells"
-    return AmbiguousError(fact, remedy="give --base the model, or put its config.json beside the adapter")
 
 
 def _leaves(model: Model) -> list[str]:

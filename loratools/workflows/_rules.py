@@ -152,7 +152,7 @@ def _taken(subject: Subject, per: str, rslora: bool) -> Callable[[LowRank], floa
         return lambda low: 1.0
     config = subject.config if subject.config is not None and "peft_type" in subject.config else None
     if config is not None:
-        alpha, r = float(config.get("lora_alpha") or 8), int(config.get("r") or 8)
+        alpha, r = (8 if config.get(word) is None else config[word] for word in ("lora_alpha", "r"))  # peft's own defaults
         flagged = rslora and bool(config.get("use_rslora"))
         return lambda low: alpha / (math.sqrt(r) if flagged else r if per == "config" else low.rank)
     usual = Counter(round(low.scaling * (low.rank if per == "tensor" else 1), 9) for _, low in subject.lows).most_common(1)

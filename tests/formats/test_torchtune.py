@@ -14,7 +14,16 @@ import loratools
 from loratools.adapter import Adapter
 from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, OptionError, ShapeError, UnsupportedError
+from loratools.errors import (
+    AmbiguousError,
+    FormatError,
+    LoratoolsError,
+    MatchError,
+    NotExpressible,
+    OptionError,
+    ShapeError,
+    UnsupportedError,
+)
 from loratools.formats import FORMATS
 from loratools.formats.base import Container, ReadOptions, open_container
 from loratools.formats.torchtune import decode, encode
@@ -209,3 +218,13 @@ def test_what_else_it_cannot_say(tmp_path: Path) -> None:
         encode(Adapter({"model.layers.0.self_attn.q_proj.weight": low()}, model={"model_type": "llama"}))
     with pytest.raises(OptionError, match="a folder of weights and a config"):
         loratools.save(Adapter({v: low()}, model=CONFIG), tmp_path / "out.pt", format="torchtune")
+
+
+def test_its_own_config_and_the_bases_must_have_the_same_heads() -> None:
+    """Rows of q and k lie by the heads: of another model's they would be permuted to other places, and fit all the same."""
+    read = decode(container(state()))
+    assert read.pending is not None
+    assert bytes_of(read.pending(CONFIG)) == bytes_of(read)
+    other = {**CONFIG, "num_attention_heads": 8, "num_key_value_heads": 4}  # of half the size
+    with pytest.raises(MatchError, match=r"its heads, in config\.json, are not the base's: found .*, expected "):
+        read.pending(other)

@@ -16,12 +16,13 @@ import torch
 import loratools
 from loratools.adapter import Adapter
 from loratools.deltas.full import Replacement
+from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
 from loratools.formats import save
 from loratools.ops._base import Base
-from loratools.tensors import read_tensor
+from loratools.tensors import read_tensor, to_ref
 from loratools.workflows._checking import Finding, findings, strikes
-from loratools.workflows._rules import Subject, hits
+from loratools.workflows._rules import Subject, hits, scale
 from loratools.workflows._weights import weights
 from loratools.workflows.targets import Rule, names, target_of
 from tests.ops._lora import dense
@@ -221,3 +222,11 @@ def test_why_a_change_beside_its_base_has_no_size(tmp_path: Path) -> None:
     assert found == {
         "head.weight": "the base has no such tensor to compare it with", "score.weight": "it is of another shape than the base's",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("alpha", "found"), [(0, 0), (4, 1)])
+def test_an_alpha_of_0_is_no_missing_one(alpha: float, found: int) -> None:
+    """The config's alpha against a LoRA whose scaling is 0: where both are, nothing is mis-scaled; a missing one is peft's 8."""
+    idle = LowRank(A=to_ref(torch.ones(2, 3)), B=to_ref(torch.ones(4, 2)), alpha=0.0)
+    given = Subject(Adapter({"q.weight": idle}), ("peft",), config=CONFIG | {"lora_alpha": alpha})
+    assert len(list(scale(given))) == found
