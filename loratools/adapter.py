@@ -32,10 +32,10 @@ class Adapter(Mapping[str, Delta]):
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
     are what a person should be told; `left` counts the deltas that a base should have a tensor for, and had none; `initial` are
     the files of the adapter as it was initialised, where its own do not tell what it means; names of a `flat` one have underscores
-    for dots (`flatnames`); of one whose file counts modules instead of naming them, `numbered` puts its deltas under a base's names,
-    and leaves as they are those that the base tells nothing of. `pending` makes, of the `config.json` of the base that it meets, the
-    adapter that its file could not tell without, and `model` is that config once it has met one: what formats need that are written
-    for one model.
+    for dots (`flatnames`); of one whose file counts modules instead of naming them, or that may be of stacks, `numbered` puts its deltas
+    under a base's names, and leaves as they are those that the base tells nothing of. `pending` makes, of the `config.json` of the base
+    that it meets, the adapter that its file could not tell without, and `model` is that config once it has met one: what formats need
+    that are written for one model.
     """
 
     deltas: Mapping[str, Delta]

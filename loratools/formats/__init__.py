@@ -101,11 +101,16 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     if adapter.flat and row.name in _DOTTED:
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
         raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
-    counted = next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
-    if counted is not None and row.name != adapter.format:
+    number = counted(adapter)
+    if number is not None and row.name != adapter.format:
         fact = "its file counts modules instead of naming them, and which this is only the base tells"
-        raise NotExpressible(fact, file=adapter.path, tensor=counted, remedy="convert --base gives it the model's names")
+        raise NotExpressible(fact, file=adapter.path, tensor=number, remedy="convert --base gives it the model's names")
     return row.encode(adapter)
+
+
+def counted(adapter: Adapter) -> str | None:
+    """The first of an adapter's modules that its file counts instead of naming it, None where it names them."""
+    return next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
 
 
 _COUNTED = re.compile(r"\w+:\d+\.weight")  # a module's place in the order of a file that has no names

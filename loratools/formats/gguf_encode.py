@@ -20,6 +20,7 @@ from loratools.errors import LoratoolsError, NotExpressible, OptionError, ShapeE
 from loratools.formats._heads import text_config
 from loratools.formats._pieces import Waiting
 from loratools.formats._scale import exact_alpha, only
+from loratools.formats._stacks import Stack
 from loratools.formats.base import Container
 from loratools.formats.gguf import ALPHA, ARCHITECTURE, KIND, NAME, TYPE
 from loratools.formats.gguf_names import (
@@ -33,7 +34,7 @@ from loratools.formats.gguf_names import (
     stated_heads,
     tied_head,
 )
-from loratools.formats.gguf_rows import Stack, filled, interleaved
+from loratools.formats.gguf_rows import filled, interleaved
 from loratools.gguffile import write_gguf
 from loratools.tensorfile import Ref
 

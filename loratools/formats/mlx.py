@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from loratools.adapter import Adapter
@@ -20,10 +22,12 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
-from loratools.families import EMBEDDINGS, matches
-from loratools.formats._derived import member
+from loratools.families import EMBEDDINGS, Family, matches
 from loratools.formats._scale import exact_alpha, only
+from loratools.formats._stacks import Member
 from loratools.formats.base import Container, ReadOptions
+from loratools.formats.mlx_experts import apart, factors, stack_of, together
+from loratools.formats.mlx_tied import both, spoken
 from loratools.tensorfile import Ref
 
 NAME = "mlx"
@@ -49,13 +53,27 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     config = container.config or {}
     try:
         if config.get("fine_tune_type") == "full":
-            deltas: dict[str, Delta] = {name: Replacement(value=ref) for name, ref in container.tensors.items()}
+            deltas: dict[str, Delta] = {}
+            for name, ref in container.tensors.items():
+                deltas |= apart(name, _experts(ref)) or {name: Replacement(value=ref)}
         else:
             deltas = _deltas(container.tensors, config, options)
     except LoratoolsError as error:
         raise error.at(file=container.path) from None
     metadata = {NAME: {name: config[name] for name in ("model", "num_layers", "fine_tune_type") if name in config}}
-    return Adapter(deltas, metadata, {}, container.path, NAME, container.files)
+    adapter = Adapter(deltas, metadata, {}, container.path, NAME, container.files, numbered=together)
+    return adapter if config.get("fine_tune_type") == "full" else replace(adapter, pending=partial(_met, adapter))
+
+
+def _met(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+    """The adapter of a base with this config, which may tie the head to the embedding."""
+    family = Family(config)
+    return replace(adapter, numbered=lambda deltas, base: both(together(deltas, base), base, family))
+
+
+def _experts(ref: Ref) -> list[Delta]:
+    shape = ref.spec.shape
+    return [Replacement(value=Member(ref, index)) for index in range(shape[0])] if len(shape) == 3 else []
 
 
 def _deltas(tensors: Mapping[str, Ref], config: Mapping[str, Any], options: ReadOptions) -> dict[str, Delta]:
@@ -68,10 +86,12 @@ def _deltas(tensors: Mapping[str, Ref], config: Mapping[str, Any], options: Read
         else:
             modules.setdefault(match["module"], {})[match["slot"]] = ref
     scale = _scale(config, options)
-    deltas = {}
+    deltas: dict[str, Delta] = {}
     for module, parts in modules.items():
+        name = f"{module}.weight"
         try:
-            deltas[f"{module}.weight"] = _delta(f"{module}.weight", parts, config, options, scale)
+            made = _delta(name, parts, config, options, scale)
+            deltas |= (isinstance(made, Stacked) and apart(name, made.members)) or {name: made}
         except LoratoolsError as error:
             faults.append(error.at(tensor=f"{module}.{next(iter(parts))}"))
     raise_all(faults)
@@ -105,7 +125,7 @@ def _delta(name: str, parts: Mapping[str, Ref], config: Mapping[str, Any], optio
     a, b = parts["lora_a"], parts["lora_b"]
     left, right = a.spec.shape, b.spec.shape
     if len(left) == len(right) == 3 and left[:2] == (right[0], right[2]):
-        made = [_low(member(a, i), member(b, i), _factor(scale, config, left[1]), "linear") for i in range(left[0])]
+        made = [_low(Member(a, i), Member(b, i), _factor(scale, config, left[1]), "linear") for i in range(left[0])]
         if "m" in parts:
             raise FormatError("a magnitude beside a stack of experts")
         return Stacked(members=tuple(made))
@@ -117,7 +137,7 @@ def _delta(name: str, parts: Mapping[str, Ref], config: Mapping[str, Any], optio
     elif matches(name, options.transposed) and "m" not in parts:
         low = _low(b, a, factor, "transposed")
     else:
-        low = _low(a.T, b.T, factor, "linear")
+        low = _low(a.T, b.T, factor, "unknown")  # MLX lays all weights (out, in), some checkpoints the other way
     if config.get("fine_tune_type") == "dora" and "m" not in parts:
         raise FormatError("fine_tune_type is dora, and the module has no m")
     if "m" not in parts:
@@ -155,7 +175,9 @@ def encode(adapter: Adapter) -> Container:
     tensors: dict[str, Ref] = {}
     scales: dict[str, float] = {}
     ranks: dict[str, float] = {}
-    for name, delta in adapter.items():
+    stacks: dict[str, dict[int, tuple[str, LowRank]]] = {}
+    deltas = spoken(adapter)
+    for name, delta in deltas.items():
         low = delta.direction if isinstance(delta, DoRA) else delta
         matrix = isinstance(low, LowRank) and len(low.A.spec.shape) == 2
         if not isinstance(low, LowRank) or not matrix or not name.endswith(".weight") or adapter.flat:
@@ -166,21 +188,32 @@ def encode(adapter: Adapter) -> Container:
         module = name.removesuffix(".weight")
         if low.layer == "transposed":  # MLX's own model has that weight as (out, in)
             low = low.transposed()
+        scales[name], ranks[name] = low.scaling, float(low.rank)
+        expert = stack_of(name, adapter.model)
+        if expert is not None and isinstance(delta, LowRank):
+            stacks.setdefault(expert[0], {})[expert[1]] = (name, low)
+            continue
         pair = (low.B, low.A) if low.layer == "embedding" else (low.A.T, low.B.T)
         tensors |= {f"{module}.lora_a": pair[0], f"{module}.lora_b": pair[1]}
-        scales[name], ranks[name] = low.scaling, float(low.rank)
         if isinstance(delta, DoRA):
+            if expert is not None:
+                faults.append(NotExpressible("MLX has no DoRA of experts", tensor=name, remedy="convert --kind lora --base"))
             if delta.axis != "out":
                 faults.append(NotExpressible("MLX has DoRA along rows only", tensor=name, remedy="convert --magnitude-axis out --base"))
             tensors[f"{module}.m"] = delta.magnitude.reshape(delta.magnitude.spec.numel)
-    doras = [name for name, delta in adapter.items() if isinstance(delta, DoRA)]
-    if doras and len(doras) < len(adapter):
+    for stack, lows in stacks.items():
+        try:
+            tensors |= {f"{stack}.{slot}": ref for slot, ref in factors(lows, adapter.model).items()}
+        except LoratoolsError as error:
+            faults.append(error)
+    doras = [name for name, delta in deltas.items() if isinstance(delta, DoRA)]
+    if doras and len(doras) < len(deltas):
         faults.append(NotExpressible("MLX's fine_tune_type holds for the whole adapter, and some of it is plain LoRA", tensor=doras[0]))
     raise_all(faults)
     rank = int(only(ranks, "MLX has one rank for all modules: resize --rank makes it one"))
     scale = only(scales, "MLX has one scale for all modules: rescale --bake makes it one")
     carried = dict(adapter.metadata.get(NAME, {}))
-    keys = sorted({re.sub(r"^.*?\.\d+\.", "", name.removesuffix(".weight")) for name in adapter})
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", key.rpartition(".")[0]) for key in tensors})
     config = {
         "model": adapter.metadata.get("peft", {}).get("base_model_name_or_path"), "num_layers": -1, **carried,
         "fine_tune_type": "dora" if doras else "lora",
