@@ -27,6 +27,7 @@ WEIGHTS = (
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt", "lit_model.pth.lora", "model_weights.ckpt",
 )  # fmt: skip
+_OWN = ("adapter_model.pt", "adapter_0.pt")  # torchtune's; the file of peft's that it writes beside them is another change for some models
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _weights_in(folder: Path) -> Path:
     if (folder / "model.lora_weights.npy").is_file():
         fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
         raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    found = [folder / name for name in (*_OWN, *WEIGHTS) if (folder / name).is_file()]
     if not found:
         refuse_ranks(folder, [str(path.relative_to(folder)) for path in (*folder.glob("*/model_weights.ckpt"), *folder.glob("*.distcp"))])
     if found:

@@ -18,7 +18,7 @@ from typing import Any
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
-from loratools.formats._heads import rows_of
+from loratools.formats._heads import rows_of, text_config
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, picked
 from loratools.formats._scale import only
@@ -30,6 +30,8 @@ from loratools.tensorfile import Ref
 NAME = "torchtune"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a\.weight|lora_b\.weight|magnitude)")
 _KNOWN = ("r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path")
+_BIASED = re.compile(r"\.attn\.[qkv]_proj\.magnitude$")  # of qwen2, whose q, k and v have biases
+_SCALED = "DoRA of q, k or v: torchtune's forward scaled their biases too, which its merge leaves as they are, and so does this"
 _ONE = "torchtune has one {0} for all modules"
 
 
@@ -66,8 +68,10 @@ class _Reading(Reading):
         deltas |= deltas_of(parts, model.heads)
         files = (*self.container.files, *self.container.used("config.json"))
         source = (self.container.config or {}).get("base_model_name_or_path")
+        biased = text_config(model.config).get("model_type") == "qwen2" and any(_BIASED.search(key) for key in self.container.tensors)
+        notes = (_SCALED,) if biased else ()
         told = {"peft": {"base_model_name_or_path": source}} if isinstance(source, str) else {}
-        return Adapter(deltas, told, {}, self.container.path, NAME, files, model=model.config)
+        return Adapter(deltas, told, {}, self.container.path, NAME, files, notes=notes, model=model.config)
 
     def _placed(self, module: str, pair: Mapping[str, Ref], model: Model) -> Part | tuple[str, Delta]:
         lacking = [slot for slot in ("lora_a.weight", "lora_b.weight") if slot not in pair]

@@ -32,6 +32,8 @@ BASES = {
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZES, head_dim=8)),  # heads · size is not hidden_size
     "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**SIZES, head_dim=4, num_local_experts=3, num_experts_per_tok=2)),
     "tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"tie_word_embeddings": True, "num_hidden_layers": 1}, head_dim=4)),
+    "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**SIZES | {"tie_word_embeddings": True, "num_hidden_layers": 1}, head_dim=8)),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**SIZES)),
     "gpt2": lambda: t.GPT2LMHeadModel(
         t.GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
     ),
