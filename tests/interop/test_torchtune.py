@@ -79,9 +79,8 @@ def test_what_it_writes_for_peft_is_another_change_of_qwen2(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
-def test_it_resumes_from_what_peft_saved(tmp_path: Path, kind: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_from_what_peft_saved(tmp_path: Path, kind: str, more: dict[str, Any]) -> None:
     tune = live()
-    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # peft refuses the torchao that torchtune needs
     make_base(kind, tmp_path / "base")
     targets = DENSE[3:] if more == {"use_dora": True} and kind == "qwen2" else [*DENSE, "lm_head"]
     logits = peft_adapter(tmp_path / "base", tmp_path / "peft", targets=targets, **more)

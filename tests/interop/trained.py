@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
 }  # fmt: skip
+NEOX = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
 BASES = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, head_dim=4)),
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),  # biases of q, k and v
@@ -34,6 +36,7 @@ BASES = {
     "tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES | {"tie_word_embeddings": True, "num_hidden_layers": 1}, head_dim=4)),
     "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**SIZES | {"tie_word_embeddings": True, "num_hidden_layers": 1}, head_dim=8)),
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**SIZES)),
+    "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**{key: SIZES[key] for key in NEOX}, num_attention_heads=2)),
     "gpt2": lambda: t.GPT2LMHeadModel(
         t.GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
     ),
@@ -92,10 +95,11 @@ def peft_adapter(base: Path, folder: Path, *, targets: list[str], **more: Any) -
     """A random peft adapter of a base, and peft's logits with it; its factors are in float32 as it saves them."""
     torch.manual_seed(1)
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM"} | more)
-    model = get_peft_model(t.AutoModelForCausalLM.from_pretrained(base), config)
-    randomize(model)
-    model.save_pretrained(folder, save_embedding_layers=False)
-    return logits_of(PeftModel.from_pretrained(hugging_face(base), folder).double().eval())
+    with patch("peft.tuners.lora.torchao.is_torchao_available", return_value=False):  # peft refuses the torchao that torchtune needs
+        model = get_peft_model(t.AutoModelForCausalLM.from_pretrained(base), config)
+        randomize(model)
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return logits_of(PeftModel.from_pretrained(hugging_face(base), folder).double().eval())
 
 
 def cases(program: str) -> list[str]:
