@@ -54,7 +54,7 @@ def hyperparameters(adapter: Adapter, rank: int, alpha: float, modules: Sequence
     slots: dict[str, set[tuple[int, ...]]] = {}
     counts: dict[str, int] = {}
     for module in modules:
-        kind = re.sub(r"\d+", "{}", module.name)
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "{}", module.name)  # the 1 of fc_1 is none
         slots.setdefault(kind, set()).add(tuple(sorted(module.pieces)))
         counts[kind] = counts.get(kind, 0) + 1
     blocks = {kind: count for kind, count in counts.items() if kind.startswith("transformer.") and ".experts." not in kind}
