@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import lightning as L
+import lightning
 import litgpt
 import litgpt.model
 import torch
@@ -78,7 +78,8 @@ def train(case: str, base: Path, adapter: Path) -> Tensor:
     for slot in EVERY:
         argv += [f"--lora_{slot}", str(slot in on).lower()]
     torch.manual_seed(0)
-    model = GPT(Config.from_file(lit / "model_config.yaml", lora_r=RANK, lora_alpha=ALPHA, **{f"lora_{slot}": slot in on for slot in EVERY}))
+    enabled = {f"lora_{slot}": slot in on for slot in EVERY}
+    model = GPT(Config.from_file(lit / "model_config.yaml", lora_r=RANK, lora_alpha=ALPHA, **enabled))
     mark_only_lora_as_trainable(model)
     model.load_state_dict(torch.load(lit / "lit_model.pth"), strict=False)
     optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=STEP)
@@ -88,7 +89,7 @@ def train(case: str, base: Path, adapter: Path) -> Tensor:
         optimizer.step()
         optimizer.zero_grad()
     adapter.mkdir(parents=True)
-    save_lora_checkpoint(L.Fabric(devices=1, accelerator="cpu"), model, adapter / "lit_model.pth.lora")
+    save_lora_checkpoint(lightning.Fabric(devices=1, accelerator="cpu"), model, adapter / "lit_model.pth.lora")
     copy_config_files(lit, adapter)
     with patch.object(sys, "argv", argv):
         save_hyperparameters(setup, adapter)
