@@ -151,7 +151,8 @@ def measure(device: str, dtype: torch.dtype, size: int, tokens: tuple[int, int],
             rows.append(
                 {
                     "layer": "DoRALinear" if dora else "LoRALinear", "pass": "forward+backward" if backward else "forward",
-                    "ms": medians, "busy": {name: busy(run) for name, run in runs.items()} if cuda else None, "faster": medians["peft"] / medians["loratools"], "MiB": memory, "difference": difference,
+                    "ms": medians, "busy": {name: busy(run) for name, run in runs.items()} if cuda else None,
+                    "faster": medians["peft"] / medians["loratools"], "MiB": memory, "difference": difference,
                 }
             )  # fmt: skip
     return rows
@@ -173,7 +174,8 @@ def main() -> None:
         print(json.dumps({"device": place, "torch": torch.__version__, "peft": peft.__version__, "size": size, "rows": found}, indent=2))
         return
     print(f"{size}×{size}, rank {RANK}, batch {tokens[0]}×{tokens[1]}; {place}; torch {torch.__version__}, peft {peft.__version__}")
-    print("| dtype | layer | pass | loratools ms | peft ms | faster | loratools MiB | peft MiB | outputs differ by |" + (" loratools GPU ms | peft GPU ms |" if cuda else ""))
+    print("| dtype | layer | pass | loratools ms | peft ms | faster | loratools MiB | peft MiB | outputs differ by |", end="")
+    print(" loratools GPU ms | peft GPU ms |" if cuda else "")
     print("|---|---|---|--:|--:|--:|--:|--:|--:|" + ("--:|--:|" if cuda else ""))
     for dtype, rows in found.items():
         for row in rows:
