@@ -18,7 +18,7 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("source",),
-    ("jsonfile", "linalg", "names", "output", "sidefiles", "tensorfile", "threads"),
+    ("flushing", "jsonfile", "linalg", "names", "output", "sidefiles", "tensorfile", "threads"),
     ("alignment", "families", "flatnames", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "needed", "rounding", "torchfile", "ulps"),
     ("codes",),

@@ -9,39 +9,58 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from loratools.tensorfile import Buffer, Ref
 from loratools.tensorwriter import build_header, canonical
 
 MODEL, LEGACY, SPEC = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
+_BLANK = {MODEL: "0" * 64, LEGACY: "0" * 8, SPEC: "0x" + "0" * 64}
 _START, _LENGTH = 0x100000, 0x10000  # what the older digest looks at
 
 
-def sealed(tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
-    """All digests of these tensors, in one pass over their bytes; that of modelspec only where the metadata has one.
+@dataclass(frozen=True)
+class Seal:
+    """Those of the digests that a file's metadata is to hold, which are taken of its tensors beside their writing.
 
-    >>> sealed({}, {})["sshs_legacy_hash"]
-    'e3b0c442'
+    `blank` has them as zeros: each has one length, so that the file's header has its own before they are known.
     """
-    model, legacy = hashlib.sha256(), hashlib.sha256()
-    specs = canonical({name: ref.spec for name, ref in tensors.items()})
-    header, _, _ = build_header(specs, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    place = 0
-    for block, data in _file(header, (tensors[name] for name in specs)):
-        low, high = max(_START - place, 0), max(_START + _LENGTH - place, 0)
-        legacy.update(block[low:high])
-        place += len(block)
-        if data:
-            model.update(block)
-    found = {MODEL: model.hexdigest(), LEGACY: legacy.hexdigest()[:8]}
-    return found | ({SPEC: f"0x{found[MODEL]}"} if SPEC in metadata else {})
+
+    keys: tuple[str, ...]
+
+    @property
+    def blank(self) -> dict[str, str]:
+        return {key: _BLANK[key] for key in self.keys}
+
+    def taken(self, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
+        """The digests, in one pass over the tensors' bytes; no metadata but what begins with ss_ counts.
+
+        >>> Seal((LEGACY,)).taken({}, {})
+        {'sshs_legacy_hash': 'e3b0c442'}
+        """
+        model, legacy = hashlib.sha256(), hashlib.sha256()
+        specs = canonical({name: ref.spec for name, ref in tensors.items()})
+        header, _, _ = build_header(specs, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+        place = 0
+        for block, data in _file(header, (tensors[name] for name in specs)):
+            low, high = max(_START - place, 0), max(_START + _LENGTH - place, 0)
+            legacy.update(block[low:high])
+            place += len(block)
+            if data:
+                model.update(block)
+        found = {MODEL: model.hexdigest(), LEGACY: legacy.hexdigest()[:8], SPEC: f"0x{model.hexdigest()}"}
+        return {key: found[key] for key in self.keys}
 
 
-def resealed(tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Those digests alone that the metadata has already."""
-    held = [key for key in (MODEL, LEGACY, SPEC) if key in metadata]
-    found = sealed(tensors, metadata) if held else {}
-    return {key: found[key] for key in held}
+def sealed(metadata: Mapping[str, str]) -> Seal:
+    """The seal with kohya's digests; modelspec's only where the metadata has one."""
+    return Seal((MODEL, LEGACY, *([SPEC] if SPEC in metadata else [])))
+
+
+def resealed(metadata: Mapping[str, str]) -> Seal | None:
+    """The seal with those digests alone that the metadata has already."""
+    held = tuple(key for key in _BLANK if key in metadata)
+    return Seal(held) if held else None
 
 
 def _file(header: bytes, refs: Iterator[Ref]) -> Iterator[tuple[memoryview, bool]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError, UnsupportedError, UsageError
 from loratools.formats._archive import read_archive, refuse_ranks
+from loratools.formats._digests import Seal
 from loratools.formats._sides import SideFiles
 from loratools.gguffile import GGUFFile, is_gguf
 from loratools.jsonfile import read_json
@@ -35,8 +37,7 @@ class Container:
 
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
-    returns each tensor's digest, where it is not safetensors. `sealed` gives, of the tensors and the metadata, what more the metadata
-    says that only the tensors' bytes tell.
+    returns each tensor's digest, where it is not safetensors. `seal` are the digests in the metadata that only the tensors' bytes tell.
     """
 
     tensors: Mapping[str, Ref]
@@ -48,8 +49,13 @@ class Container:
     name: str = WEIGHTS[0]
     fields: Mapping[str, Any] = field(default_factory=dict)
     writer: Callable[[Container, Path], dict[str, str]] | None = None
-    sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
+    seal: Seal | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """The metadata that is written, digests that are not taken yet as zeros."""
+        return {**self.metadata, **(self.seal.blank if self.seal else {})}
 
     def used(self, *names: str) -> tuple[Path, ...]:
         """The files `beside` of those names, as far as they were read."""
@@ -191,30 +197,34 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
     """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest.
 
     Without a config it may be a single file: where the name ends in `.safetensors`. A container with a `writer` is written by it.
+    The last bytes are not synced: `output.whole` does that before they are seen.
     """
     if container.writer is not None:
         return container.writer(container, folder)
-    metadata = {**container.metadata, **(container.sealed(container.tensors, container.metadata) if container.sealed else {})}
     if container.config is None and folder.suffix == ".safetensors":
-        return write_tensors(folder, container.tensors, metadata)
+        return write_tensors(folder, container)
     if folder.suffix == ".safetensors":
         expected = "OUT without the ending .safetensors"
         raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
-    if container.config is None:
-        return write_tensors(folder / container.name, container.tensors, metadata)
-    (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return write_tensors(folder / container.name, container.tensors, metadata)
+    if container.config is not None:
+        (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return write_tensors(folder / container.name, container)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Tensors as one safetensors file, in the library's own order, streamed."""
+def write_tensors(path: Path, container: Container) -> dict[str, str]:
+    """The tensors as one safetensors file, in the library's own order, streamed; the seal is taken beside that and put in last."""
+    tensors, seal = container.tensors, container.seal
     specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in tensors.items()})
-    writer = TensorWriter(path, specs, metadata)
+    writer = TensorWriter(path, specs, container.stated)
     try:
-        for name in specs:
-            writer.write(name, _blocks(name, tensors[name]))
-        writer.close()
+        with ThreadPoolExecutor(1) as beside:
+            taken = beside.submit(seal.taken, tensors, container.metadata) if seal else None
+            for name in specs:
+                writer.write(name, _blocks(name, tensors[name]))
+            if taken is not None:
+                writer.restate({**container.metadata, **taken.result()})
+        writer.close(sync=False)
     finally:
         writer.abandon()
     return writer.digests

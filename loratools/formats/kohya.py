@@ -100,7 +100,8 @@ def encode(adapter: Adapter) -> Container:
     stated = carried(adapter)
     indexed = stated.get("ss_network_module") == "networks.oft_flux"
     tensors = spelt_tensors(adapter, _namer(adapter), _LACKING, lambda word, delta: _own(word, delta, indexed=indexed))
-    return Container(tensors | dict(adapter.passengers), network(tensors, stated), sealed=sealed)
+    metadata = network(tensors, stated)
+    return Container(tensors | dict(adapter.passengers), metadata, seal=sealed(metadata))
 
 
 _LACKING: Mapping[type[Delta], str] = {

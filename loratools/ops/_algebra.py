@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,12 @@ from loratools.deltas.residual import INITS
 from loratools.errors import UnsupportedError
 from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import ReadOptions, write_container
-from loratools.output import whole
+from loratools.output import sync_tree, whole
 from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
 from loratools.sidefiles import file_entry
 from loratools.tensorfile import TensorFile
 from loratools.tensors import read_tensor
+from loratools.threads import Background
 
 SAME = 2.0**-50  # two ways to compute one scaling differ by a few units in the last place
 
@@ -115,9 +119,9 @@ def format_of(given: str | None, adapter: Adapter) -> str:
 def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target: Path, format: str, *, sha256: bool) -> dict[str, Any]:
     """The adapter and its receipt at `target`, whole or not at all; returns the receipt."""
     encoded = encode(adapter, format)
-    with whole(target) as place:
+    with digested(*inputs) as rows, whole(target) as place:
         receipt.digests = write_container(encoded, place)
-        receipt.inputs += [row for one in inputs for row in adapter_inputs(one)]
+        receipt.inputs += rows.result()
         receipt.outputs = output_rows(place)
         receipt.history = [entry for one in inputs for entry in adapter_history(one)]
         if sha256:
@@ -127,9 +131,18 @@ def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target:
     return receipt.as_json()
 
 
+@contextmanager
+def digested(*inputs: Adapter) -> Iterator[Future[list[dict[str, Any]]]]:
+    """The rows of the adapters that go in, their files digested beside what is done meanwhile."""
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(lambda: [row for one in inputs for row in adapter_inputs(one)])
+
+
 def output_rows(place: Path) -> list[dict[str, Any]]:
-    """A row for each file of an output, before its receipt is written."""
-    return [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    """A row for each file of an output, before its receipt is written; digested while what is written goes to the disk."""
+    with Background() as beside:
+        beside.start(partial(sync_tree, place))
+        return [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
 
 
 def _output(path: Path) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import Container, open_container, read_options, write_container
 from loratools.formats.peft_config import CARRIED
 from loratools.formats.reading import Reading, arguments, paths, reads
-from loratools.ops._algebra import label, loaded, output_rows
+from loratools.ops._algebra import digested, label, loaded, output_rows
 from loratools.ops._base import Base
 from loratools.output import check_output, whole
-from loratools.receipt import Receipt, adapter_history, adapter_inputs, receipt_path
+from loratools.receipt import Receipt, adapter_history, receipt_path
 from loratools.workflows._checking import Strike, strikes, subject_of
 from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, size_of, split
 from loratools.workflows.targets import Target, target_of
@@ -71,13 +71,13 @@ def fit(
         check_output(saved, overwrite=overwrite, inputs=paths(reading, [adapter], base))
     encoded = work.encoded()
     beside = encode(work.away, "loratools") if work.apart else None
-    with whole(place_at) as place:
+    with digested(source) as inputs, whole(place_at) as place:
         receipt.digests = write_container(encoded, place)
         work.prove(place)
         receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved)]
         reasons = {name: f"{why} It is in {saved.name}." for name, why in work.apart.items()}
         receipt.left_out = [{"name": name, "reason": why, "relative_norm": None} for name, why in reasons.items()]
-        receipt.inputs = [*adapter_inputs(source), *([on.input(workers.default_threads())] if on is not None else [])]
+        receipt.inputs = [*inputs.result(), *([on.input(workers.default_threads())] if on is not None else [])]
         receipt.expected, receipt.applied = len(source), len(work.made)
         receipt.outputs, receipt.history = output_rows(place), adapter_history(source)
         if beside is not None:
