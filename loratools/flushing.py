@@ -16,8 +16,8 @@ class Flushing:
     It never waits for the disk but in `finish`, and a slow one is asked again only when it is done: syncs do not pile up.
     """
 
-    def __init__(self, descriptor: int, every: int = EVERY) -> None:
-        self.descriptor, self.every = descriptor, every
+    def __init__(self, descriptor: int, every: int | None = None) -> None:
+        self.descriptor, self.every = descriptor, EVERY if every is None else every
         self._lock, self._fresh = threading.Lock(), 0
         self._pool: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None

@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import random
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
 
 from loratools.errors import Faults, FormatError
-from loratools.tensorfile import BITS, HEADER_LIMIT, Buffer, InMemory, Ref, Reshaped, Spec, TensorFile, parse_header
+from loratools.tensorfile import BITS, HEADER_LIMIT, InMemory, Ref, Reshaped, Spec, TensorFile, parse_header
 from loratools.tensorwriter import TensorWriter, canonical
 
 # the safetensors library's names for what it can write; it reads the two F6 dtypes but has no name to write them by
@@ -298,45 +297,6 @@ def test_a_file_is_read_in_blocks_through_one_buffer(place: Path) -> None:
     seen = [(memoryview(block).nbytes, id(memoryview(block).obj)) for block in TensorFile(place)["a"].blocks(40)]
     assert [size for size, _ in seen] == [40, 40, 20]
     assert len({buffer for _, buffer in seen}) == 1
-
-
-# -- the writer
-
-
-def test_a_new_file_gets_the_mode_the_umask_gives(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write(tmp_path / "x", {"a": (Spec("U8", (1,)), b"1")})
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
-
-
-def test_an_existing_file_is_not_written_over(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"kept")
-    with pytest.raises(FileExistsError):
-        TensorWriter(tmp_path / "x", {})
-    assert (tmp_path / "x").read_bytes() == b"kept"
-
-
-@pytest.mark.parametrize(("blocks", "said"), [([b"123"], "fewer bytes"), ([b"12", b"345"], "more bytes"), ([], "fewer bytes")])
-def test_bytes_that_do_not_fit_the_spec_are_refused(tmp_path: Path, blocks: list[Buffer], said: str) -> None:
-    writer = TensorWriter(tmp_path / "x", {"a": Spec("U8", (4,))})
-    with pytest.raises(FormatError, match=f"a: {said}"):
-        writer.write("a", blocks)
-    writer.abandon()
-
-
-def test_a_tensor_never_written_is_said(tmp_path: Path) -> None:
-    writer = TensorWriter(tmp_path / "x", {"a": Spec("U8", (4,)), "b": Spec("U8", (0,))})
-    writer.write("b", [])
-    with pytest.raises(FormatError, match="a: never written"):
-        writer.close()
-
-
-def test_a_tensor_cannot_take_the_metadatas_name(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="cannot have this name"):
-        TensorWriter(tmp_path / "x", {"__metadata__": Spec("U8", (4,))})
 
 
 def test_metadata_that_is_null_is_none(place: Path) -> None:
