@@ -19,7 +19,7 @@ FLOORS = (
     ("errors",),
     ("source",),
     ("flushing", "jsonfile", "linalg", "names", "output", "sidefiles", "tensorfile", "threads"),
-    ("alignment", "families", "flatnames", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
+    ("alignment", "families", "flatnames", "follower", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "needed", "rounding", "torchfile", "ulps"),
     ("codes",),
     ("dequantize",),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError, UnsupportedError, UsageError
+from loratools.follower import Follower
 from loratools.formats._archive import read_archive, refuse_ranks
 from loratools.formats._digests import Seal
 from loratools.formats._sides import SideFiles
@@ -213,26 +213,34 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, container: Container) -> dict[str, str]:
-    """The tensors as one safetensors file, in the library's own order, streamed; the seal is taken beside that and put in last."""
-    tensors, seal = container.tensors, container.seal
-    specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in tensors.items()})
+    """The tensors as one safetensors file, in the library's own order, streamed; the header's digests, if any, are put in last."""
+    specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in container.tensors.items()})
     writer = TensorWriter(path, specs, container.stated)
     try:
-        with ThreadPoolExecutor(1) as beside:
-            taken = beside.submit(seal.taken, tensors, container.metadata) if seal else None
-            for name in specs:
-                writer.write(name, _blocks(name, tensors[name]))
-            if taken is not None:
-                writer.restate({**container.metadata, **taken.result()})
+        if container.seal is None:
+            _write_all(writer, container.tensors, lambda block: None)
+        else:
+            taking = container.seal.begun(specs, container.metadata)
+            with Follower(taking.data) as follower:
+                _write_all(writer, container.tensors, follower.put)
+                follower.finish()
+            writer.restate({**container.metadata, **taking.found()})
         writer.close(sync=False)
     finally:
         writer.abandon()
     return writer.digests
 
 
-def _blocks(name: str, ref: Ref) -> Iterator[Buffer]:
+def _write_all(writer: TensorWriter, tensors: Mapping[str, Ref], seen: Callable[[Buffer], object]) -> None:
+    for name in writer.specs:
+        writer.write(name, _blocks(name, tensors[name], seen))
+
+
+def _blocks(name: str, ref: Ref, seen: Callable[[Buffer], object]) -> Iterator[Buffer]:
     try:
-        yield from ref.blocks()
+        for block in ref.blocks():
+            seen(block)
+            yield block
     except LoratoolsError as error:
         raise error.at(tensor=name) from None
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -119,10 +118,9 @@ def format_of(given: str | None, adapter: Adapter) -> str:
 def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target: Path, format: str, *, sha256: bool) -> dict[str, Any]:
     """The adapter and its receipt at `target`, whole or not at all; returns the receipt."""
     encoded = encode(adapter, format)
-    with digested(*inputs) as rows, whole(target) as place:
+    with whole(target) as place:
         receipt.digests = write_container(encoded, place)
-        receipt.inputs += rows.result()
-        receipt.outputs = output_rows(place)
+        fill_files(receipt, place, inputs)
         receipt.history = [entry for one in inputs for entry in adapter_history(one)]
         if sha256:
             add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
@@ -131,18 +129,17 @@ def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target:
     return receipt.as_json()
 
 
-@contextmanager
-def digested(*inputs: Adapter) -> Iterator[Future[list[dict[str, Any]]]]:
-    """The rows of the adapters that go in, their files digested beside what is done meanwhile."""
-    with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(lambda: [row for one in inputs for row in adapter_inputs(one)])
+def fill_files(receipt: Receipt, place: Path, inputs: Iterable[Adapter] = ()) -> None:
+    """The receipt's rows of the files at an output, before it is written itself, and of the adapters that went in.
 
-
-def output_rows(place: Path) -> list[dict[str, Any]]:
-    """A row for each file of an output, before its receipt is written; digested while what is written goes to the disk."""
-    with Background() as beside:
-        beside.start(partial(sync_tree, place))
-        return [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    Both are digested side by side, while what was written goes to the disk.
+    """
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    with Background() as syncing, ThreadPoolExecutor(1) as beside:
+        syncing.start(partial(sync_tree, place))
+        given = beside.submit(lambda: [row for one in inputs for row in adapter_inputs(one)])
+        receipt.outputs = [_output(path) for path in files]
+        receipt.inputs += given.result()
 
 
 def _output(path: Path) -> dict[str, Any]:
