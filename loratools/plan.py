@@ -21,7 +21,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, MatchError, QuantizedError, ShapeError, UnsupportedError, UsageError, raise_all
 from loratools.families import of_vocabulary
-from loratools.stream import BLOCK, Applied, Statistics, apply_blocks, cast_blocks
+from loratools.statistics import Statistics
+from loratools.stream import BLOCK, Applied, apply_blocks, cast_blocks
 from loratools.tensorfile import Spec, same_bytes
 
 Applications: TypeAlias = list[tuple[Delta, float]]

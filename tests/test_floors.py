@@ -18,7 +18,7 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("source",),
-    ("flushing", "jsonfile", "linalg", "names", "output", "sidefiles", "tensorfile", "threads"),
+    ("flushing", "jsonfile", "linalg", "names", "output", "sidefiles", "statistics", "tensorfile", "threads"),
     ("alignment", "families", "flatnames", "follower", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "needed", "rounding", "torchfile", "ulps"),
     ("codes",),

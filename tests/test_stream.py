@@ -16,7 +16,8 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LARGE, LowRank
 from loratools.errors import NonFiniteError
 from loratools.rounding import Rounding
-from loratools.stream import Applied, Statistics, apply_blocks, cast_blocks
+from loratools.statistics import Statistics
+from loratools.stream import Applied, apply_blocks, cast_blocks
 from loratools.tensorfile import Spec
 from loratools.tensors import as_tensor, to_ref
 from tests.files import raw

@@ -19,7 +19,7 @@ from loratools.formats import load
 from loratools.output import whole
 from loratools.plan import Plan, changes_of, make_plan, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
-from loratools.stream import Statistics
+from loratools.statistics import Statistics
 from loratools.tensorfile import Buffer, Spec
 from loratools.tensors import as_tensor, torch_dtype
 

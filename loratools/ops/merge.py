@@ -25,7 +25,7 @@ from loratools.plan import Plan, changes_of, make_plan, split_renames, split_str
 from loratools.receipt import Receipt, adapter_inputs, add_sha256, checkpoint_input, history_of, receipt_path
 from loratools.record import record_path
 from loratools.sidefiles import file_entry
-from loratools.stream import Statistics
+from loratools.statistics import Statistics
 from loratools.tensors import dtype_code
 
 # the words that decide what an adapter means, kept with a record so that it can be read again
