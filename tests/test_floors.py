@@ -28,6 +28,8 @@ FLOORS = (
     ("adapter", "checkpoint", "corrections", "record"),
     ("changes", "differences", "factors", "pipeline", "receipt", "stream"),
     ("compress", "effect", "inverse", "plan"),
+    ("ties",),
+    ("planning",),
     ("formats",),
     ("layers",),
     ("ops",),

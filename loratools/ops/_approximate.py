@@ -17,7 +17,8 @@ from loratools.deltas.base import Additive, Delta
 from loratools.errors import NotInvertible, UsageError
 from loratools.formats import load
 from loratools.output import whole
-from loratools.plan import Plan, changes_of, make_plan, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
 from loratools.statistics import Statistics
 from loratools.tensorfile import Buffer, Spec

@@ -22,7 +22,7 @@ from loratools.ops._convert_options import Options
 from loratools.ops._converting import Conversion
 from loratools.ops._layout import layout_for, stacked
 from loratools.output import check_output, whole
-from loratools.plan import split_renames
+from loratools.planning import split_renames
 from loratools.receipt import Receipt, adapter_history, add_sha256, receipt_path
 
 

@@ -21,7 +21,8 @@ from loratools.formats.reading import DEFAULTS, Reading, arguments, paths, reads
 from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
-from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, add_sha256, checkpoint_input, history_of, receipt_path
 from loratools.record import record_path
 from loratools.sidefiles import file_entry

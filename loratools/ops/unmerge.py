@@ -29,7 +29,8 @@ from loratools.ops._approximate import approximate as subtract
 from loratools.ops._recording import Factors, wide
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
-from loratools.plan import Plan, make_plan, split_renames, split_strength
+from loratools.plan import Plan
+from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
 from loratools.record import Record, record_path
 from loratools.sidefiles import copy, file_entry

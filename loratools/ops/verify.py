@@ -24,7 +24,8 @@ from loratools.formats import load
 from loratools.formats.base import CONFIG, of_adapter, open_container, read_options
 from loratools.needed import of_model
 from loratools.pipeline import open_checkpoint
-from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import receipt_path
 from loratools.sidefiles import file_entry
 from loratools.source import local
