@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-from loratools.checkpoint import Change, Checkpoint
+from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Delta
 from loratools.errors import LoratoolsError, MatchError
+from loratools.rewrite import Change
 from loratools.statistics import Statistics
 from loratools.stream import BLOCK, Applied, apply_blocks, cast_blocks
 from loratools.tensorfile import Spec

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratools.checkpoint import Seen
 from loratools.deltas.base import Additive, Bound, Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LARGE
 from loratools.errors import NonFiniteError
+from loratools.rewrite import Seen
 from loratools.rounding import Rounding
 from loratools.statistics import Meter, Statistics, square
 from loratools.tensorfile import Buffer, Ref, Spec

@@ -180,3 +180,8 @@ def llama_tensors(
         shapes["lm_head.weight"] = (vocabulary, hidden)
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def halves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A Llama's tensors whose head is the embedding, as a state dict of transformers has it."""
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}

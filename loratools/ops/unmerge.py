@@ -16,8 +16,9 @@ from blake3 import blake3
 
 from loratools import threads as pool
 from loratools.adapter import Adapter
-from loratools.checkpoint import Checkpoint, weights_entry
+from loratools.checkpoint import Checkpoint
 from loratools.corrections import corrected, inflated, segments
+from loratools.digests import weights_entry
 from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError, UsageError
 from loratools.families import Family
 from loratools.formats import load
