@@ -82,7 +82,7 @@ class FRoD(Delta):
         size = read_tensor(self.size).tolist()
         if size != [len(l), len(l)]:
             raise FormatError("the size of the sparse part is not the basis's", found=size, expected=[len(l), len(l)])
-        rows, columns = read_places(self.places, len(l), device)
+        rows, columns = read_places(self.places, len(l), device=device)
         flat = rows * len(l) + columns
         if len(flat.unique()) != len(flat):
             raise FormatError("the sparse part names a place twice")

@@ -55,6 +55,6 @@ class UniLoRA(Product):
         theta = read_tensor(self.theta, torch.float64, device)
 
         def factor(indices: Ref, scales: Ref) -> Tensor:
-            return theta[read_places(indices, len(theta), device)] * read_tensor(scales, torch.float64, device)
+            return theta[read_places(indices, len(theta), device=device)] * read_tensor(scales, torch.float64, device)
 
         return factor(self.indices_b, self.scales_b), factor(self.indices_a, self.scales_a)
