@@ -19,8 +19,9 @@ from loratools.errors import LoratoolsError, MatchError, QuantizedError, raise_a
 from loratools.families import Family
 from loratools.jsonfile import read_json
 from loratools.quantized import method, scheme
+from loratools.refs import Ref, Spec
 from loratools.rewrite import Change, Rewritten, rewrite
-from loratools.tensorfile import Ref, Spec, TensorFile, WeightFile
+from loratools.tensorfile import TensorFile, WeightFile
 from loratools.torchfile import PICKLES, TorchFile
 from loratools.weightfiles import is_index, model_file, weight_map
 

@@ -9,7 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from loratools import threads
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 def digests(refs: Mapping[str, Ref], workers: int = 1) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
-from loratools.tensorfile import BLOCK_BYTES, Buffer, chunks
+from loratools.refs import BLOCK_BYTES, Buffer, chunks
 
 DEPTH = 8  # blocks on their way: maker and follower need not take the same time for each
 

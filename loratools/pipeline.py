@@ -20,10 +20,10 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, raise_
 from loratools.families import Families, Family
 from loratools.jsonfile import read_json
 from loratools.needed import RECEIPT, of_model
+from loratools.refs import Ref
 from loratools.rewrite import Change, Rewritten
 from loratools.source import local
 from loratools.source.handles import lacking, name_of
-from loratools.tensorfile import Ref
 from loratools.weightfiles import PIPELINE, holds_model
 
 T = TypeVar("T")

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Delta
 from loratools.errors import LoratoolsError, MatchError
+from loratools.refs import Spec
 from loratools.rewrite import Change
 from loratools.statistics import Statistics
 from loratools.stream import BLOCK, Applied, apply_blocks, cast_blocks
-from loratools.tensorfile import Spec
 
 Applications: TypeAlias = list[tuple[Delta, float]]
 

@@ -13,7 +13,7 @@ from loratools.deltas.full import Replacement
 from loratools.errors import LoratoolsError, MatchError, QuantizedError, ShapeError, UsageError, raise_all
 from loratools.families import of_vocabulary
 from loratools.plan import Applications, Plan
-from loratools.tensorfile import Spec, same_bytes
+from loratools.refs import Spec, same_bytes
 from loratools.ties import check_shared, replaces, tie
 
 

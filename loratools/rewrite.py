@@ -20,7 +20,8 @@ from loratools.digests import digests, weights_entry
 from loratools.errors import LoratoolsError
 from loratools.jsonfile import read_json, with_values, write_json
 from loratools.needed import RECEIPT
-from loratools.tensorfile import Buffer, Ref, Spec, WeightFile
+from loratools.refs import Buffer, Ref, Spec
+from loratools.tensorfile import WeightFile
 from loratools.tensorwriter import TensorWriter
 from loratools.torchfile import PICKLES
 from loratools.weightfiles import as_safetensors

@@ -15,10 +15,10 @@ from loratools.deltas.base import Additive, Bound, Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LARGE
 from loratools.errors import NonFiniteError
+from loratools.refs import Buffer, Ref, Spec
 from loratools.rewrite import Seen
 from loratools.rounding import Rounding
 from loratools.statistics import Meter, Statistics, square
-from loratools.tensorfile import Buffer, Ref, Spec
 from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:

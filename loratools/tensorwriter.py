@@ -6,19 +6,18 @@ Specification: https://github.com/huggingface/safetensors#format; `tensorfile` r
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
 from loratools.errors import FormatError
 from loratools.flushing import Flushing
-from loratools.tensorfile import BITS, Buffer, Spec, parse_header
+from loratools.header import build_header, parse_header
+from loratools.refs import Buffer, Spec
 
 
 class TensorWriter:
@@ -105,25 +104,6 @@ class TensorWriter:
             self._flushing.stop()
             os.close(self._fd)
             self._fd = -1
-
-
-def build_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The header's bytes, padded to a multiple of 8 as safetensors pads it, each tensor's offset, and where the data ends."""
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offsets, end = {}, 0
-    for name, spec in specs.items():
-        if name == "__metadata__":
-            raise FormatError("a tensor cannot have this name", tensor=name)
-        offsets[name] = end
-        end += spec.nbytes
-        table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offsets[name], end]}
-    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    return header + b" " * (-len(header) % 8), offsets, end
-
-
-def canonical(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The order the safetensors library writes: wider dtypes first, so that every tensor is aligned, then by name."""
-    return dict(sorted(specs.items(), key=lambda item: (-list(BITS).index(item[1].dtype), item[0])))
 
 
 def _reserve(fd: int, size: int) -> None:

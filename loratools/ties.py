@@ -13,7 +13,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.rows import Rows
 from loratools.errors import UnsupportedError
 from loratools.plan import Applications, Plan
-from loratools.tensorfile import same_bytes
+from loratools.refs import same_bytes
 
 
 def tie(plan: Plan, checkpoint: Checkpoint, tied: tuple[str, str], untie: bool) -> None:

@@ -18,8 +18,10 @@ PACKAGE = Path(loratools.__file__).parent
 FLOORS = (
     ("errors",),
     ("source",),
-    ("flushing", "jsonfile", "linalg", "names", "output", "sidefiles", "statistics", "tensorfile", "threads"),
-    ("alignment", "families", "flatnames", "follower", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
+    ("flushing", "jsonfile", "linalg", "names", "output", "refs", "sidefiles", "statistics", "threads"),
+    ("follower", "header"),
+    ("tensorfile",),
+    ("alignment", "families", "flatnames", "gguffile", "quantized", "sliced", "tensors", "tensorwriter", "weightfiles"),
     ("deltas", "digests", "needed", "rounding", "torchfile", "ulps"),
     ("codes",),
     ("dequantize",),

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from loratools.follower import DEPTH, Follower
-from loratools.tensorfile import BLOCK_BYTES, Buffer
+from loratools.refs import BLOCK_BYTES, Buffer
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.002], ids=["fast", "slow"])

@@ -15,8 +15,8 @@ from loratools.checkpoint import Checkpoint
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError
 from loratools.families import Families
 from loratools.pipeline import Pipeline, open_checkpoint
+from loratools.refs import Buffer, Spec
 from loratools.rewrite import Change, Seen
-from loratools.tensorfile import Buffer, Spec
 from tests.files import llama_config, llama_tensors, raw, write_checkpoint, write_pickled, write_pipeline
 from tests.strategies import randn
 

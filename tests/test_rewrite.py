@@ -17,8 +17,8 @@ from blake3 import blake3
 from loratools.checkpoint import Checkpoint
 from loratools.digests import combined_digest
 from loratools.errors import FormatError
+from loratools.refs import BITS, Buffer, Reshaped, Spec, Transposed
 from loratools.rewrite import Change, Seen
-from loratools.tensorfile import BITS, Buffer, Reshaped, Spec, Transposed
 from loratools.tensorwriter import TensorWriter
 from tests.conftest import llama_config, llama_tensors
 from tests.files import peft_config, raw, read_checkpoint, write_adapter, write_checkpoint, write_pickled

@@ -10,7 +10,8 @@ import pytest
 
 from loratools import flushing
 from loratools.errors import FormatError
-from loratools.tensorfile import Buffer, Spec, TensorFile
+from loratools.refs import Buffer, Spec
+from loratools.tensorfile import TensorFile
 from loratools.tensorwriter import TensorWriter
 
 

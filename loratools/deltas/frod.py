@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools.deltas.base import Bound, Delta, Read, require_floating
 from loratools.deltas.indexed import read_places, require_whole
 from loratools.errors import FormatError, ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 from loratools.threads import single_threaded_blas
 

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from loratools.errors import FormatError
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

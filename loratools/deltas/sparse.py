@@ -13,7 +13,7 @@ from loratools.deltas.indexed import read_places
 from loratools.deltas.scattered import Entries, entries, scattered
 from loratools.deltas.sized import Sized
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 _PLACES = ("I8", "U8", "I16", "I32", "I64", "F32", "F64")

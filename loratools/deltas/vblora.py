@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loratools.deltas.base import Product
 from loratools.deltas.indexed import read_places, require_whole
 from loratools.errors import AmbiguousError, FormatError, NonFiniteError, ShapeError
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loratools.tensorfile import Spec
-from loratools.tensorwriter import build_header
+from loratools.header import build_header
+from loratools.refs import Spec
 
 MODEL, LEGACY, SPEC = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
 _BLANK = {MODEL: "0" * 64, LEGACY: "0" * 8, SPEC: "0x" + "0" * 64}

@@ -15,11 +15,13 @@ from loratools.formats._archive import read_archive, refuse_ranks
 from loratools.formats._digests import Seal
 from loratools.formats._sides import SideFiles
 from loratools.gguffile import GGUFFile, is_gguf
+from loratools.header import canonical
 from loratools.jsonfile import read_json
 from loratools.needed import RECEIPT
+from loratools.refs import Buffer, Ref, Spec
 from loratools.source import local
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
-from loratools.tensorwriter import TensorWriter, canonical
+from loratools.tensorfile import TensorFile
+from loratools.tensorwriter import TensorWriter
 from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
@@ -179,7 +181,7 @@ def load_npz(path: Path) -> dict[str, Ref]:
     """numpy's archive of arrays by name, as MLX wrote until 2024; no pickled objects. Raises FormatError."""
     import numpy as np
 
-    from loratools.tensorfile import InMemory
+    from loratools.refs import InMemory
 
     codes = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32", "int64": "I64", "uint32": "U32"}
     try:

@@ -22,7 +22,7 @@ from loratools.formats._slots import SUFFIX, collect, made
 from loratools.formats._spelt import carried, spelt_tensors
 from loratools.formats._turned import OWN, own_slots
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "kohya"
 _FLATTENED = re.compile(r"_(lora_(?:down|up|mid)\.weight)$")  # some converters flattened the suffix too

@@ -37,7 +37,7 @@ from loratools.formats._sides import write_yaml
 from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import Container, ReadOptions, write_tensors
 from loratools.formats.nemo_files import CONFIG, OLDER, RUN, Told, run_config, told
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME, FILE = "nemo", "adapter_model.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>linear_in\.weight|linear_out\.weight|weight_magnitude)")

@@ -20,9 +20,9 @@ from loratools.output import whole
 from loratools.plan import Plan, changes_of
 from loratools.planning import make_plan, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
+from loratools.refs import Buffer, Spec
 from loratools.rewrite import Change, Seen
 from loratools.statistics import Statistics
-from loratools.tensorfile import Buffer, Spec
 from loratools.tensors import as_tensor, torch_dtype
 
 if TYPE_CHECKING:

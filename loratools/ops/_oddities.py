@@ -12,7 +12,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.facts import low_rank
-from loratools.tensorfile import FLOATS, Ref, Spec
+from loratools.refs import FLOATS, Ref, Spec
 
 LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
 _LOCAL = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")

@@ -16,14 +16,15 @@ from loratools.errors import FormatError, MatchError
 from loratools.families import Family
 from loratools.formats import load
 from loratools.formats.base import read_options
+from loratools.header import parse_header
 from loratools.jsonfile import read_json
 from loratools.plan import Plan
 from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import adapter_inputs
 from loratools.record import Record
+from loratools.refs import Ref, Spec
 from loratools.source.handles import name_of
 from loratools.source.place import SCHEME
-from loratools.tensorfile import Ref, Spec, parse_header
 
 
 @dataclass

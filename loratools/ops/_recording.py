@@ -19,11 +19,12 @@ from loratools.inverse import Inverse
 from loratools.plan import Plan
 from loratools.receipt import adapter_inputs, receipt_path
 from loratools.record import Spool, record_path
+from loratools.refs import BITS, InMemory, Ref, Spec
 from loratools.rewrite import Change, Rewritten
 from loratools.sidefiles import file_entry
 from loratools.source.handles import name_of
 from loratools.stream import BLOCK, Applied
-from loratools.tensorfile import BITS, InMemory, Ref, Spec, TensorFile
+from loratools.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor

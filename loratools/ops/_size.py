@@ -12,9 +12,9 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError, UsageError
 from loratools.formats.base import Container
+from loratools.header import build_header, canonical
 from loratools.linalg.ranks import DENSE, Module, budget
-from loratools.tensorfile import BITS, InMemory, Spec
-from loratools.tensorwriter import build_header, canonical
+from loratools.refs import BITS, InMemory, Spec
 
 __all__ = ["DENSE", "Budget", "Candidate", "file_bytes", "parse_size"]
 

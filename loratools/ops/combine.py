@@ -29,7 +29,7 @@ from loratools.ops._meeting import Term, Terms
 from loratools.output import check_output
 from loratools.planning import split_strength
 from loratools.receipt import Receipt
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 @reads

@@ -28,9 +28,9 @@ from loratools.ops._drift import moved
 from loratools.ops._figure import checked
 from loratools.ops._oddities import as_a_whole, faulty_values, odd_scaling, scan, settings, unfetched
 from loratools.pipeline import open_checkpoint
+from loratools.refs import Ref
 from loratools.source import headers
 from loratools.source.handles import size_at
-from loratools.tensorfile import Ref
 from loratools.weightfiles import SINGLE, is_index
 
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")

@@ -27,10 +27,10 @@ from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
 from loratools.record import Record, record_path
+from loratools.refs import Buffer
 from loratools.sidefiles import copy, file_entry
 from loratools.source import local
 from loratools.stream import BLOCK, Applied
-from loratools.tensorfile import Buffer
 from loratools.tensorwriter import TensorWriter
 
 

@@ -28,11 +28,11 @@ from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, changes_of
 from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import receipt_path
+from loratools.refs import Ref, Spec
 from loratools.rewrite import Change
 from loratools.sidefiles import file_entry
 from loratools.source import local
 from loratools.source.handles import name_of, read_whole
-from loratools.tensorfile import Ref, Spec
 from loratools.tensors import dtype_code, read_tensor
 from loratools.ulps import distance
 from loratools.weightfiles import PIPELINE

@@ -17,10 +17,10 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError
 from loratools.formats import encode
 from loratools.formats.base import Container, write_container
+from loratools.header import build_header, canonical
 from loratools.ops._size import DENSE, Budget, Candidate, file_bytes, parse_size
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
-from loratools.tensorwriter import build_header, canonical
 
 
 @pytest.mark.parametrize(
