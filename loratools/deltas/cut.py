@@ -21,8 +21,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import Joined, Parts
 from loratools.deltas.scaled import Scaled
 from loratools.errors import ShapeError, UnsupportedError
+from loratools.refs import Ref, Spec
 from loratools.sliced import Blocks, Sliced
-from loratools.tensorfile import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from loratools.errors import AmbiguousError, NotExpressible, ShapeError
 from loratools.formats._derived import Derived, Joined, cells
 from loratools.formats._heads import Rows
 from loratools.formats._scale import exact_alpha
-from loratools.tensorfile import Buffer, Ref
+from loratools.refs import Buffer, Ref
 
 if TYPE_CHECKING:
     import numpy as np

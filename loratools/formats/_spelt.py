@@ -24,7 +24,7 @@ from loratools.formats._scalar import number
 from loratools.formats._scale import exact_alpha
 from loratools.formats._told import told_from
 from loratools.formats._turned import glora_slots, rotation_slots
-from loratools.tensorfile import InMemory, Ref, Spec
+from loratools.refs import InMemory, Ref, Spec
 
 _REMEDY = "convert it first: --kind lora, or --kind dense"
 _FAMILY = ("kohya", "comfyui")

@@ -12,7 +12,7 @@ from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._walks import DEFAULTS, ERAS, PARTS, stable_diffusion, walk
 from loratools.formats.base import Container
 from loratools.formats.cloneofsimo import EMBED, NAME, TOKEN, targets_of
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _OTHERS = "--format diffusers or kohya names each"
 

@@ -22,7 +22,7 @@ from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._spelt import alpha_of, orientation
 from loratools.formats.base import Container
 from loratools.formats.diffusers import METADATA, NAME, PARTS
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _SINGLE_FILE = ("model.diffusion_model.", "diffusion_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "first_stage_model.")
 

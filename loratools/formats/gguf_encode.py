@@ -35,7 +35,7 @@ from loratools.formats.gguf_names import (
 )
 from loratools.formats.gguf_rows import Stack, filled, interleaved
 from loratools.gguffile import write_gguf
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _DTYPES = ("F32", "F16", "BF16")
 _CARRIED = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")

@@ -25,7 +25,7 @@ from loratools.formats._derived import Derived, block_diagonal, cells, slots_apa
 from loratools.formats._scale import ALPHA, number, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.layouts.trainers import of_litgpt
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "loralib"
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[AB])")

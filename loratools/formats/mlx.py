@@ -24,7 +24,7 @@ from loratools.families import EMBEDDINGS, matches
 from loratools.formats._derived import member
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "mlx"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a|lora_b|m)")

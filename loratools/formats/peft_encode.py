@@ -29,7 +29,7 @@ from loratools.formats.peft_keys import ROOT, SAVED
 from loratools.formats.peft_method_encode import encode_method, row_for
 from loratools.formats.peft_tokens import MARKER
 from loratools.formats.peft_writing import WRITTEN_FOR, patterned, saved, shortest
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NOTHING = "dummy-target-modules"  # peft 0.21.2 utils/constants.py::DUMMY_TARGET_MODULES: without it peft refuses whole tensors alone
 

@@ -20,7 +20,7 @@ from loratools.formats.peft_keys import ROOT, SAVED
 from loratools.formats.peft_method import Method
 from loratools.formats.peft_methods import METHODS
 from loratools.formats.peft_writing import WRITTEN_FOR, Writing, saved
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _REMEDY = "convert it first: --kind lora, or --format loratools keeps it"
 

@@ -21,7 +21,7 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchE
 from loratools.formats._derived import Derived, Joined, cells, slots_apart
 from loratools.formats._scale import ALPHA, exact_alpha, number
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 NAME = "samlora"
 MARKS = ("w_a_", "w_b_", "fc_")

@@ -20,7 +20,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
 from loratools.formats._scale import exact_alpha
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "xlabs"
 MARKS = (".processor.",)

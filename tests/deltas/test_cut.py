@@ -17,7 +17,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import Joined, joined
 from loratools.deltas.scaled import Scaled
 from loratools.errors import LoratoolsError, ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import randn
 

@@ -27,7 +27,7 @@ from loratools.deltas.tucker import Tucker
 from loratools.errors import LoratoolsError, NotExpressible
 from loratools.formats import comfyui, encode, kohya, load, native
 from loratools.formats._scalar import number
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor, to_ref
 from tests.files import read_checkpoint, write_checkpoint
 from tests.strategies import randn, seeds

@@ -10,7 +10,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import Joined, Parts
 from loratools.errors import UnsupportedError
 from loratools.layouts.bridge import Bridge, Stretch, bridge_of
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.layouts._adapters import changes, dense, low
 from tests.layouts.test_networks import flux, originals, sd3

@@ -16,7 +16,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, MatchError, NotExpressible, ShapeError, UsageError
 from loratools.layouts.networks import networks
 from loratools.layouts.relayout import Relayout, relayout_of
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.layouts._adapters import changes, dense, flat, low, same
 from tests.layouts.test_networks import flux, originals, sd3, unet

@@ -23,7 +23,7 @@ from loratools.ops._base import Base
 from loratools.ops._comparing import norm_of
 from loratools.ops.inspect import inspect
 from loratools.receipt import adapter_history
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 TOP = 32  # singular values of a module that a page shows
 SMALL = 1 << 22  # elements of a change without factors up to which it is decomposed as a whole
