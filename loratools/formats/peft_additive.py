@@ -19,7 +19,8 @@ from loratools.deltas.miss import MiSS
 from loratools.errors import FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_config import REFUSED
 from loratools.formats.peft_lycoris_encode import LOHA, LOKR
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.formats.peft_values import short
 
 _LYCORIS = ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")

@@ -15,7 +15,8 @@ from loratools.deltas.unilora import UniLoRA
 from loratools.deltas.vblora import VBLoRA
 from loratools.deltas.vera import PVeRA, VeRA
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.tensorfile import Ref
 
 INCOMPLETE = "the file is incomplete; if it was saved without projections, set save_projection to false"

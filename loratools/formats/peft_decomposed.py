@@ -14,7 +14,8 @@ from loratools.deltas.seeded import normal
 from loratools.deltas.tinylora import TinyLoRA
 from loratools.errors import AmbiguousError, FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_banked import saved, seed_of
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.tensorfile import Ref
 from loratools.tensors import read_tensor
 

@@ -16,7 +16,8 @@ from loratools.deltas.modulated import Modulated, Spread
 from loratools.deltas.paired import Paired
 from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.formats.peft_turned_encode import IA3
 from loratools.tensorfile import Ref
 

@@ -17,7 +17,8 @@ from loratools.deltas.sparse import Sparse
 from loratools.deltas.summed import Sum
 from loratools.deltas.waveft import WaveFT
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.formats.peft_values import short
 from loratools.linalg.wavelets import names
 

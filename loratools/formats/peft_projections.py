@@ -13,7 +13,8 @@ from loratools.deltas.networked import Networked
 from loratools.deltas.projected import METHODS, Projected
 from loratools.deltas.subspace import Subspace
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.formats.peft_values import short
 
 
