@@ -17,6 +17,7 @@ from loratools.deltas.paired import Paired
 from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, ShapeError
 from loratools.formats.peft_method import Method
+from loratools.formats.peft_multiplicative_encode import GLORA, HIRA, ROAD
 from loratools.formats.peft_part import Part
 from loratools.formats.peft_turned_encode import IA3
 from loratools.tensorfile import Ref
@@ -122,6 +123,7 @@ MULTIPLICATIVE = (
         training=("init_weights",),
         conv1d=False,
         make=_road,
+        writing=ROAD,
     ),
     Method(
         peft_type="HIRA",
@@ -130,6 +132,7 @@ MULTIPLICATIVE = (
         settings=("r",),
         training=("rank_pattern", "hira_dropout", "init_weights"),
         make=_hira,
+        writing=HIRA,
     ),
     Method(
         peft_type="GLORA",
@@ -140,5 +143,6 @@ MULTIPLICATIVE = (
         own_biases="glora_only",
         conv1d=False,
         make=_glora,
+        writing=GLORA,
     ),
 )
