@@ -84,8 +84,9 @@ def _randlora(modules: Modules, stated: Mapping[str, Any]) -> Written:
 
 def _randlora_slots(delta: RandLoRA) -> dict[str, Ref]:
     """peft writes the shared bases once more under each module, and misses them where they are not."""
+    own = {"randlora_lambda": delta.lambdas, "randlora_gamma": delta.gamma}
     copies = {"randlora_A": delta.copy_a or delta.A, "randlora_B": delta.copy_b or delta.B}
-    return {"randlora_lambda": delta.lambdas, "randlora_gamma": delta.gamma} | {slot: ref for slot, ref in copies.items() if ref is not None}
+    return own | {slot: ref for slot, ref in copies.items() if ref is not None}
 
 
 def _vblora(modules: Modules, stated: Mapping[str, Any]) -> Written:

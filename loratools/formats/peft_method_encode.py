@@ -13,6 +13,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.laid import Turned, TurnedAdditive, Unsettled, WherePresent
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats import peft_targets
 from loratools.formats.base import Container
@@ -36,8 +37,9 @@ def row_for(adapter: Adapter) -> Method | None:
     rows = sorted((row for row in METHODS.values() if row.writing is not None), key=lambda row: row.peft_type != told)
     changes = [(name.rpartition(".")[2], _bare(delta)) for name, delta in adapter.items()]
     own = [(leaf, delta) for leaf, delta in changes if not isinstance(delta, Replacement)] or changes
-    if told == "LORA" and all(leaf == "weight" and delta.kind == "rows" for leaf, delta in own):
-        return None  # LoRA's own config may have trained tokens alone
+    tokens = [delta.indices for _, delta in changes if isinstance(delta, Rows)]
+    if tokens and (told != "TRAINABLE_TOKENS" or len(tokens) < len(adapter) or len(set(tokens)) > 1):
+        return None  # LoRA's config says trained tokens alone, several lists of them, and modules saved beside
     return next((row for leaf, delta in own for row in rows if row.writing and row.writing.takes(leaf, delta)), None)
 
 
@@ -61,7 +63,8 @@ def encode_method(adapter: Adapter, row: Method) -> Container:
     written = row.writing.write(modules, own)
     tensors, named, loose = saved(whole, modules)
     config = _common(stated, own, row) | dict(written.settings)
-    config |= {"target_modules": sorted(modules if written.targets is None else written.targets), "modules_to_save": named or None}
+    config |= {"target_modules": sorted(modules if written.targets is None else written.targets)}
+    config |= {"modules_to_save": named} if named else {}
     if any(isinstance(delta, Turned | TurnedAdditive) or _lies(delta) for delta in adapter.values()):
         config["fan_in_fan_out"] = True
     if loose and row.own_biases is None:
@@ -114,7 +117,7 @@ def _fault(name: str, leaf: str, delta: Delta, row: Method, writing: Writing) ->
 
 def _common(stated: Mapping[str, Any], own: Mapping[str, Any], row: Method) -> dict[str, Any]:
     """The fields that every method's config has, and of one that was of this method those that mattered in training."""
-    kept = (*peft_targets.TRAINING, "task_type", "exclude_modules", *((*row.training, "fan_in_fan_out") if own else ()))
+    kept = (*peft_targets.TRAINING, "task_type", *((*row.training, "fan_in_fan_out", "exclude_modules") if own else ()))
     carried = {name: value for name, value in stated.items() if name in kept}
     common: dict[str, Any] = {"base_model_name_or_path": None, "task_type": None, "inference_mode": True, "revision": None}
     return {**common, "peft_version": WRITTEN_FOR, **carried, "peft_type": row.peft_type}

@@ -27,8 +27,8 @@ def _road(modules: Modules, stated: Mapping[str, Any]) -> Written:
         "group_size": alike({path: delta.group for path, delta in deltas.items()}, "group_size"),
     }
     for path, leaves in modules.items():
-        bias = leaves.get("bias")
-        if bias is not None and not (isinstance(bias, Paired) and _same(bias.theta, deltas[path].theta) and _same(bias.alpha, deltas[path].alpha)):
+        bias, own = leaves.get("bias"), deltas[path]
+        if bias is not None and not (isinstance(bias, Paired) and _same(bias.theta, own.theta) and _same(bias.alpha, own.alpha)):
             raise refused("peft's RoAd turns a bias with its weight, and this otherwise").at(tensor=f"{path}.bias")
     return Written(each(deltas, lambda delta: {"road_theta": delta.theta, "road_alpha": delta.alpha}), settings | {"init_weights": True})
 
