@@ -22,6 +22,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
 from loratools.families import EMBEDDINGS, matches
 from loratools.formats._derived import member
+from loratools.formats._mixed import mixed
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.tensorfile import Ref
@@ -174,8 +175,7 @@ def encode(adapter: Adapter) -> Container:
                 faults.append(NotExpressible("MLX has DoRA along rows only", tensor=name, remedy="convert --magnitude-axis out --base"))
             tensors[f"{module}.m"] = delta.magnitude.reshape(delta.magnitude.spec.numel)
     doras = [name for name, delta in adapter.items() if isinstance(delta, DoRA)]
-    if doras and len(doras) < len(adapter):
-        faults.append(NotExpressible("MLX's fine_tune_type holds for the whole adapter, and some of it is plain LoRA", tensor=doras[0]))
+    faults += mixed(doras, [name for name in adapter if name not in doras], "MLX's fine_tune_type holds for the whole adapter")
     raise_all(faults)
     rank = int(only(ranks, "MLX has one rank for all modules: resize --rank makes it one"))
     scale = only(scales, "MLX has one scale for all modules: rescale --bake makes it one")

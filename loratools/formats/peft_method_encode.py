@@ -10,9 +10,13 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
+from loratools.deltas.experts import Experts
 from loratools.deltas.full import Replacement
+from loratools.deltas.kasa import KaSA
 from loratools.deltas.laid import Turned, TurnedAdditive, Unsettled, WherePresent
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.parameters import OnParameter
+from loratools.deltas.residual import Residual
 from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats import peft_targets
@@ -24,6 +28,7 @@ from loratools.formats.peft_writing import REMEDY, WRITTEN_FOR, Modules, Writing
 from loratools.tensorfile import Ref
 
 _BANK = "base_model."
+_OF_LORA = (LowRank, KaSA, Residual, Experts, OnParameter)  # what LoRA's own config says
 
 
 def row_for(adapter: Adapter) -> Method | None:
@@ -31,7 +36,7 @@ def row_for(adapter: Adapter) -> Method | None:
 
     The method that the adapter's file was of goes before others that say the same.
     """
-    if any(isinstance(_direction(_bare(delta)), LowRank) for delta in adapter.values()):
+    if any(isinstance(_direction(_bare(delta)), _OF_LORA) for delta in adapter.values()):
         return None
     told = adapter.metadata.get("peft", {}).get("peft_type")
     rows = sorted((row for row in METHODS.values() if row.writing is not None), key=lambda row: row.peft_type != told)

@@ -200,7 +200,6 @@ INEXPRESSIBLE: dict[str, dict[str, Delta]] = {
     "a bias of one module only": {"a.weight": lora(), "a.bias": Full(diff=ref(4), scale=4.0), "b.weight": lora()},
     "a bias of another scale": {"a.weight": lora(), "a.bias": Full(diff=ref(4), scale=3.0)},
     "a part": {"a.weight": Part(delta=lora(), start=0, stop=4)},
-    "LoRA on a parameter that is no weight": {"a.kernel": lora()},
 }
 
 

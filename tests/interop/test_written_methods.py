@@ -1,4 +1,4 @@
-"""peft's other methods there and back: what peft saved, read and written again, is the same file, and peft loads it as the same model."""
+"""peft's other methods, and KaSA, there and back: what peft saved, read and written again, is the same file, and the same model in peft."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def type_of(case: Case) -> str:
     return str(case.config(**{"target_modules": list(case.layers), **case.settings}).peft_type.value)
 
 
-CASES = {name: case for name, case in all_cases().items() if type_of(case) != "LORA"}
+CASES = {name: case for name, case in all_cases().items() if type_of(case) != "LORA" or name.startswith("kasa")}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +85,8 @@ def test_a_method_there_and_back(tmp_path: Path, name: str) -> None:
 
 
 def test_all_that_is_read_is_written_and_tried() -> None:
-    assert {type_of(case) for case in CASES.values()} == set(METHODS) == {name for name, row in METHODS.items() if row.writing is not None}
+    assert {type_of(case) for case in CASES.values()} - {"LORA"} == set(METHODS)
+    assert all(row.writing is not None for row in METHODS.values())
 
 
 def test_no_field_is_written_that_peft_has_not(tmp_path: Path) -> None:
