@@ -63,7 +63,7 @@ class ReadOptions:
 
     `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
     are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
-    convolution) for loralib's, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
+    convolution) for loralib's, the former for litgpt's q, k and v too, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
     """
 
     format: str | None = None
