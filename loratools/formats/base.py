@@ -36,7 +36,7 @@ class Container:
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
     returns each tensor's digest, where it is not safetensors. `sealed` gives, of the tensors and the metadata, what more the metadata
-    says that only the tensors' bytes tell.
+    says that only the tensors' bytes tell. `notes` are what a person should be told of the writing.
     """
 
     tensors: Mapping[str, Ref]
@@ -50,6 +50,7 @@ class Container:
     writer: Callable[[Container, Path], dict[str, str]] | None = None
     sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def used(self, *names: str) -> tuple[Path, ...]:
         """The files `beside` of those names, as far as they were read."""
@@ -63,7 +64,8 @@ class ReadOptions:
 
     `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
     are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
-    convolution) for loralib's, the former for litgpt's q, k and v too, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
+    convolution) for loralib's, the former for litgpt's q, k and v too, `initial` (the path of the adapter as it was initialised) for
+    peft's whose initialisation changed the base.
     """
 
     format: str | None = None

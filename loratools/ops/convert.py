@@ -22,6 +22,7 @@ from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
 from loratools.ops._converting import Conversion
 from loratools.ops._layout import layout_for, stacked
+from loratools.ops._saved import with_biases
 from loratools.output import check_output, whole
 from loratools.plan import split_renames
 from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
@@ -75,6 +76,7 @@ def convert(
     on = None if base is None else Base(base, reading)
     source = given if on is None else stacked(given.resolve(on.specs, on.family, renames=split_renames(rename)), on.specs)
     written = format_of(format or ("loratools" if kind == "dense" else None), given)
+    source, whole_modules = with_biases(source, on) if written == "peft" else (source, [])
     relayout, said = layout_for(source, written, layout, None if on is None else on.specs)
     work, count = Conversion(source, on, options), options.threads
     with workers.single_threaded_blas(options.device == "cpu"):
@@ -85,8 +87,10 @@ def convert(
         # what went in is digested beside the writing
         with ThreadPoolExecutor(1) as beside, whole(target) as place:
             inputs = beside.submit(adapter_inputs, given)
-            receipt.digests = write_container(encode(laid, written), place)
-            receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(), *([said] if said else [])]
+            encoded = encode(laid, written)
+            receipt.digests = write_container(encoded, place)
+            told = [*source.notes, *work.notes(), *([said] if said else []), *whole_modules, *encoded.notes]
+            receipt.tensors, receipt.notes = work.rows(), told
             receipt.inputs = [*inputs.result(), *([on.input(count)] if on is not None else [])]
             receipt.expected, receipt.applied = len(source), len(made)
             receipt.outputs, receipt.history = output_rows(place), adapter_history(given)

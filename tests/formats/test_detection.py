@@ -137,7 +137,7 @@ def test_a_textual_inversion_alone_is_told_what_it_is(tmp_path: Path, name: str)
 
 def test_a_textual_inversion_of_another_program(tmp_path: Path) -> None:
     torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": randn(2, 4, seed=0)}, "name": "cat"}, tmp_path / "x.pt")
-    with pytest.raises(UnsupportedError, match="a textual inversion: embeddings of tokens.*: found cat; load it") as caught:
+    with pytest.raises(UnsupportedError, match=r"a textual inversion: embeddings of tokens.*: found cat; load it") as caught:
         load(tmp_path / "x.pt")
     assert "\n" not in str(caught.value)
 

@@ -129,7 +129,7 @@ def test_which_slots_are_enabled_by_an_option() -> None:
         if module == "qkv":
             assert bytes_of(decode(Container(tensors, beside=model), told)) == bytes_of(decode(container(state(on), on)))
         else:
-            with pytest.raises(AmbiguousError, match=r"attn\.attn\.lora_A: how its rows lie .* changed on 2024-02-05.*hyperparameters\.yaml"):
+            with pytest.raises(AmbiguousError, match=r"attn\.attn\.lora_A: how .* changed on 2024-02-05.*hyperparameters\.yaml"):
                 decode(Container(tensors, beside=model), told)
     for asked, said in (((True, True), "a 1 or 0 for each of q, k and v"), ((True, True, False), "has them: 1,0,1")):
         with pytest.raises(OptionError, match=f"--enable-lora: found .*{said}"):
