@@ -173,7 +173,9 @@ def encode(adapter: Adapter) -> Container:
         if not isinstance(low, LowRank) or not matrix or not name.endswith(".weight") or adapter.flat:
             lies = f" ({low.layer})" if isinstance(low, LowRank) else ""
             remedy = "--format loratools keeps it" if lies else "convert it first: --kind lora; --format loratools keeps it"
-            faults.append(NotExpressible(f"MLX cannot say a {delta.kind} delta{lies}", tensor=name, remedy=remedy))
+            if delta.kind in ("experts", "parameter"):
+                remedy = "give convert --base BASE, with the config.json of a model whose experts MLX stacks; --format loratools keeps it"
+            faults.append(NotExpressible(f"MLX cannot say {delta.called} delta{lies}", tensor=name, remedy=remedy))
             continue
         if _EXPERT.search(name):
             fact = "MLX keeps experts in one stack, and where those of this model are is not known"

@@ -147,5 +147,5 @@ def _fault(name: str, delta: Delta) -> LoratoolsError:
         return NotExpressible("peft has no DoRA of what is no layer's weight", tensor=name, remedy=remedy)
     if isinstance(delta, DoRA) and isinstance(direction, Additive):
         remedy = "convert --kind lora makes a direction of it, --format loratools keeps it"
-        return NotExpressible(f"peft's LoRA cannot say a DoRA of a {direction.kind} direction", tensor=name, remedy=remedy)
-    return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy=REMEDY)
+        return NotExpressible(f"peft's LoRA cannot say a DoRA of {direction.called} direction", tensor=name, remedy=remedy)
+    return NotExpressible(f"peft's LoRA cannot say {delta.called} delta", tensor=name, remedy=REMEDY)

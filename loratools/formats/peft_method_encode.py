@@ -116,8 +116,8 @@ def _fault(name: str, leaf: str, delta: Delta, row: Method, writing: Writing) ->
         if lies and not row.conv1d:
             return NotExpressible(f"peft puts {row.peft_type} on no weight that is stored transposed", tensor=name, remedy=REMEDY)
         return None
-    kind = bare.kind if _direction(bare) is bare else f"{bare.kind} ({_direction(bare).kind})"
-    return NotExpressible(f"peft's {row.peft_type} cannot say a {kind} delta", tensor=name, remedy=REMEDY)
+    what = f"{bare.called} delta" + (f" ({_direction(bare).called})" if _direction(bare) is not bare else "")
+    return NotExpressible(f"peft's {row.peft_type} cannot say {what}", tensor=name, remedy=REMEDY)
 
 
 def _common(stated: Mapping[str, Any], own: Mapping[str, Any], row: Method) -> dict[str, Any]:

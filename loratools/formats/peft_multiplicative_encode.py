@@ -111,7 +111,7 @@ def _glora_slots(leaves: Mapping[str, Delta], settings: Mapping[str, Any]) -> di
         off = settings["config_C"] != "vector" or (_kind(bias.own.times) == _OFF and not any(bytes(bias.left.read())))
         return slots | {"glora_C.zeros" if off else "glora_C.X": bias.left}
     if bias is not None:
-        raise refused(f"peft's GLoRA cannot say a {bias.kind} delta of a bias")
+        raise refused(f"peft's GLoRA cannot say {bias.called} delta of a bias")
     out, width, dtype = *_size(weight), weight.times.refs().popitem()[1].spec.dtype
     return slots | {f"glora_{name}.zeros": _zeros(shape, dtype) for name, shape in (("C", (width, 1)), ("D", (out,)), ("E", (out,)))}
 
@@ -139,7 +139,7 @@ def _path(name: str, part: Additive | None) -> dict[str, Ref]:
         return {f"glora_{name}.X": part.value}
     if isinstance(part, Full) and part.scale == 1:
         return {f"glora_{name}.zeros": part.diff}
-    raise refused(f"peft's GLoRA cannot say a {'missing' if part is None else part.kind} part")
+    raise refused(f"peft's GLoRA cannot say {'a missing' if part is None else part.called} part")
 
 
 def _of_hira(delta: Delta) -> bool:

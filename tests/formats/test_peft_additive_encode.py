@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[dict[str, Delta], str]] = {
     "two variants": ({"a__weight": MiSS(block=D(2, 6)), "b__weight": Bat(M=D(3, 2, 2))}, "one init_weights for all modules: found bat"),
     "two ranks of MiSS": ({"a__weight": MiSS(block=D(2, 6)), "b__weight": MiSS(block=D(3, 6))}, "one r for all modules: found 3"),
     "two alphas": ({"a__weight": GRALORA, "b__weight": replace(GRALORA, alpha=4.0)}, "one alpha for all modules: found 4.0, expected 3.0"),
-    "another kind beside": ({"a__weight": GRALORA, "b__weight": ADALORA}, r"b\.weight: peft's GRALORA cannot say a adalora delta"),
+    "another kind beside": ({"a__weight": GRALORA, "b__weight": ADALORA}, r"b\.weight: peft's GRALORA cannot say an AdaLoRA delta"),
 }  # fmt: skip
 
 

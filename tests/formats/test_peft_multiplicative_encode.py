@@ -88,11 +88,11 @@ REFUSED: dict[str, tuple[dict[str, Delta], str]] = {
     "two groups": ({"a__weight": ROAD, "b__weight": replace(ROAD, theta=D(4), alpha=D(4), group=4)}, "one group_size for all modules"),
     "HiRA scaled": ({"a__weight": Modulated(times=replace(LOW, alpha=3.0))}, r"a\.weight: peft's HiRA has no scaling: found 1.5"),
     "GLoRA scaled": ({"a__weight": Modulated(times=LOW, plus=replace(LOW, alpha=3.0)), "a__bias": BIAS}, "GLoRA has no scaling: found 1.5"),
-    "another bias of GLoRA's": ({"a__weight": WEIGHT, "a__bias": Full(diff=D(6))}, "peft's GLORA cannot say a full delta"),
+    "another bias of GLoRA's": ({"a__weight": WEIGHT, "a__bias": Full(diff=D(6))}, "peft's GLORA cannot say a whole-tensor delta"),
     "two kinds": ({"a__weight": WEIGHT, "b__weight": VECTORS}, "one config_A_B for all modules"),
     "zeros of an unknown size": ({"a__weight": VECTORS}, "zeros as large as the weight's sides, which only the base tells"),
     "a part of another kind": (
-        {"a__weight": Modulated(times=LOW, plus=Full(diff=D(6, 4), scale=2.0)), "a__bias": BIAS}, "peft's GLoRA cannot say a full part"
+        {"a__weight": Modulated(times=LOW, plus=Full(diff=D(6, 4), scale=2.0)), "a__bias": BIAS}, "peft's GLoRA cannot say a whole-tensor part"
     ),
     "a bias without its weight": ({"a__weight": WEIGHT, "a__bias": BIAS, "b__bias": BIAS}, r"b\.bias: a change of no such kind beside"),
 }  # fmt: skip
