@@ -85,6 +85,7 @@ def test_of_other_models_a_stack_stays_what_it_is(tmp_path: Path) -> None:
         "mixtral", "qwen2_moe", "olmoe",
     ]  # fmt: skip
     source = adapter(tmp_path, {"model_type": "gpt_oss"})
-    for format, said in (("gguf", "model_type whose names in GGUF are not known"), ("mlx", "MLX cannot say a LoRA-of-experts delta; give convert --base BASE")):
+    refused = {"gguf": "model_type whose names in GGUF are not known", "mlx": "MLX cannot say a LoRA-of-experts delta; give convert --base"}
+    for format, said in refused.items():
         with pytest.raises((NotExpressible, LoratoolsError), match=said):
             convert(source, tmp_path / f"x.{format}", format=format, base=tmp_path / "base")

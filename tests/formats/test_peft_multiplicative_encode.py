@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[dict[str, Delta], str]] = {
     "two kinds": ({"a__weight": WEIGHT, "b__weight": VECTORS}, "one config_A_B for all modules"),
     "zeros of an unknown size": ({"a__weight": VECTORS}, "zeros as large as the weight's sides, which only the base tells"),
     "a part of another kind": (
-        {"a__weight": Modulated(times=LOW, plus=Full(diff=D(6, 4), scale=2.0)), "a__bias": BIAS}, "peft's GLoRA cannot say a whole-tensor part"
+        {"a__weight": Modulated(times=LOW, plus=Full(diff=D(6, 4), scale=2.0)), "a__bias": BIAS}, "GLoRA cannot say a whole-tensor part"
     ),
     "a bias without its weight": ({"a__weight": WEIGHT, "a__bias": BIAS, "b__bias": BIAS}, r"b\.bias: a change of no such kind beside"),
 }  # fmt: skip
