@@ -34,7 +34,7 @@ from loratools.formats import (
     trtllm,
     xlabs,
 )
-from loratools.formats._marks import NEEDS, near, shown
+from loratools.formats._marks import NEEDS, inversions, near, shown
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -120,6 +120,10 @@ def _format_of(container: Container, name: str | None) -> Format:
         if row is None:
             raise UsageError("unknown --from", found=name, expected=" or ".join(row.name for row in FORMATS))
         return row
+    if tokens := inversions(container.tensors):
+        fact = "a textual inversion: embeddings of tokens, which change no weight of a model"
+        remedy = "load it into the text encoder, beside the adapter it came with, as diffusers' load_textual_inversion does"
+        raise UnsupportedError(fact, file=container.path, found=nearest(tokens), remedy=remedy)
     found = [row for row in FORMATS if row.detect(container)]
     if len(found) == 1:
         return found[0]

@@ -40,6 +40,7 @@ class Container:
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
     returns each tensor's digest, where it is not safetensors. `seal` are the digests in the metadata that only the tensors' bytes tell.
+    `notes` are what a person should be told of the writing.
     """
 
     tensors: Mapping[str, Ref]
@@ -53,6 +54,7 @@ class Container:
     writer: Callable[[Container, Path], dict[str, str]] | None = None
     seal: Seal | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def stated(self) -> dict[str, str]:
@@ -71,7 +73,8 @@ class ReadOptions:
 
     `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
     are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
-    convolution) for loralib's, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
+    convolution) for loralib's, the former for litgpt's q, k and v too, `initial` (the path of the adapter as it was initialised) for
+    peft's whose initialisation changed the base.
     """
 
     format: str | None = None

@@ -17,9 +17,12 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, ShapeError, raise_all
+from loratools.families import Family
+from loratools.formats._experts import apart
 from loratools.formats._heads import text_config
 from loratools.formats._pieces import Waiting
 from loratools.formats._scale import exact_alpha, only
+from loratools.formats._stack import Stack
 from loratools.formats.base import Container
 from loratools.formats.gguf import ALPHA, ARCHITECTURE, KIND, NAME, TYPE
 from loratools.formats.gguf_names import (
@@ -33,12 +36,13 @@ from loratools.formats.gguf_names import (
     stated_heads,
     tied_head,
 )
-from loratools.formats.gguf_rows import Stack, filled, interleaved
+from loratools.formats.gguf_rows import filled, interleaved
 from loratools.gguffile import write_gguf
 from loratools.refs import Ref
 
 _DTYPES = ("F32", "F16", "BF16")
 _CARRIED = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
+_ROUNDED = "{}: GGUF holds alpha in float32: {!r} became {!r}, a scaling off by a share of {:.1e}; rescale --bake would leave none"
 _BASE = "give convert --base a model with its config.json"
 
 
@@ -52,7 +56,7 @@ def encode(adapter: Adapter) -> Container:
     writing = _Writing.of(adapter, fields)
     faults: list[LoratoolsError] = [NotExpressible("GGUF has no place for it", tensor=name) for name in adapter.passengers]
     pairs: dict[str, _Pair] = {}
-    for name, delta in adapter.items():
+    for name, delta in apart(adapter, Family(dict(adapter.model)).types).items():
         try:
             writing.add(pairs, name, _low(delta))
         except LoratoolsError as error:
@@ -60,10 +64,13 @@ def encode(adapter: Adapter) -> Container:
     faults += [fault for pair in pairs.values() for fault in pair.faults()]
     raise_all(faults)
     alpha, rank = _scale(pairs)
+    exact = {name: exact_alpha(low.scaling, rank or low.rank) for pair in pairs.values() for name, low in pair.named.items()}
+    rounded = next(((name, one) for name, one in exact.items() if alpha and one != alpha), None)
+    notes = () if rounded is None else (_ROUNDED.format(*rounded, alpha, abs(alpha / rounded[1] - 1)),)
     said = {ARCHITECTURE: writing.names.row.name, TYPE: "adapter", KIND: "lora", ALPHA: alpha} | writing.heads_said()
     said |= {key: text for key, text in fields.items() if key not in said and isinstance(text, str) and _carried(key)}
     tensors = {f"{name}.{slot}": ref for name, pair in pairs.items() for slot, ref in pair.factors(rank).items()}
-    return Container(tensors, path=adapter.path, fields=said, writer=_write)
+    return Container(tensors, path=adapter.path, fields=said, writer=_write, notes=notes)
 
 
 def _carried(key: str) -> bool:

@@ -74,7 +74,7 @@ def fit(
     with whole(place_at) as place:
         receipt.digests = write_container(encoded, place)
         work.prove(place)
-        receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved)]
+        receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved), *encoded.notes]
         reasons = {name: f"{why} It is in {saved.name}." for name, why in work.apart.items()}
         receipt.left_out = [{"name": name, "reason": why, "relative_norm": None} for name, why in reasons.items()]
         fill_files(receipt, place, [source])
