@@ -103,7 +103,16 @@ class Repository:
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
+            if response.status_code == 206 and _first(response) != start:
+                told = response.headers.get("Content-Range")
+                raise SourceError("the Hub sent another part than it was asked for", found=told, expected=headers.get("Range"))
             yield (start if response.status_code == 206 else 0), response.iter_raw()
+
+
+def _first(response: Any) -> int | None:
+    """Where the part begins that an answer of 206 holds."""
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found is not None else None
 
 
 def transport() -> Any:
