@@ -18,6 +18,7 @@ from loratools.families import Family
 from loratools.layouts.relayout import Relayout, relayout_of
 from loratools.listing import Listing, listing
 from loratools.resolution import Told, resolve
+from loratools.source.handles import name_of
 from loratools.tensorfile import Ref, Spec, identity, origin
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Adapter(Mapping[str, Delta]):
         return self._listing().rich()
 
     def _listing(self) -> Listing:
-        return listing(self.deltas, path=self.path, format=self.format, parameters=self.parameters)
+        return listing(self.deltas, path=self.path and name_of(self.path), format=self.format, parameters=self.parameters)
 
     @property
     def parameters(self) -> int:

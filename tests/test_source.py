@@ -28,9 +28,9 @@ from tests.hub.server import Hub
 SHARDS = 3
 
 
-def lora(folder: Path, count: int = 2, width: int = 8) -> Path:
+def lora(folder: Path, count: int = 2, width: int = 8, factor: float = 1.0) -> Path:
     tensors = {
-        f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight": torch.ones(2, width) if x == "A" else torch.ones(width, 2)
+        f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight": factor * torch.ones((2, width) if x == "A" else (width, 2))
         for i in range(count)
         for x in "AB"
     }

@@ -31,7 +31,7 @@ from loratools.pipeline import open_checkpoint
 from loratools.source import headers
 from loratools.source.handles import size_at
 from loratools.tensorfile import FLOATS, Ref, Spec
-from loratools.weightfiles import SINGLE, is_index
+from loratools.weightfiles import PIPELINE, SINGLE, holds_model, is_index
 
 LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
@@ -91,7 +91,7 @@ def _told(
 def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
-        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*"))
+        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*")) or holds_folders(path)
     if path.name in SINGLE or is_index(path.name):
         return False
     if path.suffix == ".json":
@@ -99,6 +99,11 @@ def holds_adapter(path: Path) -> bool:
     container = open_container(path)
     marked = sum(_ADAPTER_KEY.search(key) is not None for key in container.tensors)
     return any(row.detect(container) for row in FORMATS) or marked > len(container.tensors) / 2
+
+
+def holds_folders(path: Path) -> bool:
+    """Whether it is no model, and adapters lie in its folders, one of which must be named."""
+    return any(path.glob(f"*/{CONFIG}")) and not (path / PIPELINE).is_file() and not holds_model(path)
 
 
 # -- an adapter
