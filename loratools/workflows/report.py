@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from loratools import __version__
 from loratools import threads as workers
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, LoratoolsError, OptionError, raise_all
+from loratools.errors import FormatError, OptionError, raise_all
 from loratools.formats import load
 from loratools.formats.base import read_options
 from loratools.formats.reading import Reading, paths, reads
@@ -87,7 +87,8 @@ def _check(given: Sequence[str | Path]) -> None:
 def _check_once(given: Sequence[str | Path], real: Sequence[str]) -> None:
     """Raise for an adapter that is given twice; `real` is where each lies."""
     times = Counter(real)
-    raise_all([OptionError("given twice", file=path) for path in dict.fromkeys(p for p, r in zip(given, real, strict=True) if times[r] > 1)])
+    twice = dict.fromkeys(path for path, place in zip(given, real, strict=True) if times[place] > 1)
+    raise_all([OptionError("given twice", file=path) for path in twice])
 
 
 def _data(

@@ -143,7 +143,8 @@ def test_the_python_api_names_the_repository(hub: Hub, client: Client, shelf: Pa
     done = client.python("""
         import loratools
         calls = [
-            lambda: loratools.load("ada/wrong"), lambda: loratools.inspect("ada/wrong"), lambda: loratools.inspect("ada/wrong", values=True),
+            lambda: loratools.load("ada/wrong"), lambda: loratools.inspect("ada/wrong"),
+            lambda: loratools.inspect("ada/wrong", values=True),
             lambda: loratools.convert("ada/wrong", "x", format="kohya"), lambda: loratools.merge("ada/base", "ada/wrong", "x"),
             lambda: loratools.check("ada/wrong", "vllm"), lambda: loratools.report(["ada/lora", "ada/wrong"], "x"),
             lambda: loratools.compare("ada/lora", "ada/wrong"), lambda: loratools.Checkpoint("ada/wrong"),
