@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.formats.base import open_container, read_options
+from loratools.formats.base import Container, open_container, read_options
 from loratools.formats.reading import Reading
 from loratools.ops._algebra import loaded
 from loratools.ops._base import Base
-from loratools.workflows._rules import Subject, hits
+from loratools.workflows._rules import hits
+from loratools.workflows._subject import Subject
 from loratools.workflows._weights import weights
 from loratools.workflows.targets import Rule, Source, Target, target_of
 
@@ -22,7 +23,8 @@ from loratools.workflows.targets import Rule, Source, Target, target_of
 class Finding:
     """What a target loses of an adapter: `kind` is refuse, ignore or mis-scale, `share` the part of ‖ΔW‖² it is.
 
-    `tensor` is a tensor, or a field of the config; a `share` of None has its `unmeasured` reason.
+    `tensor` is a tensor, or a field of the config; a `share` of None has its `unmeasured` reason. `remedy` is what helps where `fit`
+    does not, None for merging it into the base.
     """
 
     target: str
@@ -35,6 +37,7 @@ class Finding:
     unmeasured: str | None
     fit: str
     source: Source
+    remedy: str | None = None
 
 
 def findings(adapter: str | Path | Adapter, target: str, *, base: str | Path | Base | None = None, **reading: Any) -> list[Finding]:
@@ -71,12 +74,16 @@ def look(adapter: str | Path | Adapter, target: str, base: str | Path | Base | N
 
 def subject_of(adapter: Adapter, target: Target, base: Base | None) -> Subject:
     """An adapter with what its own file says; one that was made in memory has no config and no keys."""
+    container = None if adapter.path is None or adapter.format is None else open_container(adapter.path)
+    return subject_in(container, adapter, target, base)
+
+
+def subject_in(container: Container | None, adapter: Adapter, target: Target, base: Base | None = None) -> Subject:
+    """An adapter beside the container that it was read from."""
     pairs = base.family.ties(base.checkpoint) if base is not None else []
     heads, tied = frozenset(head for _, head in pairs), frozenset(embedding for embedding, _ in pairs)
-    if adapter.path is None or adapter.format is None:
-        return Subject(adapter, target.reads, heads=heads, tied=tied)
-    container = open_container(adapter.path)
-    return Subject(adapter, target.reads, container.config, tuple(container.tensors), heads, tied)
+    config, keys = (None, ()) if container is None else (container.config, tuple(container.tensors))
+    return Subject(adapter, target.reads, config, keys, heads=heads, tied=tied, base=base)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Strike:
     place: str
     names: tuple[str, ...]
     found: str | None
+    lacking: tuple[str, ...] = ()
 
 
 def strikes(subject: Subject, target: Target) -> list[Strike]:
@@ -99,8 +107,13 @@ def strikes(subject: Subject, target: Target) -> list[Strike]:
         for hit in hits(rule.when, rule.settings, subject):
             if (hit.place, rule.id) not in known:
                 known.add((hit.place, rule.id))
-                struck.append(Strike(rule, hit.place, hit.names, hit.found))
+                struck.append(Strike(rule, hit.place, hit.names, hit.found, hit.lacking))
     return struck
+
+
+def lost(adapter: Adapter, target: Target, base: Base | None) -> list[Strike]:
+    """What a target would lose of an adapter, told of its deltas and of the file it was read from."""
+    return [one for one in strikes(subject_of(adapter, target, base), target) if one.rule.loses != "note"]
 
 
 def _findings(lost: Iterable[Strike], target: Target, weighed: Mapping[str, float | str]) -> list[Finding]:
@@ -112,7 +125,7 @@ def _findings(lost: Iterable[Strike], target: Target, weighed: Mapping[str, floa
         made.append(
             Finding(
                 target=target.name, rule=one.rule.id, kind=one.rule.loses, tensor=one.place, reason=one.rule.reason, found=one.found,
-                share=share, unmeasured=why, fit=one.rule.fit, source=one.rule.source,
+                share=share, unmeasured=why, fit=one.rule.fit, source=one.rule.source, remedy=one.rule.remedy,
             )
         )  # fmt: skip
     return made

@@ -229,7 +229,7 @@ def _with_biases(before: Mapping[str, Fitted], after: dict[str, Fitted], *, foll
 def rows_of(before: Mapping[str, Delta], fitted: Mapping[str, Fitted]) -> list[dict[str, Any]]:
     """A receipt's row for each delta that is LoRA now, or was changed."""
     share = shares([one.norm for one in fitted.values()])
-    return [one.row(name, before[name], part) for (name, one), part in zip(fitted.items(), share, strict=True)]
+    return [one.row(name, before.get(name, one.delta), part) for (name, one), part in zip(fitted.items(), share, strict=True)]
 
 
 def size_of(delta: Delta) -> float:
