@@ -42,13 +42,12 @@ def joined(
     subject: Subject, *, needs: Mapping[str, Sequence[str]] | None = None, where: Mapping[str, Sequence[str]] | None = None,
     at: str | None = None,
 ) -> Iterator[Hit]:  # fmt: skip
-    """LoRA on a module without LoRA on one beside it that the target joins it to: those of `where` only if the base has one there.
+    """A change of a module without one of another beside it that the target joins it to: those of `where` only if the base has one.
 
     Only tensors whose names `at` finds.
     """
-    there = {tensor for tensor, _ in subject.lows} | {tensor for tensor, delta in subject.parts if delta.kind in ("experts", "parameter")}
     for tensor in subject.adapter:
-        if tensor not in there or (at is not None and not re.search(at, tensor)):
+        if at is not None and not re.search(at, tensor):
             continue
         module = tensor.removesuffix(".weight")
         parent, _, leaf = module.rpartition(".")
@@ -56,6 +55,6 @@ def joined(
         asked = dict.fromkeys([*always, *(where or {}).get(leaf, ())])
         names = {other: (f"{parent}." if parent else "") + other + tensor.removeprefix(module) for other in asked}
         known = {other: one for other, one in names.items() if other in always or (subject.base is not None and one in subject.base)}
-        lacking = [other for other, name in known.items() if name not in there]
+        lacking = [other for other, name in known.items() if name not in subject.adapter]
         if lacking:
             yield Hit(tensor, (tensor,), f"without LoRA on {' and '.join(lacking)}", tuple(known[other] for other in lacking))
