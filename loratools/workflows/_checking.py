@@ -64,8 +64,7 @@ def look(adapter: str | Path | Adapter, target: str, base: str | Path | Base | N
     words: Reading = {"embedding": options.embeddings, "transposed": options.transposed}
     on = base if isinstance(base, Base) or base is None else Base(base, words)
     settled = given if on is None else on.resolve(given)
-    subject = subject_of(settled, chosen, on)
-    struck = strikes(subject, chosen)
+    struck = struck_of(given, settled, chosen, on)
     lost = [one for one in struck if one.rule.loses != "note"]
     weighed = weights(settled, on) if lost else {}
     unmeasured = [name for name, weight in weighed.items() if isinstance(weight, str)]
@@ -111,6 +110,17 @@ def strikes(subject: Subject, target: Target) -> list[Strike]:
     return struck
 
 
+def struck_of(given: Adapter, settled: Adapter, target: Target, base: Base | None) -> list[Strike]:
+    """What rules find in an adapter under the base's names, and what those that find nothing there find in the file as it is."""
+    struck = strikes(subject_of(settled, target, base), target)
+    if settled is given:
+        return struck
+    known = {one.rule.id for one in struck}
+    own = [one for one in strikes(subject_of(given, target, base), target) if one.rule.id not in known]
+    order = {rule.id: place for place, rule in enumerate(target.rules)}
+    return sorted(struck + own, key=lambda one: order[one.rule.id])
+
+
 def lost(adapter: Adapter, target: Target, base: Base | None) -> list[Strike]:
     """What a target would lose of an adapter, told of its deltas and of the file it was read from."""
     return [one for one in strikes(subject_of(adapter, target, base), target) if one.rule.loses != "note"]
@@ -120,8 +130,10 @@ def _findings(lost: Iterable[Strike], target: Target, weighed: Mapping[str, floa
     total = math.fsum(weight**2 for weight in weighed.values() if isinstance(weight, float))
     made = []
     for one in lost:
+        if one.rule.loses == "ignore" and one.names and all(weighed.get(name) == 0.0 for name in one.names) and total:
+            continue  # a copy of the base's own, of which nothing is lost
         whole = bool(one.names) and set(one.names) == set(weighed)
-        share, why = (1.0, None) if whole else _share([weighed[name] for name in one.names], total)
+        share, why = (1.0, None) if whole else _share([weighed.get(name, _ELSEWHERE) for name in one.names], total)
         made.append(
             Finding(
                 target=target.name, rule=one.rule.id, kind=one.rule.loses, tensor=one.place, reason=one.rule.reason, found=one.found,
@@ -129,6 +141,9 @@ def _findings(lost: Iterable[Strike], target: Target, weighed: Mapping[str, floa
             )
         )  # fmt: skip
     return made
+
+
+_ELSEWHERE = "the base has it under other names, which are told by themselves"
 
 
 def _share(known: list[float | str], total: float) -> tuple[float | None, str | None]:

@@ -26,6 +26,7 @@ from loratools.ops._resizing import resized
 from loratools.ops._to_lora import has_product
 from loratools.tensorfile import Ref
 from loratools.tensors import read_tensor
+from loratools.workflows._weights import sized
 from loratools.workflows.targets import Target
 
 _NARROW = ("F16", "BF16")  # dtypes in which multiplying a factor by anything but a power of two costs something one sees
@@ -235,7 +236,7 @@ def rows_of(before: Mapping[str, Delta], fitted: Mapping[str, Fitted]) -> list[d
 def size_of(delta: Delta) -> float:
     """‖ΔW‖ of a difference, of a DoRA its direction's; 0 for a tensor saved whole, of which nothing can be lost."""
     inner = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
-    if isinstance(inner, Additive):
+    if sized(inner):
         return inner.norm()
     low = _low(inner)
     return 0.0 if low is None else low.norm()

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from loratools.deltas.base import Additive, Delta
+from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
+from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError
 from loratools.workflows._naming import joined, name, network
@@ -32,9 +33,14 @@ def format_(subject: Subject) -> Iterator[Hit]:
 
 def kind(
     subject: Subject, *, kinds: Sequence[str] = (), but: Sequence[str] = (), at: str | None = None, off: str | None = None,
-    vector: bool | None = None,
+    vector: bool | None = None, types: Sequence[str] = (),
 ) -> Iterator[Hit]:  # fmt: skip
-    """Deltas of one of `kinds`, or of none of `but`; on tensors whose names a pattern finds, or does not; on vectors, or on all else."""
+    """Deltas of one of `kinds`, or of none of `but`; on tensors whose names a pattern finds, or does not; on vectors, or on all else.
+
+    With `types`, only where there is a base and its model_type is none of these.
+    """
+    if types and (subject.base is None or set(types) & set(subject.base.family.types)):
+        return
     for tensor, delta in subject.parts:
         chosen = delta.kind in kinds if kinds else delta.kind not in but
         placed = (at is None or re.search(at, tensor)) and (off is None or not re.search(off, tensor))
@@ -43,7 +49,7 @@ def kind(
 
 
 def _is_vector(tensor: str, delta: Delta) -> bool:
-    return tensor.endswith(".bias") or (isinstance(delta, Additive) and len(delta.shape()) < 2)
+    return tensor.endswith(".bias") or (isinstance(delta, Full) and len(delta.shape()) < 2)
 
 
 def layer(subject: Subject, *, layers: Sequence[str], at: str | None = None) -> Iterator[Hit]:

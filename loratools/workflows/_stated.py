@@ -12,13 +12,14 @@ from loratools.workflows._subject import Hit, Subject
 def config(
     subject: Subject, *, given: Sequence[str] = (), missing: Sequence[str] = (), like: Mapping[str, str] | None = None,
     takes: Mapping[str, Sequence[Any]] | None = None, strings: Mapping[str, Sequence[str]] | None = None, kinds: Sequence[str] = (),
+    methods: Sequence[str] = (),
 ) -> Iterator[Hit]:  # fmt: skip
     """A field of the config that is given, or missing; entries of a pattern that repeat the field `like` names count for nothing.
 
     Of a field in `takes`, any other value than these and none; of one in `strings`, any other string. The hit concerns the deltas of
-    `kinds`, else all.
+    `kinds`, else all. With `methods`, only of configs of these peft_types.
     """
-    if subject.config is None:
+    if subject.config is None or (methods and subject.config.get("peft_type", "LORA") not in methods):
         return
     concerned = tuple(dict.fromkeys(name for name, delta in subject.parts if delta.kind in kinds)) if kinds else subject.every
     for word in given:

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, NotExpressible, OptionError, raise_all
+from loratools.errors import LoratoolsError, NotExpressible, OptionError, UnsupportedError, raise_all
 from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import Container, open_container, read_options, write_container
 from loratools.formats.peft_config import CARRIED
@@ -110,6 +110,7 @@ class _Fit:
         limits = [rank for rank in (max_rank, target.max_rank) if rank is not None]
         self.asked, self.limit = max_rank, min(limits) if limits else None
         self.struck: list[Strike] = []
+        self.anew = False  # whether the file cannot stay as it is, whatever is done to the deltas
         self.apart: dict[str, str] = {}
         self.beside: dict[str, LowRank] = {}
         self.settled = self.made = self.away = source
@@ -119,6 +120,8 @@ class _Fit:
         """All of it, but the writing; under the base's names, if there is one, until the end."""
         self.settled = placed(self.source, self.target) if self.base is None else self.base.resolve(self.source)
         self.struck = lost(self.settled, self.target, self.base)
+        known = {one.rule.id for one in self.struck}
+        self.anew = any(one.rule.fit == "write" or one.rule.id not in known for one in lost(self.source, self.target, self.base))
         self._refuse()
         self.apart = {name: one.rule.reason for one in self._of("apart") for name in one.names or (one.place,) if self._holds(name)}
         stay, self.away = split(self.settled, self.apart)
@@ -162,10 +165,11 @@ class _Fit:
     def encoded(self) -> Container:
         """The files: the source's own, byte for byte, where nothing had to change."""
         path = self.source.path
-        changed = self.struck or any(self.made[name] is not self.settled[name] for name in self.made)
+        changed = self.struck or self.anew or any(self.made[name] is not self.settled[name] for name in self.made)
         if not changed and path is not None and path.suffix == ".safetensors":
             return replace(open_container(path), name=path.name)
-        own = self.source.format in self.target.reads and not any(True for _ in self._of("write"))
+        raise_all(_unknown(name) for name, delta in self.made.items() if delta.kind == "parameter")
+        own = self.source.format in self.target.reads and not self.anew
         written = [row.name for row in FORMATS if row.encode]
         if own and self.source.format in written:
             return encode(self.made, self.source.format)
@@ -195,6 +199,10 @@ class _Fit:
 
 _IN_MEMORY = ("peft", "mlx")  # formats whose runtimes look for the names that a model has in memory, as the adapter's own file has them
 _INSTEAD = "merge it into the base, and serve that"
+
+
+def _unknown(name: str) -> UnsupportedError:
+    return UnsupportedError("LoRA of a parameter, whose experts and shape only the base tells", tensor=name, remedy="give --base")
 
 
 def _refused(one: Strike) -> NotExpressible:
