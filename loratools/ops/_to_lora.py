@@ -117,6 +117,8 @@ def _dense(case: Case, options: Options) -> Converted:
     effect = case.effect(options.device)
     found = norms(effect.wide, effect.read(), case.delta.direction, options.device)
     m, axis = read_tensor(case.delta.magnitude, torch.float64, options.device).reshape(-1), case.delta.axis
+    if axis not in found.changed:  # channels of a convolution's input, of which no norms are taken
+        return made
     # (g − 1)∘W from the norms alone: g is one number for each row, or column
     scaling = float(((m / found.changed[axis] - 1) * found.base[axis]).norm())
     return replace(made, scaling=scaling, note=other_axis(axis, m, found))

@@ -23,20 +23,32 @@ from loratools.workflows.targets import Target
 
 _PIPELINES = ("diffusers", "comfyui", "kohya")
 _UNET = re.compile(r"(down_blocks|up_blocks|mid_block)\.")
-_CLIP = re.compile(r"text_model\.")
+_CLIP = re.compile(r"(text_model|encoder)\.")
+_CLIP_5 = re.compile(r"^(text_encoder(?:_2)?\.)(?=(encoder\.layers|embeddings|final_layer_norm)\b)")
+_CLIP_5_FLAT = re.compile(r"^(lora_te\d?_)(?=(encoder_layers|embeddings|final_layer_norm)[_.])")
 
 
-def placed(adapter: Adapter, target: Target) -> Adapter:
-    """The adapter with diffusers' name of its model before its names, where they are those of a lone model of a pipeline."""
-    sorts = {sort_of(name) for name in adapter}
+def placed(adapter: Adapter, target: Target) -> dict[str, str]:
+    """The name that each of an adapter's has for a target: a lone model's under its part of the pipeline, as diffusers calls it.
+
+    CLIP's modules get the text_model before them that transformers 5 leaves out, but for diffusers, which loads them by its names.
+    """
+    part = _part(adapter, target)
+    names = {name: f"{part}.{name}" if part else name for name in adapter}
+    if target.format in ("comfyui", "kohya"):
+        names = {old: _CLIP_5.sub(r"\1text_model.", _CLIP_5_FLAT.sub(r"\1text_model_", new)) for old, new in names.items()}
+    return names
+
+
+def _part(adapter: Adapter, target: Target) -> str | None:
+    """The part of a pipeline that an adapter of a model alone is of; None where its names tell, or where they are none of a pipeline."""
     dotted = target.format in _PIPELINES and not adapter.flat and adapter.numbered is None
     lone = dotted and not any(name.partition(".")[0] in PARTS or "diffusion_model." in name for name in adapter)
-    if not lone or not sorts & {"diffusion", "text encoder"} or any(map(_rooted, adapter)):
-        return adapter
+    if not lone or not {sort_of(name) for name in adapter} & {"diffusion", "text encoder"} or any(map(_rooted, adapter)):
+        return None
     part = "unet" if any(map(_UNET.match, adapter)) else "text_encoder" if all(map(_CLIP.match, adapter)) else "transformer"
-    if part == "transformer" and target.format != "diffusers":
-        return adapter  # the authors' names and diffusers' are told apart by their words, under whatever they lie
-    return replace(adapter, deltas={f"{part}.{name}": delta for name, delta in adapter.items()}, expects=None)
+    # the authors' names and diffusers' are told apart by their words, under whatever they lie
+    return None if part == "transformer" and target.format != "diffusers" else part
 
 
 def _rooted(name: str) -> bool:

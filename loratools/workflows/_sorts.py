@@ -29,6 +29,8 @@ _MARKS = tuple(
         ("tower", r"(^|\.)(visual|vision_(tower|model|encoder)|image_encoder|(audio|speech)_(tower|encoder)|aligner|vpm|resampler)\."),
         ("tower", r"(^|\.)(multi_?modal_projector|mm_projector|embed_(vision|audio)|vision_language_adapter|connector)\."),
         ("text encoder", r"(^|\.)text_model\.(encoder|embeddings|final_layer_norm)\."),
+        # as transformers 5 has CLIP; of BART and Whisper these lie under model.
+        ("text encoder", r"^encoder\.layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12]|layer_norm[12])\."),
         # image models: ViT of transformers and of timm, Swin, ConvNeXt, ResNet
         ("vision", r"(^|\.)blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]|norm[12])\."),
         ("vision", r"(^|\.)(encoder\.)?layer\.\d+\.(attention\.(attention|[qkvo]_proj)|layer_scale|mlp\.(up|down)_proj)\b"),

@@ -26,6 +26,7 @@ from loratools.receipt import Receipt, adapter_history, adapter_inputs, receipt_
 from loratools.workflows._checking import Strike, lost, strikes, subject_of
 from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, size_of, split
 from loratools.workflows._placing import encoded_for, own_names, placed, zeros
+from loratools.workflows._subject import WHOLE
 from loratools.workflows.targets import Target, target_of
 
 
@@ -118,12 +119,15 @@ class _Fit:
 
     def run(self) -> None:
         """All of it, but the writing; under the base's names, if there is one, until the end."""
-        self.settled = placed(self.source, self.target) if self.base is None else self.base.resolve(self.source)
+        self.settled = self.source if self.base is None else self.base.resolve(self.source)
         self.struck = lost(self.settled, self.target, self.base)
         known = {one.rule.id for one in self.struck}
         self.anew = any(one.rule.fit == "write" or one.rule.id not in known for one in lost(self.source, self.target, self.base))
         self._refuse()
         self.apart = {name: one.rule.reason for one in self._of("apart") for name in one.names or (one.place,) if self._holds(name)}
+        if self.apart and self.settled.flat:
+            fact = "what goes apart needs the base's own names, and these have underscores where it has dots"
+            raise UnsupportedError(fact, tensor=next(iter(self.apart)), remedy="give --base")
         stay, self.away = split(self.settled, self.apart)
         if not stay.deltas:
             raise NotExpressible(f"nothing of it is left that {self.target.title} takes", remedy=_INSTEAD)
@@ -133,7 +137,8 @@ class _Fit:
         touch = any(True for _ in self._of("bake"))
         joined = self._joined({**kept, **converted})
         fitted = levelled({**kept, **converted, **joined}, self.target, max_rank=self.limit, touch=touch)
-        own = own_names(self.source, self.settled, joined) if self.target.format in _IN_MEMORY else {}
+        memory = self.target.format in _IN_MEMORY
+        own = own_names(self.source, self.settled, joined) if memory else placed(self.settled, self.target)
         self.fitted = {own.get(name, name): one for name, one in fitted.items()}
         self.settled = replace(self.settled, deltas={own.get(name, name): delta for name, delta in self.settled.items()})
         deltas = {name: one.delta for name, one in self.fitted.items()}
@@ -160,7 +165,8 @@ class _Fit:
 
     def _refuse(self) -> None:
         found = {(one.place, one.rule.id): one for one in self._of("none")}
-        raise_all(map(_refused, found.values()))
+        other = [one for one in found.values() if one.rule.when == "network" and one.place == WHOLE]
+        raise_all(map(_refused, other or found.values()))
 
     def encoded(self) -> Container:
         """The files: the source's own, byte for byte, where nothing had to change."""

@@ -71,7 +71,7 @@ def test_another_model_than_the_runtime_has_is_told_with_those_that_have_it(tmp_
     lines = checked(check(tmp_path / "a", "comfyui"), None)
     assert "the whole adapter: a language model's modules, model.layers.0.mlp.up_proj.weight …" in "\n".join(lines)
     assert lines[-1] == (
-        "remedy  none: ComfyUI runs no model of this kind; for a language model: --for peft, vllm, sglang, llama.cpp or mlx"
+        "remedy  ComfyUI runs no model of this kind; for a language model: --for peft, vllm, sglang, llama.cpp or mlx"
     )
 
 
