@@ -106,21 +106,23 @@ def _parent(name: str) -> str:
 
 
 def encoded_for(adapter: Adapter, target: Target) -> Container:
-    """The adapter in the first of the target's formats that can say it and that it takes whole, else as the first of them can."""
-    first: Container | LoratoolsError | None = None
+    """The adapter in the first of the target's formats that can say it and that it takes whole, else as the first of them can.
+
+    Raises what the last of them does where none can say it.
+    """
+    made: list[Container] = []
+    faults: list[LoratoolsError] = []
     for format in (target.format, *target.otherwise):
         try:
-            made = encode(adapter, format)
+            made.append(encode(adapter, format))
         except LoratoolsError as error:
-            first = first or error
+            faults.append(error)
             continue
-        if not target.otherwise or not _lost_of(made, format, target):
-            return made
-        first = first if isinstance(first, Container) else made
-    if isinstance(first, Container):
-        return first
-    assert first is not None
-    raise first
+        if not target.otherwise or not _lost_of(made[-1], format, target):
+            return made[-1]
+    if made:
+        return made[0]
+    raise faults[-1]
 
 
 def _lost_of(container: Container, format: str, target: Target) -> list[Strike]:

@@ -33,13 +33,13 @@ def format_(subject: Subject) -> Iterator[Hit]:
 
 def kind(
     subject: Subject, *, kinds: Sequence[str] = (), but: Sequence[str] = (), at: str | None = None, off: str | None = None,
-    vector: bool | None = None, types: Sequence[str] = (),
+    vector: bool | None = None, types: Sequence[str] = (), alone: bool = False,
 ) -> Iterator[Hit]:  # fmt: skip
     """Deltas of one of `kinds`, or of none of `but`; on tensors whose names a pattern finds, or does not; on vectors, or on all else.
 
-    With `types`, only where there is a base and its model_type is none of these.
+    With `types`, only where there is a base and its model_type is none of these; `alone`, only where there is no base.
     """
-    if types and (subject.base is None or set(types) & set(subject.base.family.types)):
+    if (alone and subject.base is not None) or (types and (subject.base is None or set(types) & set(subject.base.family.types))):
         return
     for tensor, delta in subject.parts:
         chosen = delta.kind in kinds if kinds else delta.kind not in but
@@ -69,6 +69,19 @@ def axis(subject: Subject, *, axis: str, linear: bool = False) -> Iterator[Hit]:
         turned = isinstance(delta, DoRA) and isinstance(delta.direction, LowRank) and delta.direction.layer in ("embedding", "transposed")
         if isinstance(delta, DoRA) and delta.axis == axis and not (linear and turned):
             yield Hit(tensor, (tensor,), f"magnitudes along {axis}")
+
+
+def mixed(subject: Subject, *, parts: Sequence[str] = ()) -> Iterator[Hit]:
+    """DoRA beside plain LoRA, where one flag holds for all of the adapter, or for each of these parts of it."""
+    plain = {_part(tensor, parts) for tensor, delta in subject.parts if isinstance(delta, LowRank)}
+    for tensor, delta in subject.parts:
+        if isinstance(delta, DoRA) and _part(tensor, parts) in plain:
+            yield Hit(tensor, (tensor,), "dora beside lora")
+
+
+def _part(tensor: str, parts: Sequence[str]) -> str:
+    first = tensor.partition(".")[0]
+    return first if first in parts else ""
 
 
 def rank(subject: Subject, *, above: int | None = None, above_config: bool = False, uniform: bool = False) -> Iterator[Hit]:
@@ -145,8 +158,9 @@ def tied(subject: Subject, *, side: str) -> Iterator[Hit]:
 
 
 PREDICATES: Mapping[str, Callable[..., Iterator[Hit]]] = {
-    "format": format_, "kind": kind, "layer": layer, "axis": axis, "rank": rank, "scale": scale, "zero": zero, "dtype": dtype,
-    "passengers": passengers, "tied": tied, "name": name, "network": network, "joined": joined, "config": config, "keys": keys,
+    "format": format_, "kind": kind, "layer": layer, "axis": axis, "mixed": mixed, "rank": rank, "scale": scale, "zero": zero,
+    "dtype": dtype, "passengers": passengers, "tied": tied, "name": name, "network": network, "joined": joined, "config": config,
+    "keys": keys,
 }  # fmt: skip
 
 

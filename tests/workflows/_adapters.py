@@ -16,6 +16,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
+from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.residual import Residual
 from loratools.deltas.rotated import Rotated
@@ -97,6 +98,7 @@ MADE: dict[str, Callable[[], Adapter]] = {
     "dora on all": lambda: of().map(lambda name, delta: DoRA(direction=low(name), magnitude=ref(SHAPES[name][0], 1, seed=3))),
     "dora in": lambda: of(q=dora("in")),
     "loha": lambda: of(q=loha()),
+    "lokr": lambda: of(q=LoKr(w1=ref(2, 2, seed=1), w2=ref(4, 4, seed=2), scale=1.0)),
     "pissa": lambda: of(q=Residual(init="pissa", then=leading())),
     "rotated": lambda: of(q=Rotated(numbers=ref(2, 4, 4), side="out")),
     "scaled": lambda: of(q=Scaled(l=ref(8), axis=0)),

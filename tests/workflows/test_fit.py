@@ -40,8 +40,7 @@ CANNOT = {
     ("kohya", "embedding"): "linear layers and convolutions only", ("vllm", "conv"): "linear layers and embeddings only",
     ("sglang", "conv"): "linear layers and embeddings only", ("mlx", "conv"): "linear layers, embeddings and stacks",
     ("llama.cpp", "conv"): "to matrices only", ("llama.cpp", "head"): "with a tied head", ("llama.cpp", "embedding"): "with a tied head",
-    ("peft", "dora"): "use_dora holds for the whole adapter", ("diffusers", "dora"): "use_dora holds for a whole part",
-    ("mlx", "head"): "tied head", ("mlx", "embedding"): "tied head", ("mlx", "dora"): "fine_tune_type holds for the whole adapter",
+    ("mlx", "head"): "tied head", ("mlx", "embedding"): "tied head",
 }  # fmt: skip
 
 
