@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from loratools.deltas.terms import TERMS
 from loratools.errors import FormatError, OptionError
 from loratools.formats import FORMATS
 from loratools.workflows._rules import PREDICATES
@@ -54,6 +55,11 @@ def test_a_target_writes_a_format_that_it_reads(name: str) -> None:
     assert set(target.reads) <= known
     assert {word for rule in target.rules for word in (*rule.formats, *rule.unless)} <= known
     assert target.rules[0].when == "format"
+
+
+def test_the_kinds_that_rules_name_are_kinds_of_deltas() -> None:
+    named = {kind for _, rule in RULES for word in ("kinds", "but") for kind in rule.settings.get(word, ())}
+    assert named <= set(TERMS)
 
 
 @pytest.mark.parametrize(("name", "rule"), RULES, ids=lambda value: value if isinstance(value, str) else value.id)
