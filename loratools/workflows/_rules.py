@@ -17,6 +17,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError
+from loratools.formats.peft_method_encode import row_for
 from loratools.workflows._naming import joined, name, network
 from loratools.workflows._stated import config, keys
 from loratools.workflows._subject import WHOLE, Hit, Subject
@@ -50,6 +51,13 @@ def kind(
 
 def _is_vector(tensor: str, delta: Delta) -> bool:
     return tensor.endswith(".bias") or (isinstance(delta, Full) and len(delta.shape()) < 2)
+
+
+def method(subject: Subject, *, but: Sequence[str]) -> Iterator[Hit]:
+    """Deltas of none of these kinds, unless all the adapter's are of one kind that is a method of peft's own."""
+    own = {delta.kind for _, delta in subject.parts if delta.kind != "replacement"}
+    if len(own) != 1 or row_for(subject.adapter) is None:
+        yield from kind(subject, but=but, vector=False)
 
 
 def layer(subject: Subject, *, layers: Sequence[str], at: str | None = None) -> Iterator[Hit]:
@@ -158,9 +166,9 @@ def tied(subject: Subject, *, side: str) -> Iterator[Hit]:
 
 
 PREDICATES: Mapping[str, Callable[..., Iterator[Hit]]] = {
-    "format": format_, "kind": kind, "layer": layer, "axis": axis, "mixed": mixed, "rank": rank, "scale": scale, "zero": zero,
-    "dtype": dtype, "passengers": passengers, "tied": tied, "name": name, "network": network, "joined": joined, "config": config,
-    "keys": keys,
+    "format": format_, "kind": kind, "method": method, "layer": layer, "axis": axis, "mixed": mixed, "rank": rank, "scale": scale,
+    "zero": zero, "dtype": dtype, "passengers": passengers, "tied": tied, "name": name, "network": network, "joined": joined,
+    "config": config, "keys": keys,
 }  # fmt: skip
 
 

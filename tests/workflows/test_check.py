@@ -221,6 +221,49 @@ def test_a_plain_adapter_in_memory_is_clean(name: str) -> None:
     assert findings(made_for(name, "plain"), name) == []
 
 
+# the worst that each target does to an adapter in memory: c clean, r refuse, i ignore, m mis-scale
+VERDICTS = """
+                comfyui diffusers kohya llama.cpp mlx peft sglang vllm
+plain             c       c         c     c         c   c    c      c
+rslora            c       c         c     m         c   c    m      c
+patterns          c       c         c     m         r   c    r      m
+bfloat16          c       c         c     m         m   c    m      m
+dora              m       r         i     r         r   r    r      r
+dora_on_all       m       c         i     r         c   c    r      r
+dora_in           c       r         i     r         r   r    r      r
+loha              c       r         i     r         r   r    r      r
+lokr              c       r         i     r         r   r    r      r
+pissa             i       r         i     m         m   r    m      r
+rotated           m       r         i     r         r   r    r      r
+scaled            i       r         i     r         r   r    r      r
+full              c       r         i     r         r   r    r      r
+saved             i       r         i     r         r   c    i      r
+rows              i       r         i     r         r   c    i      r
+bias              c       r         i     r         r   r    r      r
+norm              c       r         i     i         r   r    r      r
+embedding         i       r         i     m         m   c    m      m
+conv              c       c         c     r         r   c    r      r
+head              c       c         c     m         m   c    m      m
+high_rank         c       c         c     m         r   c    r      r
+passengers        i       i         i     r         r   i    i      r
+"""
+_, HEADER, *LINES = VERDICTS.splitlines()
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[0])
+def test_what_becomes_of_each_kind_in_each_target(line: str) -> None:
+    word, *verdicts = line.split()
+    for name, verdict in zip(HEADER.split(), verdicts, strict=True):
+        found = findings(made_for(name, word.replace("_", " ")), name)
+        losses = {one.kind for one in found}
+        worst = next((loss for loss in ("refuse", "ignore", "mis-scale") if loss in losses), "clean")
+        assert worst[0] == verdict, (name, word, [(one.rule, one.tensor) for one in found])
+
+
+def test_every_kind_has_a_verdict() -> None:
+    assert {line.split()[0].replace("_", " ") for line in LINES} == set(MADE)
+
+
 @pytest.mark.parametrize("name", ["peft", "vllm", "sglang"])
 def test_a_plain_folder_is_clean(name: str, tmp_path: Path) -> None:
     found = loratools.check(folder(tmp_path / "a"), name)

@@ -382,3 +382,17 @@ def test_biases_of_peft_follow_the_scaling_of_their_modules(tmp_path: Path) -> N
     loratools.fit(tmp_path / "b.safetensors", tmp_path / "comfy", "comfyui")
     (bias,) = (delta for name, delta in load(tmp_path / "comfy").items() if name.endswith(".bias"))
     assert torch.equal(dense(bias), dense(rows[NAMES["bias"]]))
+
+
+@pytest.mark.parametrize("format", ["loratools", "kohya"])
+def test_an_adapter_of_one_of_pefts_methods_stays_of_it(format: str, tmp_path: Path) -> None:
+    """LoHa of every module is PEFT's LoHa; beside LoRA it becomes LoRA."""
+    every = Adapter({name: replace(MADE["loha"]()[Q], alpha=1.0) for name in (Q, Q.replace("q_proj", "o_proj"))})  # type: ignore[type-var]
+    save(every, tmp_path / "a.safetensors", format=format)
+    base = write_checkpoint(tmp_path / "base", {name: randn(8, 8, seed=1) for name in every}, None)
+    found = loratools.check(tmp_path / "a.safetensors", "peft")
+    assert [row["rule"] for row in found["findings"]] == ["format"]
+    receipt = loratools.fit(tmp_path / "a.safetensors", tmp_path / "out", "peft", base=base)
+    assert {row["kind"] for row in receipt["tensors"]} == {"loha"} and {row["error"] for row in receipt["tensors"]} == {0.0}
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+    assert loratools.check(tmp_path / "out", "peft")["clean"]
