@@ -17,8 +17,10 @@ from loratools.errors import LoratoolsError
 from loratools.families import Family
 from loratools.layouts.relayout import Relayout, relayout_of
 from loratools.listing import Listing, listing
+from loratools.refs import Ref, Spec, origin
 from loratools.resolution import Told, resolve
-from loratools.tensorfile import Ref, Spec, identity, origin
+from loratools.source.handles import name_of
+from loratools.tensorfile import identity
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,10 +34,10 @@ class Adapter(Mapping[str, Delta]):
     carried or refused, never lost; `expects` tells, of a base's specs, which tensors its file promises to change; `notes`
     are what a person should be told; `left` counts the deltas that a base should have a tensor for, and had none; `initial` are
     the files of the adapter as it was initialised, where its own do not tell what it means; names of a `flat` one have underscores
-    for dots (`flatnames`); of one whose file counts modules instead of naming them, or that may be of stacks, `numbered` puts its deltas
-    under a base's names, and leaves as they are those that the base tells nothing of. `pending` makes, of the `config.json` of the base
-    that it meets, the adapter that its file could not tell without, and `model` is that config once it has met one: what formats need
-    that are written for one model.
+    for dots (`flatnames`); of one whose file counts modules instead of naming them, `numbered` puts its deltas under a base's names,
+    and leaves as they are those that the base tells nothing of. `pending` makes, of the `config.json` of the base that it meets, the
+    adapter that its file could not tell without, and `model` is that config once it has met one: what formats need that are written
+    for one model.
     """
 
     deltas: Mapping[str, Delta]
@@ -73,7 +75,7 @@ class Adapter(Mapping[str, Delta]):
         return self._listing().rich()
 
     def _listing(self) -> Listing:
-        return listing(self.deltas, path=self.path, format=self.format, parameters=self.parameters)
+        return listing(self.deltas, path=self.path and name_of(self.path), format=self.format, parameters=self.parameters)
 
     @property
     def parameters(self) -> int:

@@ -34,7 +34,7 @@ from loratools.formats import (
     trtllm,
     xlabs,
 )
-from loratools.formats._marks import NEEDS, near, shown
+from loratools.formats._marks import NEEDS, inversions, near, shown
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -101,16 +101,11 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     if adapter.flat and row.name in _DOTTED:
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
         raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
-    number = counted(adapter)
-    if number is not None and row.name != adapter.format:
+    counted = next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
+    if counted is not None and row.name != adapter.format:
         fact = "its file counts modules instead of naming them, and which this is only the base tells"
-        raise NotExpressible(fact, file=adapter.path, tensor=number, remedy="convert --base gives it the model's names")
+        raise NotExpressible(fact, file=adapter.path, tensor=counted, remedy="convert --base gives it the model's names")
     return row.encode(adapter)
-
-
-def counted(adapter: Adapter) -> str | None:
-    """The first of an adapter's modules that its file counts instead of naming it, None where it names them."""
-    return next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
 
 
 _COUNTED = re.compile(r"\w+:\d+\.weight")  # a module's place in the order of a file that has no names
@@ -125,6 +120,10 @@ def _format_of(container: Container, name: str | None) -> Format:
         if row is None:
             raise UsageError("unknown --from", found=name, expected=" or ".join(row.name for row in FORMATS))
         return row
+    if tokens := inversions(container.tensors):
+        fact = "a textual inversion: embeddings of tokens, which change no weight of a model"
+        remedy = "load it into the text encoder, beside the adapter it came with, as diffusers' load_textual_inversion does"
+        raise UnsupportedError(fact, file=container.path, found=nearest(tokens), remedy=remedy)
     found = [row for row in FORMATS if row.detect(container)]
     if len(found) == 1:
         return found[0]

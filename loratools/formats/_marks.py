@@ -32,6 +32,20 @@ NEEDS = {
 }
 
 
+# tensors of textual inversions: tokens in angle brackets, AUTOMATIC1111's, and SDXL's for its two encoders
+_INVERSION = re.compile(r"<[^<>]+>|emb_params|clip_[lg]|string_to_param\..*")
+
+
+def inversions(keys: Iterable[str]) -> list[str]:
+    """The tokens of a file that holds nothing but textual inversions, none of any other.
+
+    >>> inversions(["<s1>", "<s2>"]), inversions(["<s1>", "q.lora_A"])
+    (['<s1>', '<s2>'], [])
+    """
+    listed = list(keys)
+    return listed if all(_INVERSION.fullmatch(key) for key in listed) else []
+
+
 def near(keys: Iterable[str], names: Iterable[str]) -> list[tuple[str, int]]:
     """The formats, of those named, whose keys some of the file's look like, and how many do; the most first.
 

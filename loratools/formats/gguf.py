@@ -19,12 +19,12 @@ from loratools.deltas.base import Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError, raise_all
 from loratools.formats._heads import text_config
-from loratools.formats._stacks import Member
+from loratools.formats._stack import Member
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.gguf_names import ARCHITECTURES, HEADS, SHARED, Heads, Names, architecture, heads_of, stated_heads
 from loratools.formats.gguf_rows import halved, waiting
 from loratools.gguffile import Dequantized
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "gguf"
 TYPE, KIND, ARCHITECTURE, ALPHA = "general.type", "adapter.type", "general.architecture", "adapter.lora.alpha"

@@ -17,10 +17,12 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, ShapeError, raise_all
+from loratools.families import Family
+from loratools.formats._experts import apart
 from loratools.formats._heads import text_config
 from loratools.formats._pieces import Waiting
 from loratools.formats._scale import exact_alpha, only
-from loratools.formats._stacks import Stack
+from loratools.formats._stack import Stack
 from loratools.formats.base import Container
 from loratools.formats.gguf import ALPHA, ARCHITECTURE, KIND, NAME, TYPE
 from loratools.formats.gguf_names import (
@@ -36,10 +38,11 @@ from loratools.formats.gguf_names import (
 )
 from loratools.formats.gguf_rows import filled, interleaved
 from loratools.gguffile import write_gguf
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _DTYPES = ("F32", "F16", "BF16")
 _CARRIED = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
+_ROUNDED = "{}: GGUF holds alpha in float32: {!r} became {!r}, a scaling off by a share of {:.1e}; rescale --bake would leave none"
 _BASE = "give convert --base a model with its config.json"
 
 
@@ -53,7 +56,7 @@ def encode(adapter: Adapter) -> Container:
     writing = _Writing.of(adapter, fields)
     faults: list[LoratoolsError] = [NotExpressible("GGUF has no place for it", tensor=name) for name in adapter.passengers]
     pairs: dict[str, _Pair] = {}
-    for name, delta in adapter.items():
+    for name, delta in apart(adapter, Family(dict(adapter.model)).types).items():
         try:
             writing.add(pairs, name, _low(delta))
         except LoratoolsError as error:
@@ -61,10 +64,13 @@ def encode(adapter: Adapter) -> Container:
     faults += [fault for pair in pairs.values() for fault in pair.faults()]
     raise_all(faults)
     alpha, rank = _scale(pairs)
+    exact = {name: exact_alpha(low.scaling, rank or low.rank) for pair in pairs.values() for name, low in pair.named.items()}
+    rounded = next(((name, one) for name, one in exact.items() if alpha and one != alpha), None)
+    notes = () if rounded is None else (_ROUNDED.format(*rounded, alpha, abs(alpha / rounded[1] - 1)),)
     said = {ARCHITECTURE: writing.names.row.name, TYPE: "adapter", KIND: "lora", ALPHA: alpha} | writing.heads_said()
     said |= {key: text for key, text in fields.items() if key not in said and isinstance(text, str) and _carried(key)}
     tensors = {f"{name}.{slot}": ref for name, pair in pairs.items() for slot, ref in pair.factors(rank).items()}
-    return Container(tensors, path=adapter.path, fields=said, writer=_write)
+    return Container(tensors, path=adapter.path, fields=said, writer=_write, notes=notes)
 
 
 def _carried(key: str) -> bool:
@@ -87,9 +93,9 @@ def _low(delta: Delta) -> LowRank:
             remedy = "resize --rank R --dtype float32 gives it another"
             raise NotExpressible("a dtype that llama.cpp's LoRA has not", found=found, expected=" or ".join(_DTYPES), remedy=remedy)
         return delta.transposed() if delta.layer == "transposed" else delta
-    kind = "convolution's" if isinstance(delta, LowRank) else delta.kind
+    what = "a convolution's" if isinstance(delta, LowRank) else delta.called
     remedy = "a matrix's becomes one by convert --kind lora --base BASE"
-    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is a {kind} change", remedy=remedy)
+    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is {what} change", remedy=remedy)
 
 
 @dataclass

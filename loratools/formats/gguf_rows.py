@@ -1,4 +1,4 @@
-"""Factors laid as llama.cpp has them: rows of q and k interleaved and ranks filled up with zeros. Never arithmetic.
+"""Factors laid as llama.cpp has them: rows of q and k interleaved, ranks filled up with zeros, experts stacked. Never arithmetic.
 
     HF → GGUF   rows (heads, 2, half) → (heads, half, 2)       `LlamaModel.permute` of llama.cpp's conversion/llama.py
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools.errors import AmbiguousError, ShapeError
 from loratools.formats._derived import Derived
 from loratools.formats._pieces import Waiting
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 if TYPE_CHECKING:
     import numpy as np

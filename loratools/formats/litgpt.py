@@ -18,7 +18,7 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError, raise_all
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, OptionError, ShapeError, raise_all
 from loratools.formats._heads import REMEDY, config_of
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, stacked
@@ -29,7 +29,7 @@ from loratools.formats.base import Container, ReadOptions
 from loratools.formats.litgpt_files import FILE, HYPER, hyperparameters, model_config
 from loratools.formats.litgpt_qkv import parts_of
 from loratools.layouts.trainers import of_litgpt
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "litgpt"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])")
@@ -108,8 +108,18 @@ class _Reading(Reading):
             return [Part(row.leaves[0], numbers, Piece(A, B, alpha))]
         if model.heads is None:
             raise AmbiguousError("which rows are those of q, k and v depends on the model's heads, which nothing tells", remedy=REMEDY)
-        slots = parts_of(row.order, A, B, alpha, model.heads, _enabled(hyper), dated=bool(hyper))
+        slots = parts_of(row.order, A, B, alpha, model.heads, self._enabled(hyper), dated=bool(hyper))
         return [Part(row.leaves[slot], numbers, piece) for slot, piece in slots]
+
+    def _enabled(self, hyper: Mapping[str, Any]) -> tuple[bool, ...] | None:
+        """Which of q, k and v are, by the hyperparameters or the options. Raises OptionError where these say another thing."""
+        found = [hyper.get(f"lora_{slot}") for slot in ("query", "key", "value")]
+        told = tuple(bool(flag) for flag in found) if all(isinstance(flag, bool) for flag in found) else None
+        asked = self.options.enable_lora
+        if asked is not None and (len(asked) != 3 or told not in (None, asked)):
+            expected = "a 1 or 0 for each of q, k and v" + ("" if told is None else f", as {HYPER} has them: {_flags(told)}")
+            raise OptionError("--enable-lora", found=_flags(asked), expected=expected)
+        return told or asked
 
     def _alpha(self, B: Ref, hyper: Mapping[str, Any]) -> float:
         rank = B.spec.shape[-1]
@@ -134,9 +144,8 @@ class _Reading(Reading):
         return waiting(module, Piece(A, wide, alpha * blocks), why)
 
 
-def _enabled(hyper: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    found = [hyper.get(f"lora_{slot}") for slot in ("query", "key", "value")]
-    return tuple(bool(flag) for flag in found) if all(isinstance(flag, bool) for flag in found) else None
+def _flags(enabled: tuple[bool, ...]) -> str:
+    return ",".join(str(int(flag)) for flag in enabled)
 
 
 def _modules(tensors: Mapping[str, Ref]) -> dict[str, dict[str, Ref]]:

@@ -23,15 +23,18 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
 from loratools.families import EMBEDDINGS, Family, matches
+from loratools.formats._mixed import mixed
 from loratools.formats._scale import exact_alpha, only
-from loratools.formats._stacks import Member
+from loratools.formats._stack import Member
 from loratools.formats.base import Container, ReadOptions
-from loratools.formats.mlx_experts import apart, factors, stack_of, together
+from loratools.formats.mlx_apart import met
+from loratools.formats.mlx_experts import count_of, factors, stacks
 from loratools.formats.mlx_tied import both, spoken
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "mlx"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a|lora_b|m)")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _MARKS = ("fine_tune_type", "lora_parameters", "lora_layers", "num_layers")
 
 
@@ -53,27 +56,21 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     config = container.config or {}
     try:
         if config.get("fine_tune_type") == "full":
-            deltas: dict[str, Delta] = {}
-            for name, ref in container.tensors.items():
-                deltas |= apart(name, _experts(ref)) or {name: Replacement(value=ref)}
+            deltas: dict[str, Delta] = {name: Replacement(value=ref) for name, ref in container.tensors.items()}
         else:
             deltas = _deltas(container.tensors, config, options)
     except LoratoolsError as error:
         raise error.at(file=container.path) from None
     metadata = {NAME: {name: config[name] for name in ("model", "num_layers", "fine_tune_type") if name in config}}
-    adapter = Adapter(deltas, metadata, {}, container.path, NAME, container.files, numbered=together)
-    return adapter if config.get("fine_tune_type") == "full" else replace(adapter, pending=partial(_met, adapter))
+    adapter = Adapter(deltas, metadata, {}, container.path, NAME, container.files)
+    return replace(adapter, pending=partial(_pending, adapter))
 
 
-def _met(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
-    """The adapter of a base with this config, which may tie the head to the embedding."""
-    family = Family(config)
-    return replace(adapter, numbered=lambda deltas, base: both(together(deltas, base), base, family))
-
-
-def _experts(ref: Ref) -> list[Delta]:
-    shape = ref.spec.shape
-    return [Replacement(value=Member(ref, index)) for index in range(shape[0])] if len(shape) == 3 else []
+def _pending(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+    """The adapter for a base with this config: stacks as its experts, what MLX changes of an embedding also on a head tied to it."""
+    whole = adapter.metadata[NAME].get("fine_tune_type") == "full"
+    family = Family({}) if whole else Family(dict(config))
+    return replace(adapter, numbered=lambda deltas, base: both(met(deltas, base), base, family))
 
 
 def _deltas(tensors: Mapping[str, Ref], config: Mapping[str, Any], options: ReadOptions) -> dict[str, Delta]:
@@ -86,12 +83,10 @@ def _deltas(tensors: Mapping[str, Ref], config: Mapping[str, Any], options: Read
         else:
             modules.setdefault(match["module"], {})[match["slot"]] = ref
     scale = _scale(config, options)
-    deltas: dict[str, Delta] = {}
+    deltas = {}
     for module, parts in modules.items():
-        name = f"{module}.weight"
         try:
-            made = _delta(name, parts, config, options, scale)
-            deltas |= (isinstance(made, Stacked) and apart(name, made.members)) or {name: made}
+            deltas[f"{module}.weight"] = _delta(f"{module}.weight", parts, config, options, scale)
         except LoratoolsError as error:
             faults.append(error.at(tensor=f"{module}.{next(iter(parts))}"))
     raise_all(faults)
@@ -175,45 +170,44 @@ def encode(adapter: Adapter) -> Container:
     tensors: dict[str, Ref] = {}
     scales: dict[str, float] = {}
     ranks: dict[str, float] = {}
-    stacks: dict[str, dict[int, tuple[str, LowRank]]] = {}
-    deltas = spoken(adapter)
+    deltas = stacks(spoken(adapter), Family(dict(adapter.model)).types, count_of(adapter.model))
     for name, delta in deltas.items():
+        module = name.removesuffix(".weight")
+        if isinstance(delta, Stacked):
+            try:
+                tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"], one = factors(delta)
+                scales[name], ranks[name] = one.scaling, float(one.rank)
+            except LoratoolsError as error:
+                faults.append(error.at(tensor=name))
+            continue
         low = delta.direction if isinstance(delta, DoRA) else delta
         matrix = isinstance(low, LowRank) and len(low.A.spec.shape) == 2
         if not isinstance(low, LowRank) or not matrix or not name.endswith(".weight") or adapter.flat:
             lies = f" ({low.layer})" if isinstance(low, LowRank) else ""
             remedy = "--format loratools keeps it" if lies else "convert it first: --kind lora; --format loratools keeps it"
-            faults.append(NotExpressible(f"MLX cannot say a {delta.kind} delta{lies}", tensor=name, remedy=remedy))
+            if delta.kind in ("experts", "parameter"):
+                remedy = "give convert --base BASE, with the config.json of a model whose experts MLX stacks; --format loratools keeps it"
+            faults.append(NotExpressible(f"MLX cannot say {delta.called} delta{lies}", tensor=name, remedy=remedy))
             continue
-        module = name.removesuffix(".weight")
+        if _EXPERT.search(name):
+            fact = "MLX keeps experts in one stack, and where those of this model are is not known"
+            faults.append(NotExpressible(fact, tensor=name, remedy="give convert --base BASE, with its config.json"))
         if low.layer == "transposed":  # MLX's own model has that weight as (out, in)
             low = low.transposed()
-        scales[name], ranks[name] = low.scaling, float(low.rank)
-        expert = stack_of(name, adapter.model)
-        if expert is not None and isinstance(delta, LowRank):
-            stacks.setdefault(expert[0], {})[expert[1]] = (name, low)
-            continue
         pair = (low.B, low.A) if low.layer == "embedding" else (low.A.T, low.B.T)
         tensors |= {f"{module}.lora_a": pair[0], f"{module}.lora_b": pair[1]}
+        scales[name], ranks[name] = low.scaling, float(low.rank)
         if isinstance(delta, DoRA):
-            if expert is not None:
-                faults.append(NotExpressible("MLX has no DoRA of experts", tensor=name, remedy="convert --kind lora --base"))
             if delta.axis != "out":
                 faults.append(NotExpressible("MLX has DoRA along rows only", tensor=name, remedy="convert --magnitude-axis out --base"))
             tensors[f"{module}.m"] = delta.magnitude.reshape(delta.magnitude.spec.numel)
-    for stack, lows in stacks.items():
-        try:
-            tensors |= {f"{stack}.{slot}": ref for slot, ref in factors(lows, adapter.model).items()}
-        except LoratoolsError as error:
-            faults.append(error)
     doras = [name for name, delta in deltas.items() if isinstance(delta, DoRA)]
-    if doras and len(doras) < len(deltas):
-        faults.append(NotExpressible("MLX's fine_tune_type holds for the whole adapter, and some of it is plain LoRA", tensor=doras[0]))
+    faults += mixed(doras, [name for name in deltas if name not in doras], "MLX's fine_tune_type holds for the whole adapter")
     raise_all(faults)
     rank = int(only(ranks, "MLX has one rank for all modules: resize --rank makes it one"))
     scale = only(scales, "MLX has one scale for all modules: rescale --bake makes it one")
     carried = dict(adapter.metadata.get(NAME, {}))
-    keys = sorted({re.sub(r"^.*?\.\d+\.", "", key.rpartition(".")[0]) for key in tensors})
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", name.removesuffix(".weight")) for name in deltas})
     config = {
         "model": adapter.metadata.get("peft", {}).get("base_model_name_or_path"), "num_layers": -1, **carried,
         "fine_tune_type": "dora" if doras else "lora",

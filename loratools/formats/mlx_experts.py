@@ -1,96 +1,80 @@
-"""Experts that MLX-LM stacks: one module of three axes for what is a module each in a checkpoint's names.
+"""A stack of experts as MLX-LM has it: the LoRA of all of them in two tensors, and where its model keeps the stack.
 
-    ….switch_mlp.gate_proj   (experts, out, in)      ….experts.0.gate_proj.weight, ….experts.1.gate_proj.weight, …
+    MODULE.lora_a (experts, r, in)   MODULE.lora_b (experts, out, r)      `LoRASwitchLinear` of mlx_lm/tuner/lora.py
 
-Read from `sanitize` of mlx-lm's models/*.py, `models/switch_layers.py` and `LoRASwitchLinear` of `tuner/lora.py`.
+MLX stacks `mlp.experts.E.gate_proj` of a checkpoint as `mlp.switch_mlp.gate_proj`, mixtral's `block_sparse_moe.experts.E.w1` as
+`block_sparse_moe.switch_mlp.gate_proj`, and so on (`sanitize` of mlx_lm/models/*.py); which models' is told by their type.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Stacked
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, NotExpressible, ShapeError
+from loratools.errors import NotExpressible
+from loratools.formats._experts import apart
 from loratools.formats._heads import text_config
-from loratools.formats._stacks import Stack
-from loratools.tensorfile import Ref, Spec
+from loratools.formats._stack import Stack
+from loratools.refs import Ref
 
-_STACK = re.compile(r"(?P<root>.+)\.(?:switch_mlp|experts)\.(?P<part>gate_proj|down_proj|up_proj|fc1|fc2)\.weight")
-_MEMBER = re.compile(r"(?P<root>.+)\.experts\.(?P<number>\d+)\.(?P<part>w1|w2|w3|gate_proj|down_proj|up_proj)\.weight")
-_OLDER = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's words for them, by MLX's
-_PLAIN = {"fc1": "up_proj", "fc2": "down_proj"}  # of experts without a gate, in Nemotron-H
-_UNNAMED = ("afmoe", "dots1", "Klear")  # model types whose stack is called `experts` in MLX too
+SPARSE = ("mixtral", "phimoe")
+SWITCHED = (
+    "qwen2_moe", "qwen3_moe", "olmoe", "deepseek", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "exaone_moe", "hunyuan",
+    "bailing_moe", "mimo_v2_flash", *SPARSE,
+)  # fmt: skip
+_EXPERT = re.compile(
+    r"(?P<root>.+)\.(?P<place>mlp|block_sparse_moe)\.experts\.(?P<index>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w[123])\.weight"
+)
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def apart(name: str, members: Sequence[Delta | None]) -> dict[str, Delta]:
-    """The changes of a stack by the names that its experts have in a checkpoint, nothing where its name is none that is known.
-
-    >>> list(apart("layers.0.block_sparse_moe.switch_mlp.up_proj.weight", ["of 0", "of 1"]))
-    ['layers.0.block_sparse_moe.experts.0.w3.weight', 'layers.0.block_sparse_moe.experts.1.w3.weight']
-    """
-    match = _STACK.fullmatch(name)
-    if match is None:
-        return {}
-    part = _PLAIN.get(match["part"], match["part"])
-    part = _OLDER[part] if match["root"].endswith("block_sparse_moe") else part
-    return {f"{match['root']}.experts.{number}.{part}.weight": delta for number, delta in enumerate(members) if delta}
-
-
-def together(deltas: Mapping[str, Delta], base: Mapping[str, Spec]) -> Mapping[str, Delta]:
-    """The deltas with experts as one stack where the base is a checkpoint of MLX's own, as they are where it is not."""
-    found: dict[str, Delta] = {}
-    stacks: dict[str, dict[int, Delta]] = {}
-    for name, delta in deltas.items():
-        stack, number = next(((stack, number) for stack, number in _stacks(name) if stack in base and name not in base), (None, 0))
-        if stack is None:
-            found[name] = delta
-        else:
-            stacks.setdefault(stack, {})[number] = delta
-    for stack, members in stacks.items():
-        found[stack] = Stacked(members=tuple(members.get(number) for number in range(base[stack].shape[0])))
-    return found
-
-
-def _stacks(name: str) -> list[tuple[str, int]]:
-    """(name in MLX, number) that an expert's weight may have there."""
-    match = _MEMBER.fullmatch(name)
-    if match is None:
-        return []
-    part = next((part for part, older in _OLDER.items() if older == match["part"]), match["part"])
-    plain = [short for short, long in _PLAIN.items() if long == part]
-    return [(f"{match['root']}.{word}.{end}.weight", int(match["number"])) for end in (part, *plain) for word in ("switch_mlp", "experts")]
-
-
-def stack_of(name: str, config: Mapping[str, Any]) -> tuple[str, int] | None:
-    """(MLX's module, the expert's number) of a weight in a checkpoint's names, None for one that is no expert's."""
-    found = _stacks(name)
-    if not found:
-        return None
-    stack, number = found[text_config(config).get("model_type") in _UNNAMED]
-    return stack.removesuffix(".weight"), number
-
-
-def factors(lows: Mapping[int, tuple[str, LowRank]], config: Mapping[str, Any]) -> dict[str, Ref]:
-    """lora_a (experts, r, in) and lora_b (experts, out, r) of all experts. Raises NotExpressible where one lacks or some differ."""
+def count_of(config: Mapping[str, Any]) -> int:
+    """How many experts a model's config says each stack has, 0 where it says none."""
     text = text_config(config)
-    count = next((text[key] for key in _COUNTS if type(text.get(key)) is int), max(lows) + 1)
-    lacking = sorted(set(range(count)) - set(lows))
-    first = next(iter(lows.values()))[0]
-    if lacking or len(lows) > count:
-        found = f"none of expert {', '.join(map(str, lacking[:4]))}" if lacking else f"{len(lows)} of them"
-        raise NotExpressible(f"MLX stacks the LoRA of all {count} experts, and the adapter has not one of each", tensor=first, found=found)
-    chosen = [lows[number][1] for number in range(count)]
-    try:
-        return {"lora_a": Stack([low.A for low in chosen]), "lora_b": Stack([low.B for low in chosen])}
-    except ShapeError as error:
-        raise _unlike(first, error) from None
+    return next((text[key] for key in _COUNTS if type(text.get(key)) is int), 0)
 
 
-def _unlike(name: str, error: ShapeError) -> LoratoolsError:
-    fact, remedy = "experts whose factors differ do not stack", "resize --rank makes their ranks one"
-    return NotExpressible(fact, tensor=name, found=error.found, expected=error.expected, remedy=remedy)
+def stacks(deltas: Mapping[str, Delta], types: Iterable[str], count: int = 0) -> dict[str, Delta]:
+    """The deltas, those of single experts or of fused ones as stacks under MLX's names, where the model's type is one it stacks so.
+
+    A stack has `count` members at least: those that lack are None.
+    """
+    kinds = set(types)
+    if not kinds & set(SWITCHED):
+        return dict(deltas)
+    found: dict[str, Delta] = {}
+    members: dict[str, dict[int, Delta]] = defaultdict(dict)
+    for name, delta in apart(deltas, kinds).items():
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            found[name] = delta
+            continue
+        place = "block_sparse_moe" if kinds & set(SPARSE) else match["place"]
+        leaf = _LEAVES.get(match["leaf"], match["leaf"])
+        members[f"{match['root']}.{place}.switch_mlp.{leaf}.weight"][int(match["index"])] = delta
+    return found | {name: Stacked(members=tuple(own.get(i) for i in range(max(count, max(own) + 1)))) for name, own in members.items()}
+
+
+def factors(stack: Stacked) -> tuple[Ref, Ref, LowRank]:
+    """(lora_a, lora_b) of a stack, and one of its members, all of which have its rank and scaling. Raises NotExpressible for others."""
+    lows = [member for member in stack.members if isinstance(member, LowRank) and len(member.A.spec.shape) == 2]
+    if len(lows) < len(stack.members):
+        gone = next(index for index, member in enumerate(stack.members) if not isinstance(member, LowRank))
+        remedy = "--format loratools keeps it"
+        raise NotExpressible("MLX has LoRA on all experts of a stack", found=f"none on expert {gone}", remedy=remedy)
+    plain = [low.transposed() if low.layer == "transposed" else low for low in lows]
+    other = next((low for low in plain if low.rank != plain[0].rank), None)
+    if other is not None:
+        what = "MLX has one rank for all modules: resize --rank makes it one"
+        raise NotExpressible(what, found=other.rank, expected=f"{plain[0].rank}, as another expert has")
+    other = next((low for low in plain if low.scaling != plain[0].scaling), None)
+    if other is not None:
+        what = "MLX has one scale for all modules: rescale --bake makes it one"
+        raise NotExpressible(what, found=other.scaling, expected=f"{plain[0].scaling}, as another expert has")
+    return Stack([low.A for low in plain]), Stack([low.B for low in plain]), plain[0]

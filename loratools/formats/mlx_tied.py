@@ -16,7 +16,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible
 from loratools.families import Family
 from loratools.formats._pieces import same
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 _TABLES = ("model.embed_tokens.weight", "transformer.wte.weight")
 

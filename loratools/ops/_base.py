@@ -12,12 +12,11 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
 from loratools.differences import digest
 from loratools.errors import MatchError, QuantizedError
-from loratools.formats import counted
 from loratools.formats.reading import Reading
 from loratools.pipeline import open_checkpoint
 from loratools.plan import supplied
 from loratools.receipt import checkpoint_input
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 class Base:
@@ -59,10 +58,10 @@ class Base:
 def resolved(adapters: Iterable[Adapter], base: Base | None) -> list[Adapter]:
     """The adapters under the base's names, or as they are where there is none. Raises MatchError where names are of two spellings."""
     adapters = list(adapters)
-    if base is None and len({counted(one) is None for one in adapters}) > 1:
-        counting = next(one for one in adapters if counted(one) is not None)
+    if base is None and len({one.numbered is None for one in adapters}) > 1:
+        counted = next(one for one in adapters if one.numbered is not None)
         fact = "its file counts modules instead of naming them, as the others' do"
-        raise MatchError(fact, file=counting.path, found=counted(counting), remedy="give --base")
+        raise MatchError(fact, file=counted.path, found=next(iter(counted)), remedy="give --base")
     if base is None and len({one.flat for one in adapters}) > 1:
         flat = next(one for one in adapters if one.flat)
         fact = "its names have underscores where the others' have dots, so no tensor of theirs would meet"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import loratools.formats as formats
 from loratools.errors import FormatError, UnsupportedError
@@ -121,6 +122,24 @@ def test_the_formats_that_an_unknown_file_comes_near_to(tmp_path: Path, case: st
         load(folder / "adapter_model.safetensors")
     assert said in str(caught.value)
     assert next(iter(sorted(shapes))) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.ti.pt", "learned_embeds.bin", "emb.safetensors"])
+def test_a_textual_inversion_alone_is_told_what_it_is(tmp_path: Path, name: str) -> None:
+    tensors = {"emb_params": randn(2, 4, seed=0)} if name.startswith("emb") else {"<s1>": randn(4, seed=0), "<s2>": randn(4, seed=1)}
+    save_file(tensors, tmp_path / name) if name.endswith("safetensors") else torch.save(tensors, tmp_path / name)
+    with pytest.raises(UnsupportedError) as caught:
+        load(tmp_path / name)
+    said = str(caught.value)
+    assert "a textual inversion: embeddings of tokens, which change no weight of a model" in said and next(iter(tensors)) in said
+    assert "\n" not in said and "load_textual_inversion" in said
+
+
+def test_a_textual_inversion_of_another_program(tmp_path: Path) -> None:
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": randn(2, 4, seed=0)}, "name": "cat"}, tmp_path / "x.pt")
+    with pytest.raises(UnsupportedError, match=r"a textual inversion: embeddings of tokens.*: found cat; load it") as caught:
+        load(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_file_is_told_by_its_first_keys(tmp_path: Path) -> None:

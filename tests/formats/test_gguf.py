@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from loratools import convert
 from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, NotExpressible, UnsupportedError
@@ -14,6 +15,7 @@ from loratools.formats import encode, load, save
 from loratools.formats.gguf_rows import halved, interleaved
 from loratools.gguffile import GGUFFile, write_gguf
 from loratools.tensors import read_tensor, to_ref
+from tests.files import write_checkpoint
 from tests.strategies import randn
 
 CONFIG = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
@@ -64,3 +66,17 @@ def test_one_alpha() -> None:
             encode(Adapter({Q: low(), V: low(2, alpha)}, model=CONFIG), "gguf")
     with pytest.raises(NotExpressible, match="give convert --base"):
         encode(Adapter({Q: low()}), "gguf")
+
+
+def test_an_alpha_that_float32_rounds_is_told(tmp_path: Path) -> None:
+    """rsLoRA's scaling alpha/√r is that of an alpha·√r, which GGUF holds in 32 bits."""
+    stabilised = LowRank(A=low(2).A, B=low(2).B, alpha=4.0, rslora=True, layer="linear")
+    made = encode(Adapter({Q: stabilised}, model=CONFIG), "gguf")
+    (note,) = made.notes
+    assert note.startswith(f"{Q}: GGUF holds alpha in float32: 5.65685424949238") and "a scaling off by a share of" in note
+    assert abs(made.fields["adapter.lora.alpha"] / (4.0 * 2**0.5) - 1) < 2**-24
+    assert encode(Adapter({Q: low()}, model=CONFIG), "gguf").notes == ()
+    write_checkpoint(tmp_path / "base", {Q: randn(8, 8, seed=3), V: randn(8, 8, seed=4)}, CONFIG)
+    save(Adapter({Q: stabilised}), tmp_path / "peft")
+    receipt = convert(tmp_path / "peft", tmp_path / "a.gguf", format="gguf", base=tmp_path / "base")
+    assert note in receipt["notes"]

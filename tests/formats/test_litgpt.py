@@ -12,9 +12,9 @@ import loratools
 from loratools.adapter import Adapter
 from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, OptionError, ShapeError
 from loratools.formats import FORMATS
-from loratools.formats.base import Container, open_container
+from loratools.formats.base import Container, ReadOptions, open_container
 from loratools.formats.litgpt import decode, encode
 from loratools.tensors import read_tensor, to_ref
 
@@ -117,6 +117,23 @@ def test_what_nothing_tells() -> None:
         decode(container(state(on), (False, True, True)))
     with pytest.raises(FormatError, match="not a tensor litgpt writes"):
         decode(container({**state(on), "transformer.wte.weight": torch.ones(2, 2)}, on))
+
+
+def test_which_slots_are_enabled_by_an_option() -> None:
+    """Of the newer order it is enough; of the older one without a date it is not known how the rows of some slots lie."""
+    on = (True, False, True)
+    told = ReadOptions(alpha=3.0, enable_lora=on)
+    model = {"model_config.yaml": MODEL}
+    for module in ("qkv", "attn"):
+        tensors = {name: to_ref(tensor) for name, tensor in state(on, module).items()}
+        if module == "qkv":
+            assert bytes_of(decode(Container(tensors, beside=model), told)) == bytes_of(decode(container(state(on), on)))
+        else:
+            with pytest.raises(AmbiguousError, match=r"attn\.attn\.lora_A: how .* changed on 2024-02-05.*hyperparameters\.yaml"):
+                decode(Container(tensors, beside=model), told)
+    for asked, said in (((True, True), "a 1 or 0 for each of q, k and v"), ((True, True, False), "has them: 1,0,1")):
+        with pytest.raises(OptionError, match=f"--enable-lora: found .*{said}"):
+            decode(container(state(on), on), ReadOptions(enable_lora=asked))
 
 
 # -- the other families: (config's name, groups, q k v or the fused weight, other modules)

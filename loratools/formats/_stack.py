@@ -1,4 +1,4 @@
-"""Matrices of one shape as one tensor (members, rows, columns), and each of them alone: how experts lie in GGUF and in MLX."""
+"""Matrices of one shape as one tensor, for formats that keep the factors of all experts together, and each of them alone."""
 
 from __future__ import annotations
 
@@ -6,21 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from loratools.errors import ShapeError
-from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref
-
-
-class Member(Ref):
-    """One matrix of a stack (members, rows, columns), read alone."""
-
-    def __init__(self, origin: Ref, index: int) -> None:
-        self.origin, self.index, self.spec = origin, index, replace(origin.spec, shape=origin.spec.shape[1:])
-
-    def read(self) -> Buffer:
-        return self.origin.rows(self.index, self.index + 1)
-
-    def rows(self, start: int, stop: int) -> Buffer:
-        step = self.spec.row_bytes()
-        return memoryview(self.read()).cast("B")[start * step : stop * step]
+from loratools.refs import BLOCK_BYTES, Buffer, Ref
 
 
 class Stack(Ref):
@@ -39,3 +25,17 @@ class Stack(Ref):
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
         for ref in self.members:
             yield from ref.blocks(size)
+
+
+class Member(Ref):
+    """One matrix of a stack (members, rows, columns), read alone."""
+
+    def __init__(self, origin: Ref, index: int) -> None:
+        self.origin, self.index, self.spec = origin, index, replace(origin.spec, shape=origin.spec.shape[1:])
+
+    def read(self) -> Buffer:
+        return self.origin.rows(self.index, self.index + 1)
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        step = self.spec.row_bytes()
+        return memoryview(self.read()).cast("B")[start * step : stop * step]
