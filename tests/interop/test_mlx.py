@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from loratools import convert
-from loratools.errors import LoratoolsError, NotExpressible
+from loratools.errors import LoratoolsError
 from loratools.formats import load
-from tests.files import peft_config, read_checkpoint, write_adapter, write_checkpoint
+from tests.files import peft_config, read_checkpoint, write_adapter
 from tests.interop.trained import assert_same, cases, hugging_face, logits_of, make_base, merged_logits, peft_adapter, recorded
 from tests.strategies import randn
 
@@ -96,48 +96,3 @@ def test_experts_there_and_back(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     with pytest.raises(LoratoolsError, match="MLX has LoRA on all experts of a stack: found none on expert 2"):
         convert(expert_adapter(tmp_path / "two", 2), tmp_path / "none", format="mlx", base=tmp_path / "base")
-
-
-def test_experts_of_a_checkpoint_of_mlx(tmp_path: Path) -> None:
-    """A checkpoint that MLX saved has the stack under MLX's name, and takes the same change."""
-    base, adapter, _ = recorded("mlx", "mixtral-lora")
-    tensors = read_checkpoint(base)
-    stacks: dict[str, Any] = {}
-    for layer in range(2):
-        for part, word in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
-            names = [f"model.layers.{layer}.block_sparse_moe.experts.{number}.{part}.weight" for number in range(3)]
-            stacks[f"model.layers.{layer}.block_sparse_moe.switch_mlp.{word}.weight"] = torch.stack([tensors.pop(name) for name in names])
-    write_checkpoint(tmp_path / "base", tensors | stacks, {"model_type": "mixtral"})
-    merged_plain(base, adapter, tmp_path / "plain")
-    merged_plain(tmp_path / "base", adapter, tmp_path / "stacked")
-    plain, stacked = read_checkpoint(tmp_path / "plain"), read_checkpoint(tmp_path / "stacked")
-    name = "model.layers.1.block_sparse_moe.{}.weight"
-    for number in range(3):
-        found = stacked[name.format("switch_mlp.down_proj")][number]
-        assert torch.equal(found, plain[name.format(f"experts.{number}.w2")])
-        assert not torch.equal(found, stacks[name.format("switch_mlp.down_proj")][number])
-
-
-def merged_plain(base: Path, adapter: Path, out: Path) -> None:
-    from loratools import merge
-
-    receipt = merge(base, adapter, out)
-    assert receipt["applied"] == receipt["expected"] > 0
-
-
-# -- a head that is its embedding
-
-
-def test_a_tied_head_changes_with_its_embedding(tmp_path: Path) -> None:
-    """MLX's adapter of the embedding is peft's of both; peft's of one alone is nothing MLX could say."""
-    base, adapter, logits = recorded("mlx", "tied-lora")
-    convert(adapter, tmp_path / "peft", format="peft", base=base)
-    both = {name.removeprefix("base_model.model.") for name in read_checkpoint(tmp_path / "peft")}
-    assert {"model.embed_tokens.lora_embedding_A", "lm_head.lora_A.weight"} <= both
-    assert_same(merged_logits(base, tmp_path / "peft", tmp_path / "out"), logits, logits_of(hugging_face(base)))
-    convert(tmp_path / "peft", tmp_path / "mlx", format="mlx", base=base)
-    again, first = read_checkpoint(tmp_path / "mlx"), read_checkpoint(adapter)
-    assert again.keys() == first.keys() and all(torch.equal(tensor, first[name]) for name, tensor in again.items())
-    peft_adapter(base, tmp_path / "one", targets=["embed_tokens"])
-    with pytest.raises(NotExpressible, match=r"one module for .* which are tied, and the adapter changes model\.embed_tokens.* alone"):
-        convert(tmp_path / "one", tmp_path / "none", format="mlx", base=base)

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the base, and what of `mlx_l
     "mixtral-lora": ("mixtral", {"keys": None}),
     "mixtral-full": ("mixtral", {"fine_tune_type": "full", "num_layers": 1}),
     "tied-lora": ("tied", {"keys": [*MLP, "model.embed_tokens"]}),
+    "tied-dora": ("tied", {"keys": ["self_attn.v_proj", "model.embed_tokens"], "fine_tune_type": "dora"}),
     "gpt2-lora": ("gpt2", {"keys": None}),
 }
 
