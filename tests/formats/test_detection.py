@@ -34,6 +34,8 @@ REAL = {
 }  # fmt: skip
 
 
+TRAINED = {"mlx": "mlx", "torchtune": "torchtune", "litgpt": "litgpt", "llama_cpp": "gguf", "nemo": "nemo"}
+
 # keys of formats whose names are of one network's modules
 SPELT = {
     "torchtune": ("layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"),
@@ -52,6 +54,15 @@ SPELT = {
 
 def claims(found: Container) -> list[str]:
     return [row.name for row in FORMATS if row.detect(found)]
+
+
+@pytest.mark.parametrize("program", TRAINED)
+def test_what_programs_saved(program: str) -> None:
+    folders = [path for path in sorted((DATA / "trained" / program).iterdir()) if path.is_dir()]
+    assert len(folders) >= 5
+    for folder in folders:
+        path = folder / "adapter.gguf" if program == "llama_cpp" else folder
+        assert claims(open_container(path)) == [TRAINED[program]], folder
 
 
 @pytest.mark.parametrize("table", TABLES)
