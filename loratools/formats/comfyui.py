@@ -6,6 +6,8 @@ Also whole differences `.diff` and `.diff_b`, replacements `.set_weight`. Withou
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loratools.adapter import Adapter
 from loratools.deltas.adjoined import Adjoined
 from loratools.deltas.base import Delta
@@ -59,7 +61,9 @@ def encode(adapter: Adapter) -> Container:
         fact, remedy = "where its name has dots only the base tells", "give the base with --base"
         faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]
     raise_all(faults)
-    tensors = spelt_tensors(adapter, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
+    bare = {name: f"{name}.weight" for name in adapter if not name.endswith((".weight", ".bias"))}  # a parameter that is no module's
+    spelt = replace(adapter, deltas={bare.get(name, name): delta for name, delta in adapter.items()}) if bare else adapter
+    tensors = spelt_tensors(spelt, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
     return Container(tensors, carried(adapter), sealed=resealed)
 
 

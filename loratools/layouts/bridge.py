@@ -17,8 +17,8 @@ from loratools.deltas.laid import turned
 from loratools.deltas.parts import joined as joined_parts
 from loratools.errors import LoratoolsError, UnsupportedError
 from loratools.flatnames import flatten
-from loratools.layouts.networks import VERSION, Pair, recognised
-from loratools.layouts.roots import by_root, joined, split_word
+from loratools.layouts.networks import VERSION, Pair, also, recognised
+from loratools.layouts.roots import by_root, joined, split_root, split_word
 from loratools.tensorfile import Spec
 
 
@@ -52,6 +52,7 @@ class Bridge:
     specs: Mapping[str, Spec]
     aliases: Mapping[str, Alias] = field(default_factory=dict)
     titles: tuple[str, ...] = ()
+    bare: frozenset[str] = frozenset()  # of the aliases, those that are but a way to spell a parameter that is no module's weight
 
     def place(self, deltas: Mapping[str, Delta]) -> tuple[dict[str, Delta], list[LoratoolsError]]:
         """The deltas by the base's own names; kinds that cannot be cut where their rows lie apart are faults."""
@@ -79,7 +80,7 @@ class Bridge:
 
     def said(self, names: Collection[str]) -> list[str]:
         """What was bridged for the names of an adapter, nothing where it was nothing."""
-        met = [name for name in names if name in self.aliases]
+        met = [name for name in names if name in self.aliases and name not in self.bare]
         title = ", ".join(self.titles)
         return [f"names aligned: {len(met)} of {len(names)} are others in the base ({title}, diffusers {VERSION})"] if met else []
 
@@ -97,7 +98,9 @@ def _pieces(delta: Delta, alias: Alias) -> Iterator[tuple[Stretch, Delta]]:
 
 def bridge_of(names: Collection[str], base: Mapping[str, Spec], *, flat: bool) -> Bridge:
     """The base with the names that an adapter's need in place of its own; as it is, where they meet without."""
-    specs, aliases, titles = dict(base), dict[str, Alias](), list[str]()
+    bare = _bare(names, base, flat=flat)
+    base = {**base, **{name: alias.spec for name, alias in bare.items()}} if bare else base
+    specs, aliases, titles = dict(base), dict(bare), list[str]()
     for (role, root), rests in by_root(base).items():
         wanted = _wanted(names, role, flat=flat)
         own = {rest: base[joined(root, rest)] for rest in rests}
@@ -123,7 +126,20 @@ def bridge_of(names: Collection[str], base: Mapping[str, Spec], *, flat: bool) -
             aliases |= {name: alias for name, alias in new.items() if name not in kept}
         titles.append(f"{network.name}, {network.title(side)} names")
     specs |= {name: alias.spec for name, alias in aliases.items()}
-    return Bridge(specs, aliases, tuple(titles))
+    return Bridge(specs, aliases, tuple(titles), frozenset(bare))
+
+
+def _bare(names: Iterable[str], base: Mapping[str, Spec], *, flat: bool) -> dict[str, Alias]:
+    """A base's bare parameters under the names that files give them which know weights and biases alone, as far as an adapter has them."""
+    rests = {rest for item in map(split_word, names) if item is not None for rest in item[2:]} if flat else set()
+    ends = {flatten(rest) for rest in rests} or {split_root(name)[2] for name in names}
+    found = {}
+    for name, spec in base.items():
+        role, root, rest = ("", "", "") if name.endswith((".weight", ".bias")) else split_root(name)
+        for word in also(rest) if rest else ():
+            if (flatten(word) if flat else word) in ends and joined(root, word) not in base:
+                found[joined(root, word)] = _same(name, spec)
+    return found
 
 
 def _wanted(names: Iterable[str], role: str, *, flat: bool) -> list[tuple[str, str]]:
@@ -144,7 +160,8 @@ def _others(pairs: Iterable[Pair], own: Mapping[str, Spec], side: str) -> Iterat
         if side == "original" and pair.original in own:
             yield from _diffusers(pair, own)
         elif side == "diffusers" and all(name in own for name in pair.diffusers):
-            yield pair.original, _original(pair, own)
+            alias = _original(pair, own)
+            yield from ((name, alias) for name in (pair.original, *also(pair.original)))
 
 
 def _diffusers(pair: Pair, own: Mapping[str, Spec]) -> Iterator[tuple[str, Alias]]:
