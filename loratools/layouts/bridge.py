@@ -130,15 +130,20 @@ def bridge_of(names: Collection[str], base: Mapping[str, Spec], *, flat: bool) -
 
 
 def _bare(names: Iterable[str], base: Mapping[str, Spec], *, flat: bool) -> dict[str, Alias]:
-    """A base's bare parameters under the names that files give them which know weights and biases alone, as far as an adapter has them."""
-    rests = {rest for item in map(split_word, names) if item is not None for rest in item[2:]} if flat else set()
-    ends = {flatten(rest) for rest in rests} or {split_root(name)[2] for name in names}
+    """A base's bare parameters under the names that files give them which know weights and biases alone, as far as an adapter has them.
+
+    None that is another tensor's name on the other side, such as that of OpenCLIP's projection, which transformers has turned.
+    """
+    rests = (rest for item in map(split_word, names) if item is not None for rest in item[2:]) if flat else ()
+    ends = {flatten(rest) for rest in rests} if flat else {split_root(name)[2] for name in names}
     found = {}
-    for name, spec in base.items():
-        role, root, rest = ("", "", "") if name.endswith((".weight", ".bias")) else split_root(name)
-        for word in also(rest) if rest else ():
-            if (flatten(word) if flat else word) in ends and joined(root, word) not in base:
-                found[joined(root, word)] = _same(name, spec)
+    for (_, root), own in by_root(base).items():
+        alone = [rest for rest in own if not rest.endswith((".weight", ".bias"))]
+        words = {word: rest for rest in alone for word in also(rest) if (flatten(word) if flat else word) in ends}
+        words = {word: rest for word, rest in words.items() if joined(root, word) not in base}
+        known = recognised(own) if words else None
+        there = known[0].pairs(own, whole=True).diffusers if known is not None and known[1] == "original" else {}
+        found |= {joined(root, word): _same(name := joined(root, rest), base[name]) for word, rest in words.items() if word not in there}
     return found
 
 

@@ -15,33 +15,36 @@ from loratools.layouts.networks import Network, Pairs, form_of
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def weight(network: Network, pairs: Pairs, names: Collection[str], shapes: Shapes) -> int:
-    """How well names and shapes fit a network: 0 if they are not its; more where its widths are theirs, or they end at its last blocks.
+NEVER, NOT = -2, -1
 
-    `shapes` are those of the weights that the adapter changes, by the same names, as far as it tells them.
+
+def weight(network: Network, pairs: Pairs, names: Collection[str], shapes: Shapes) -> int:
+    """What names and shapes say for a network: a count of what fits it alone; 0 where nothing does, NOT if the shapes are not its.
+
+    `shapes` are those of the weights that the adapter changes, by the same names, as far as it tells them. Numbers above the network's
+    last block are NEVER its.
     """
-    if not _lies(network, pairs, shapes):
-        return 0
     ends = _ends(network, names)
     if any(last > count for last, count in ends):
-        return 0
-    return 1 + _wide(network, shapes) + (bool(ends) and all(last == count for last, count in ends))
+        return NEVER
+    fits = _fits(network, shapes)
+    if not all(fits) or not _square(pairs, shapes):
+        return NOT
+    return bool(fits) + _wide(network, shapes) + (bool(ends) and all(last == count for last, count in ends))
 
 
-def _lies(network: Network, pairs: Pairs, shapes: Shapes) -> bool:
-    """Whether no matrix has rows that it cannot have for its columns: of `ratio` rows, and of fused weights that begin with a square q."""
+def _fits(network: Network, shapes: Shapes) -> list[bool]:
+    """Whether each matrix of which the table tells it has as many rows for its columns as it says."""
     told = [cells for kind, *cells in network.sizes if kind == "ratio"]
     ratios = {form_of(f"{word}.weight"): tuple(map(int, share.split(":"))) for words, share in told for word in words.split(" ")}
-    for name, (rows, *columns) in shapes.items():
-        if len(columns) != 1 or not name.endswith(".weight"):
-            continue
-        cells = ratios.get(form_of(name))
-        pair = pairs.original.get(name)
-        if cells is not None and rows * cells[1] != columns[0] * cells[0]:
-            return False
-        if pair is not None and len(pair.shares) > 2 and rows * pair.shares[0] != columns[0] * sum(pair.shares):
-            return False
-    return True
+    met = [(shape, ratios[form]) for name, shape in shapes.items() if (form := form_of(name)) in ratios and len(shape) == 2]
+    return [shape[0] * ratio[1] == shape[1] * ratio[0] for shape, ratio in met]
+
+
+def _square(pairs: Pairs, shapes: Shapes) -> bool:
+    """Whether every fused weight that begins with q, and has k and v, could have a q of as many rows as columns."""
+    fused = [(shape, pairs.original[name].shares) for name, shape in shapes.items() if name in pairs.original and len(shape) == 2]
+    return all(shape[0] * shares[0] == shape[1] * sum(shares) for shape, shares in fused if len(shares) > 2)
 
 
 def _ends(network: Network, names: Collection[str]) -> list[tuple[int, int]]:

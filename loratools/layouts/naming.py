@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError
 from loratools.flatnames import flatten
-from loratools.layouts.evidence import Shapes, weight
+from loratools.layouts.evidence import NEVER, Shapes, weight
 from loratools.layouts.networks import TEXT, Network, Pair, Pairs, also, form_of, networks, recognised
 
 # layers_per_block: 2 in Stable Diffusion, 1 in networks distilled from it; more where neither can be
@@ -79,8 +79,7 @@ def naming_of(
     if all(goal == goals[0] for goal in goals):
         return whole[0]
     weights = [naming.weight(shapes or {}) for naming in whole]
-    likely = [index for index, each in enumerate(weights) if each == max(weights)]
-    best = [index for index in likely if whole[index].network.name in _FIRST] or likely
+    best = _likeliest(whole, weights)
     other = next((index for index in best if goals[index] != goals[best[0]]), None)
     if other is not None:
         one = whole[best[0]]
@@ -88,8 +87,17 @@ def naming_of(
         fact = "its names are those of two networks, which are called differently on the other side"
         remedy = _BASE if one.layers else f"{_BASE}, or name the network: --network {one.network.name}"
         raise AmbiguousError(fact, tensor=open_, found=f"{one.title} or {whole[other].title}", remedy=remedy)
-    twins = [whole[index].network.name for index in likely if goals[index] != goals[best[0]]]
-    return replace(whole[best[0]], twins=tuple(twins))
+    passed = [index for index, each in enumerate(weights) if each >= max(0, weights[best[0]]) and goals[index] != goals[best[0]]]
+    return replace(whole[best[0]], twins=tuple(whole[index].network.name for index in passed))
+
+
+def _likeliest(whole: list[Naming], weights: list[int]) -> list[int]:
+    """Those for whom most speaks: of the first networks, unless more speaks for others, or the names cannot be theirs."""
+    first = [index for index, naming in enumerate(whole) if naming.network.name in _FIRST]
+    most, other = (max((weights[index] for index in indices), default=NEVER) for indices in (first, set(range(len(whole))) - {*first}))
+    if first and other <= (max(most, 0) if most != NEVER else NEVER):
+        return [index for index in first if weights[index] == most]
+    return [index for index, each in enumerate(weights) if each == other and index not in first]
 
 
 def _namings(
