@@ -136,7 +136,7 @@ def _bare(names: Iterable[str], base: Mapping[str, Spec], *, flat: bool) -> dict
     """
     rests = (rest for item in map(split_word, names) if item is not None for rest in item[2:]) if flat else ()
     ends = {flatten(rest) for rest in rests} if flat else {split_root(name)[2] for name in names}
-    found = {}
+    found: dict[str, Alias] = {}
     for (_, root), own in by_root(base).items():
         alone = [rest for rest in own if not rest.endswith((".weight", ".bias"))]
         words = {word: rest for rest in alone for word in also(rest) if (flatten(word) if flat else word) in ends}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import cache
 
-from loratools.layouts.networks import Network, Pairs, form_of
+from loratools.layouts.networks import Network, Pairs
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,10 +36,17 @@ def weight(network: Network, pairs: Pairs, names: Collection[str], shapes: Shape
 
 def _fits(network: Network, shapes: Shapes) -> list[bool]:
     """Whether each matrix of which the table tells it has as many rows for its columns as it says."""
-    told = [cells for kind, *cells in network.sizes if kind == "ratio"]
-    ratios = {form_of(f"{word}.weight"): tuple(map(int, share.split(":"))) for words, share in told for word in words.split(" ")}
-    met = [(shape, ratios[form]) for name, shape in shapes.items() if (form := form_of(name)) in ratios and len(shape) == 2]
-    return [shape[0] * ratio[1] == shape[1] * ratio[0] for shape, ratio in met]
+    told = ((words, share.split(":")) for kind, words, share in network.sizes if kind == "ratio")
+    ratios = [(_pattern(word), int(rows), int(columns)) for words, (rows, columns) in told for word in words.split(" ")]
+    matrices = [(name, shape) for name, shape in shapes.items() if len(shape) == 2]
+    return [
+        shape[0] * columns == shape[1] * rows for name, shape in matrices for word, rows, columns in ratios if word.fullmatch(name)
+    ]  # fmt: skip
+
+
+@cache
+def _pattern(word: str) -> re.Pattern[str]:
+    return re.compile(re.escape(f"{word}.weight").replace(r"\{i\}", r"\d+"))
 
 
 def _square(pairs: Pairs, shapes: Shapes) -> bool:

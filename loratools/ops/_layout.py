@@ -41,7 +41,7 @@ def layout_for(
             raise _remedied(error) from None
         return None, None  # another model's names, which the format takes or refuses as they are
     unchanged = all(step.pair is None and step.names == step.places for step in found.steps)
-    if unchanged or (format == "kohya" and _EITHER >= set(found.titles)):
+    if unchanged or (format == "kohya" and set(found.titles) <= _EITHER):
         return None, None
     return found, f"{found.said()}, as --format {format} has them"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loratools import merge
+from loratools import convert, merge
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError
 from loratools.formats import load
@@ -63,3 +63,22 @@ def test_faults(tmp_path: Path, tensors: dict[str, Tensor], text: str) -> None:
     with pytest.raises((FormatError, LoratoolsError)) as caught:
         load(tmp_path / "a.safetensors")
     assert text in str(caught.value)
+
+
+SCALE = "double_blocks.0.img_attn.norm.query_norm.scale"
+
+
+@pytest.mark.parametrize("suffix", ["diff", "set_weight"])
+@pytest.mark.parametrize("root", ["", "model.diffusion_model."])
+def test_a_bare_parameter(tmp_path: Path, root: str, suffix: str) -> None:
+    """A Flux control LoRA's norms, which are no module's weight: merged, and written again under the same key."""
+    value = randn(4, seed=1)
+    save_file({f"diffusion_model.{SCALE}.{suffix}": value}, tmp_path / "a.safetensors")
+    before = {f"{root}{SCALE}": torch.ones(4), f"{root}img_in.weight": randn(4, 4, seed=2)}
+    save_file(before, tmp_path / "base.safetensors")
+    merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    after = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(after[f"{root}{SCALE}"], value if suffix == "set_weight" else (1 + value.double()).float())
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", format="comfyui", base=tmp_path / "base.safetensors")
+    written = "w_norm" if suffix == "diff" else suffix  # one word of ComfyUI's for another
+    assert set(load_file(tmp_path / "b.safetensors")) == {f"diffusion_model.{SCALE}.{written}"}

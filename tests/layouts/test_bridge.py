@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from loratools.deltas.base import Delta
@@ -90,6 +91,28 @@ def test_a_transpose() -> None:
     placed, _ = bridge.place({name: given})
     found = placed[f"{root}.text_projection"]
     assert isinstance(found, LowRank) and torch.equal(dense(found), dense(given).T)
+
+
+SCALE = "double_blocks.0.img_attn.norm.query_norm.scale"
+
+
+@pytest.mark.parametrize("root", ["", "model.diffusion_model."])
+def test_a_bare_parameter_as_a_modules_weight(root: str) -> None:
+    """ComfyUI has `query_norm.scale.set_weight`, LyCORIS `query_norm.w_norm`; neither is said, for the tensor is the one they name."""
+    base = rooted(root[:-1], OWN) if root else OWN
+    for name in (f"diffusion_model.{SCALE}.weight", f"diffusion_model.{SCALE.removesuffix('.scale')}.weight"):
+        bridge = bridge_of([name], base, flat=False)
+        alias = f"{root}{name.removeprefix('diffusion_model.')}"
+        assert bridge.aliases[alias].stretches == (Stretch(f"{root}{SCALE}", 0, 4, True),) and bridge.said([alias]) == []
+    flat = bridge_of(["lora_unet_double_blocks_0_img_attn_norm_query_norm.weight"], base, flat=True)
+    assert set(flat.aliases) == {f"{root}{SCALE.removesuffix('.scale')}.weight"}
+    theirs = bridge_of([f"diffusion_model.{SCALE}.weight"], THEIRS, flat=False)
+    assert theirs.aliases[f"diffusion_model.{SCALE}.weight"].stretches[0].base == "transformer_blocks.0.attn.norm_q.weight"
+
+
+def test_a_weight_that_is_anothers_is_no_bare_parameter() -> None:
+    assert bridge_of(["x.weight"], {"x.weight": Spec("F32", (2,)), "x": Spec("F32", (2,))}, flat=False).aliases == {}
+    assert set(bridge_of(["x.weight"], {"x": Spec("F32", (2,))}, flat=False).aliases) == {"x.weight"}  # of a model that is in no table
 
 
 def test_other_roots_and_flat_names() -> None:

@@ -91,7 +91,8 @@ def test_transformers(name: str) -> None:
     sizes = {key: FIXED.get((name, key.split(".")[-2] if "." in key else key), value.shape[0]) for key, value in made.items()}
     offsets = {key: 100_000 * index for index, key in enumerate(made)}
     table = {key: torch.arange(sizes[key]) + offsets[key] for key in made}
-    converted = convert({("net." if name == "cosmos2" else "") + key: value for key, value in table.items()} | dict.fromkeys(UNUSED.get(name, ())))
+    root = "net." if name == "cosmos2" else ""
+    converted = convert({root + key: value for key, value in table.items()} | dict.fromkeys(UNUSED.get(name, ())))
     assert set(converted) == {theirs for pair in used.values() for theirs in pair.diffusers}
     for key, pair in used.items():
         starts = pair.starts(sizes[key])

@@ -162,7 +162,8 @@ def places(found: Relayout) -> list[str]:
 
 
 def test_two_networks() -> None:
-    with pytest.raises(AmbiguousError, match=r"transformer\.transformer_blocks\.0\S+: .*two networks.*flux or sd3; give the base.*--network flux$"):
+    words = r"transformer\.transformer_blocks\.0\S+: .*two networks.*flux or sd3; give the base.*--network flux$"
+    with pytest.raises(AmbiguousError, match=words):
         plan("transformer.transformer_blocks.0.attn.to_q")
     base = {f"transformer.{name}": Spec("F32", tuple(value.shape)) for name, value in flux().state_dict().items()}
     found = plan("transformer.transformer_blocks.0.attn.to_q", base=base)
