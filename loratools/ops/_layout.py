@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from loratools.adapter import Adapter
 from loratools.deltas.cut import restacked
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError
-from loratools.layouts.networks import TEXT
+from loratools.layouts.networks import TEXT, form_of, networks
 from loratools.layouts.relayout import Relayout, relayout_of
+from loratools.layouts.roots import split_root
 from loratools.tensorfile import Spec
 
-# networks whose names kohya's readers take from either side; of others they look for the authors'
-_EITHER = frozenset(("unet", *TEXT))
+_EITHER = ("unet", *TEXT)
 
 
 def layout_for(
@@ -27,7 +27,7 @@ def layout_for(
         found = _planned(adapter, layout, base, network)
         return found, found.said()
     side = _SIDES.get(format)
-    if side is None or (format == adapter.format and base is None) or (format == "kohya" and adapter.flat):
+    if side is None or (format == adapter.format and base is None) or (format == "kohya" and (adapter.flat or _either(adapter))):
         return None, None
     try:
         found = _planned(adapter, side, base, network)
@@ -41,9 +41,15 @@ def layout_for(
             raise _remedied(error) from None
         return None, None  # another model's names, which the format takes or refuses as they are
     unchanged = all(step.pair is None and step.names == step.places for step in found.steps)
-    if unchanged or (format == "kohya" and set(found.titles) <= _EITHER):
+    if unchanged:
         return None, None
     return found, f"{found.said()}, as --format {format} has them"
+
+
+def _either(adapter: Adapter) -> bool:
+    """Whether all its names are those of networks whose names kohya's readers take from either side; of others they want the authors'."""
+    forms = {form for network in networks() if network.name in _EITHER for form in network.forms}
+    return all(form_of(split_root(name)[2]) in forms for name in adapter)
 
 
 # of formats that have names of one side alone, which
