@@ -108,11 +108,17 @@ def _leaves(kind: str) -> tuple[str, ...]:
 
 
 def also(name: str) -> tuple[str, ...]:
-    """What else a bare parameter is called: by ComfyUI's files as a module of its own; a scale by LyCORIS' as its module's weight.
+    """How else a tensor's name is spelt: of CLIP with transformers 5's in memory or in its files, and of bare parameters in files that
+    know weights and biases alone: by ComfyUI's as a module of its own; a scale by LyCORIS' as its module's weight.
 
     >>> also("query_norm.scale"), also("modulation"), also("proj.weight")
     (('query_norm.scale.weight', 'query_norm.weight'), ('modulation.weight',), ())
+    >>> also("text_model.encoder.layers.0.mlp.fc1.bias")
+    ('encoder.layers.0.mlp.fc1.bias',)
     """
+    inner = name.removeprefix("text_model.")
+    if inner.startswith(("encoder.layers.", "embeddings.", "final_layer_norm.")):
+        return (inner if inner != name else f"text_model.{name}",)
     if name.endswith((".weight", ".bias")):
         return ()
     return (f"{name}.weight", *([f"{name.removesuffix('.scale')}.weight"] if name.endswith(".scale") else []))

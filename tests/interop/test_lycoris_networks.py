@@ -117,6 +117,51 @@ def test_saved_merged_and_loaded_again(tmp_path: Path, monkeypatch: pytest.Monke
         close(loaded(make(), tmp_path / "b.safetensors"), expected, before)
 
 
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "diag-oft"])
+def test_sdxl_with_two_text_encoders_by_the_network_for_kohya(tmp_path: Path, algo: str) -> None:
+    """Its prefixes are lora_unet, lora_te1 and lora_te2; text encoders have their names of transformers 5 in memory."""
+    kohya = pytest.importorskip("lycoris.kohya")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=10, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=6,
+        projection_dim=16, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+
+    def parts() -> dict[str, nn.Module]:
+        torch.manual_seed(0)
+        return {
+            "unet": unet(), "text_encoder": transformers.CLIPTextModel(config).eval(),
+            "text_encoder_2": transformers.CLIPTextModelWithProjection(config).eval(),
+        }  # fmt: skip
+
+    def said(found: dict[str, nn.Module]) -> list[Tensor]:
+        words = torch.tensor([[0, 3, 5, 1]])
+        with torch.no_grad():
+            return [outputs(found["unet"]), *(found[part](words).last_hidden_state for part in ("text_encoder", "text_encoder_2"))]
+
+    models, plain = parts(), parts()
+    folders = {part: (model.state_dict(), {"_class_name": type(model).__name__}) for part, model in plain.items()}
+    base = write_pipeline(tmp_path / "base", folders)
+    both = [models["text_encoder"], models["text_encoder_2"]]
+    made = kohya.create_network(1.0, 4, 3, None, both, models["unet"], algo=algo, factor=2, preset="attn-mlp")
+    made.apply_to(both, models["unet"], True, True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05 if algo == "diag-oft" else 0.1)
+    made.eval().save_weights(str(tmp_path / "a.safetensors"), None, {})
+    prefixes = {key.partition("_text_model" if "text_model" in key else "_encoder")[0] for key in load_file(tmp_path / "a.safetensors")}
+    assert {"lora_te1", "lora_te2"} <= prefixes
+    expected, before = said(models), said(plain)
+    receipt = merge(base, tmp_path / "a.safetensors", tmp_path / "out")
+    assert receipt["applied"] == receipt["expected"] > 24
+    merged = parts()
+    for part, model in merged.items():
+        model.load_state_dict(load_file(next((tmp_path / "out" / part).glob("*.safetensors"))))
+    for one, other, without in zip(said(merged), expected, before, strict=True):
+        close(one, other, without)
+
+
 def loaded(model: nn.Module, file: Path) -> Tensor:
     """The outputs of a model under LyCORIS' network of a file."""
     made, _ = lycoris.create_lycoris_from_weights(1.0, str(file), model)
