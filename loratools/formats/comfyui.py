@@ -21,7 +21,7 @@ from loratools.formats._digests import resealed
 from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats._spelt import carried, pack, spelt_tensors
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import InMemory, Ref, Spec
+from loratools.refs import InMemory, Ref, Spec
 
 NAME = "comfyui"
 ROOTS = ("diffusion_model.", "text_encoders.")
@@ -88,7 +88,8 @@ def encode(adapter: Adapter) -> Container:
     bare = {name: f"{name}.weight" for name in adapter if not name.endswith((".weight", ".bias"))}  # a parameter that is no module's
     spelt = replace(adapter, deltas={bare.get(name, name): delta for name, delta in adapter.items()}) if bare else adapter
     tensors = spelt_tensors(spelt, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
-    return Container(tensors, carried(adapter), sealed=resealed)
+    metadata = carried(adapter)
+    return Container(tensors, metadata, seal=resealed(metadata))
 
 
 def _read_otherwise(word: str, delta: Delta) -> None:

@@ -10,7 +10,7 @@ from loratools.errors import AmbiguousError, LoratoolsError, MatchError
 from loratools.layouts.networks import TEXT, form_of, networks
 from loratools.layouts.relayout import Relayout, relayout_of
 from loratools.layouts.roots import split_root
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 _EITHER = ("unet", *TEXT)
 
