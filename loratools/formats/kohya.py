@@ -13,7 +13,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.padded import Padded
-from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
+from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
 from loratools.flatnames import PARTS, flatten, spelt, split_prefix
 from loratools.formats._digests import sealed
 from loratools.formats._module import Slots
@@ -49,6 +49,9 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     passengers = {key: ref for key, ref in container.tensors.items() if _PASSENGER.match(key)}
     try:
         modules, others = collect(_spelt({key: ref for key, ref in container.tensors.items() if key not in passengers}))
+        timed = next((key for key in others if key.endswith(".lambda_layer")), None)
+        if timed is not None:
+            raise UnsupportedError("T-LoRA, whose rank depends on the timestep: no one change of a weight", tensor=timed)
         _as_parts(modules)
         deltas, faults = made(modules, lambda module, slots: options.alpha)
         faults += _strays(others, modules)

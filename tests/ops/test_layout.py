@@ -173,10 +173,10 @@ def test_parts_on_a_fused_base_are_one_change(tmp_path: Path) -> None:
 
 def test_a_base_tells_what_names_do_not(tmp_path: Path) -> None:
     deltas: dict[str, Delta] = {"transformer_blocks.0.attn.to_q.weight": low(8)}
-    with pytest.raises(AmbiguousError, match="flux or sd3; give the base with --base, whose names tell it, or choose with --layout"):
+    with pytest.raises(AmbiguousError, match=r"flux or sd3; give the base .* network: --network flux, or choose with --layout"):
         converted(tmp_path, Adapter(deltas), format="kohya")
     own = {f"transformer_blocks.0.attn.to_{part}.weight": randn(8, 4, seed=1) for part in "qkv"}
-    more = ("single_transformer_blocks.0.proj_mlp", "transformer_blocks.0.norm1_context.linear")
+    more = ("single_transformer_blocks.0.proj_mlp", "transformer_blocks.0.norm1_context.linear", "context_embedder")
     own |= {f"{name}.weight": randn(4, 4, seed=2) for name in more}
     base = write_checkpoint(tmp_path / "base", own | {"time_text_embed.text_embedder.linear_1.weight": randn(4, 4, seed=3)})
     out, _ = converted(tmp_path, Adapter(deltas), format="kohya", base=base)
