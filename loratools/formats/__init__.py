@@ -29,6 +29,7 @@ from loratools.formats import (
     peft,
     peft_encode,
     samlora,
+    samlora_encode,
     scratch,
     torchtune,
     trtllm,
@@ -62,7 +63,7 @@ FORMATS = (
     Format(gguf.NAME, gguf.detect, gguf.decode, gguf_encode.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
     Format(cloneofsimo.NAME, cloneofsimo.detect, cloneofsimo.decode, cloneofsimo_encode.encode),
-    Format(samlora.NAME, samlora.detect, samlora.decode, samlora.encode),
+    Format(samlora.NAME, samlora.detect, samlora.decode, samlora_encode.encode),
     Format(xlabs.NAME, xlabs.detect, xlabs.decode, xlabs.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),
 )

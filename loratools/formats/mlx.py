@@ -22,6 +22,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
 from loratools.families import EMBEDDINGS, matches
 from loratools.formats._derived import member
+from loratools.formats._refused import BAKE, RESIZE, passengers
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.tensorfile import Ref
@@ -151,7 +152,7 @@ def encode(adapter: Adapter) -> Container:
 
     Raises NotExpressible for differing ranks or scales (`resize --rank`, `rescale --bake` make them one) and for kinds it lacks.
     """
-    faults: list[LoratoolsError] = [NotExpressible("MLX has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "MLX has")
     tensors: dict[str, Ref] = {}
     scales: dict[str, float] = {}
     ranks: dict[str, float] = {}
@@ -175,10 +176,11 @@ def encode(adapter: Adapter) -> Container:
             tensors[f"{module}.m"] = delta.magnitude.reshape(delta.magnitude.spec.numel)
     doras = [name for name, delta in adapter.items() if isinstance(delta, DoRA)]
     if doras and len(doras) < len(adapter):
-        faults.append(NotExpressible("MLX's fine_tune_type holds for the whole adapter, and some of it is plain LoRA", tensor=doras[0]))
+        fact = "MLX's fine_tune_type holds for the whole adapter, and some of it is plain LoRA"
+        faults.append(NotExpressible(fact, tensor=doras[0], remedy="convert --kind dora, or lora, makes all of it one"))
     raise_all(faults)
-    rank = int(only(ranks, "MLX has one rank for all modules: resize --rank makes it one"))
-    scale = only(scales, "MLX has one scale for all modules: rescale --bake makes it one")
+    rank = int(only(ranks, "MLX has one rank for all modules", RESIZE))
+    scale = only(scales, "MLX has one scale for all modules", BAKE)
     carried = dict(adapter.metadata.get(NAME, {}))
     keys = sorted({re.sub(r"^.*?\.\d+\.", "", name.removesuffix(".weight")) for name in adapter})
     config = {

@@ -32,6 +32,7 @@ from loratools.errors import (
 )
 from loratools.formats._heads import rows_of
 from loratools.formats._pieces import Piece
+from loratools.formats._refused import BAKE, RESIZE
 from loratools.formats._scale import only
 from loratools.formats._sides import write_yaml
 from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
@@ -156,15 +157,15 @@ def encode(adapter: Adapter) -> Container:
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
     for module in modules:
-        piece = module.pieces[0]
+        piece, tensor = module.pieces[0], module.tensors[0]
         if piece.magnitude is not None:
             fact = "Megatron-Bridge has DoRA on fused weights alone, whose slots share a factor"
-            raise NotExpressible(fact, tensor=module.name, remedy="convert --kind lora --base")
+            raise NotExpressible(fact, tensor=tensor, remedy="convert --kind lora --base")
         tensors |= {f"{module.name}.linear_in.weight": piece.A, f"{module.name}.linear_out.weight": piece.B}
-        ranks[module.name], alphas[module.name] = float(piece.rank), piece.alpha
-    rank = int(only(ranks, _ONE.format("rank") + ": resize --rank makes it one"))
-    alpha = only(alphas, _ONE.format("alpha") + ": rescale --bake makes it one")
-    run = run_config(rank, alpha, ranks)
+        ranks[tensor], alphas[tensor] = float(piece.rank), piece.alpha
+    rank = int(only(ranks, _ONE.format("rank"), RESIZE))
+    alpha = only(alphas, _ONE.format("alpha"), BAKE)
+    run = run_config(rank, alpha, [module.name for module in modules])
     model = dict(adapter.model)
 
     def write(container: Container, folder: Path) -> dict[str, str]:

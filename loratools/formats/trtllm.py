@@ -19,6 +19,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, UnsupportedError, raise_all
 from loratools.formats._pieces import Piece, piece_of
+from loratools.formats._refused import nothing, passengers
 from loratools.formats.base import Container, ReadOptions
 from loratools.tensorfile import Ref
 
@@ -49,7 +50,7 @@ def encode(adapter: Adapter) -> Container:
 
     Raises NotExpressible for other kinds than LoRA of a layer's attention and MLP, for DoRA, and for factors of several dtypes.
     """
-    faults: list[LoratoolsError] = [NotExpressible("TensorRT-LLM has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "TensorRT-LLM has")
     rows: list[tuple[int, int, Piece, bool]] = []
     for name, delta in adapter.items():
         try:
@@ -58,7 +59,7 @@ def encode(adapter: Adapter) -> Container:
             faults.append(error.at(tensor=name))
     raise_all(faults)
     if not rows:
-        raise NotExpressible("no low-rank change to write", file=adapter.path)
+        raise nothing(adapter.path)
     codes = sorted({ref.spec.dtype for _, _, piece, _ in rows for ref in (piece.A, piece.B)})
     if len(codes) > 1 or codes[0] not in _DESCR:
         raise NotExpressible("TensorRT-LLM has one dtype for all: float32, float16 or bfloat16", file=adapter.path, found=", ".join(codes))
@@ -74,7 +75,8 @@ def _row(name: str, delta: Delta) -> tuple[int, int, Piece, bool]:
     number = MODULES.get(match["module"]) if match else None
     if match is None or number is None:
         expected = ", ".join(f"layers.N.{module}" for module in MODULES)
-        raise NotExpressible("TensorRT-LLM's converter has no LoRA on this tensor", expected=expected)
+        remedy = "--format peft has LoRA on any; convert --base gives it the names of transformers"
+        raise NotExpressible("TensorRT-LLM's converter has no LoRA on this tensor", expected=expected, remedy=remedy)
     piece = piece_of(delta)
     if piece.magnitude is not None:
         raise NotExpressible("hf_lora_convert.py has no DoRA", remedy="convert --kind lora --base")

@@ -235,8 +235,8 @@ def test_what_it_cannot_say() -> None:
     model = {"model_type": "llama"}
     cases: list[tuple[dict[str, LowRank | DoRA], str]] = [
         ({o.format(0): DoRA(direction=low(), magnitude=to_ref(torch.ones(EMBD, 1)))}, "litgpt has no DoRA; convert --kind lora --base"),
-        ({o.format(0): low(), down.format(0): low(3, 6.0)}, "one rank for all modules: resize --rank makes it one: found 3"),
-        ({o.format(0): low(), down.format(0): low(alpha=5.0)}, "one alpha for all modules: rescale --bake makes it one: found 5"),
+        ({o.format(0): low(), down.format(0): low(3, 6.0)}, "one rank for all modules: found 3.0, expected 2.0, as "),
+        ({o.format(0): low(), down.format(0): low(alpha=5.0)}, "one alpha for all modules: found 5.0"),
         ({o.format(0): low(), o.format(1): low(), down.format(0): low()}, "LoRA on the same modules of every block: found 2 attn.proj"),
         ({"model.embed_tokens.weight": low()}, "litgpt has no LoRA on this tensor of a llama"),
     ]

@@ -23,14 +23,16 @@ from loratools.errors import LoratoolsError, NotExpressible  # noqa: E402
 from loratools.formats import FORMATS, encode  # noqa: E402
 from loratools.tensorfile import Spec  # noqa: E402
 from loratools.tensors import to_ref  # noqa: E402
-from tests.formats.matrix import KINDS, LAYERS, ROWS, Draw, adapter_of, cell, contents, options_of, row_of  # noqa: E402
+from tests.formats.cells import cell  # noqa: E402
+from tests.formats.matrix import KINDS, LAYERS, ROWS, Draw, contents  # noqa: E402
+from tests.formats.places import PLACES, adapter_of, options_of, row_of  # noqa: E402
 from tests.strategies import randn  # noqa: E402
 
 DOCUMENT = ROOT / "spec" / "formats" / "README.md"
 BEGIN, END = "<!-- table: written by tests/formats/test_matrix.py -->\n", "<!-- end of table -->\n"
-# have names for the weights of known models alone; their own tests hold them
-MODELLED = ("gguf", "torchtune", "litgpt", "trtllm", "nemo", "cloneofsimo", "samlora", "xlabs")
-WRITTEN = [row.name for row in FORMATS if row.encode is not None and row.name not in MODELLED]
+COLUMNS = [row.name for row in FORMATS if row.encode is not None]
+MODELLED = [name for name in COLUMNS if name in PLACES and PLACES[name].names]  # have names for the weights of known models alone
+WRITTEN = [name for name in COLUMNS if name not in MODELLED]
 
 
 @cache
@@ -38,7 +40,7 @@ def found(kind: str, layer: str, format: str) -> str:
     return cell(kind, layer, format)
 
 
-@pytest.mark.parametrize("format", WRITTEN)
+@pytest.mark.parametrize("format", COLUMNS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_read_back_it_is_the_same_or_the_error_names_tensor_and_way(kind: str, format: str) -> None:
     """`cell` asserts it all; loratools' own format says everything."""
@@ -49,10 +51,10 @@ def test_read_back_it_is_the_same_or_the_error_names_tensor_and_way(kind: str, f
 def table() -> str:
     """The rows of the matrix, and the reasons of its noes by their numbers."""
     reasons: dict[str, int] = {}
-    lines = [f"| change | layer | {' | '.join(WRITTEN)} |", "|---|---|" + "---|" * len(WRITTEN)]
+    lines = [f"| change | layer | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     for kind, layer in ROWS:
-        cells = [found(kind, layer, format) for format in WRITTEN]
-        told = [text if text == "yes" else f"no {reasons.setdefault(text.removeprefix('no: '), len(reasons) + 1)}" for text in cells]
+        cells = [found(kind, layer, format) for format in COLUMNS]
+        told = [f"no {reasons.setdefault(text[4:], len(reasons) + 1)}" if text.startswith("no: ") else text for text in cells]
         lines.append(f"| {kind} | {layer} | {' | '.join(told)} |")
     return "\n".join([*lines, "", *(f"{number}. {text}" for text, number in reasons.items())]) + "\n"
 

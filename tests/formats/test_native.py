@@ -178,9 +178,9 @@ def test_values_without_words_are_collected() -> None:
         encode(Adapter(bad), "loratools")
     told = str(raised.value).splitlines()
     assert told == [
-        "a: scale has a value that JSON has not: found nan",
-        "c: a kind of delta that is not loratools' own: found Own",
-        "d: scale has a value that JSON has not: found {1}",
+        "a: scale has a value that JSON has not: found nan; put a finite number in its place",
+        "c: a kind of delta that is not loratools' own: found Own; convert it first: --kind lora, or --kind dense",
+        "d: scale has a value that JSON has not: found {1}; put a finite number in its place",
     ]
     with pytest.raises(NotExpressible, match="not to be said in JSON"):
         encode(Adapter({"b": low()}, metadata={"x": Path()}), "loratools")
