@@ -56,8 +56,11 @@ class Piece:
         return Piece(self.A, picked(self.B, rows), self.alpha, magnitude)
 
 
-def piece_of(delta: Delta) -> Piece:
-    """A LoRA, or a DoRA along rows, of a linear layer as a piece. Raises NotExpressible for other deltas."""
+def piece_of(delta: Delta, plain: str | None = None) -> Piece:
+    """A LoRA, or a DoRA along rows, of a linear layer as a piece; `plain` tells of formats that have no DoRA that they have none.
+
+    Raises NotExpressible for other deltas.
+    """
     low = delta.direction if isinstance(delta, DoRA) else delta
     if not isinstance(low, LowRank):
         raise NotExpressible(f"no place for a {delta.kind} delta, but for LoRA of linear layers", remedy="convert --kind lora first")
@@ -66,6 +69,8 @@ def piece_of(delta: Delta) -> Piece:
         raise NotExpressible(f"no place for LoRA of a weight that lies as {lies} ones do, but of linear layers", remedy=KEPT)
     if not isinstance(delta, DoRA):
         return Piece(low.A, low.B, _alpha(low))
+    if plain is not None:
+        raise NotExpressible(plain, remedy="convert --kind lora --base")
     if delta.axis != "out":
         raise NotExpressible("DoRA along rows only", remedy="convert --magnitude-axis out --base")
     return Piece(low.A, low.B, _alpha(low), delta.magnitude.reshape(low.B.spec.shape[0]))

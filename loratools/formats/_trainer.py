@@ -153,8 +153,12 @@ class Module:
     tensors: dict[int, str]
 
 
-def modules_of(adapter: Adapter, trainer: str, *, skip: tuple[str, ...] = ()) -> tuple[list[Module], Heads | None, Family]:
+def modules_of(
+    adapter: Adapter, trainer: str, *, skip: tuple[str, ...] = (), plain: str | None = None
+) -> tuple[list[Module], Heads | None, Family]:
     """An adapter's deltas as modules of a trainer, in order of their names; rows of orders in `skip` are not written.
+
+    `plain` is that of `piece_of`.
 
     The model is the base's that it met, else the one its file told, else the only family that has all its names. Raises NotExpressible
     for tensors the trainer has no place for, and where families differ in what they would write, all together.
@@ -165,7 +169,7 @@ def modules_of(adapter: Adapter, trainer: str, *, skip: tuple[str, ...] = ()) ->
     found: dict[tuple[Row, str], Module] = {}
     for name, delta in adapter.items():
         try:
-            for row, module, slot, piece in _taken(family, name, delta, model.heads, skip):
+            for row, module, slot, piece in _taken(family, name, delta, model.heads, skip, plain):
                 held = found.setdefault((row, module), Module(row, module, {}, {}))
                 held.pieces[slot], held.tensors[slot] = piece, name
         except LoratoolsError as error:
@@ -189,14 +193,14 @@ def _model(adapter: Adapter, trainer: str) -> Model:
 
 
 def _taken(
-    family: Family, name: str, delta: Delta, heads: Heads | None, skip: tuple[str, ...]
+    family: Family, name: str, delta: Delta, heads: Heads | None, skip: tuple[str, ...], plain: str | None
 ) -> list[tuple[Row, str, int, Piece]]:
     leaves = family.leaf(name.removesuffix(".weight")) if name.endswith(".weight") else []
     leaves = [(row, slot, numbers) for row, slot, numbers in leaves if row.order not in skip]
     if not leaves:
         remedy = "is it of another model? --base names it; --format peft or loratools has the others"
         raise NotExpressible(f"{family.trainer} has no LoRA on this tensor of a {family.name}", remedy=remedy)
-    piece, order = piece_of(delta), leaves[0][0].leaves[leaves[0][1]].order
+    piece, order = piece_of(delta, plain), leaves[0][0].leaves[leaves[0][1]].order
     if order == "whole":
         row, slot, numbers = leaves[0]
         return [(row, named(row.module, numbers), slot, piece)]

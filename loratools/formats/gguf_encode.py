@@ -87,9 +87,10 @@ def _low(delta: Delta) -> LowRank:
             remedy = "resize --rank R --dtype float32 gives it another"
             raise NotExpressible("a dtype that llama.cpp's LoRA has not", found=found, expected=" or ".join(_DTYPES), remedy=remedy)
         return delta.transposed() if delta.layer == "transposed" else delta
-    kind = "convolution's" if isinstance(delta, LowRank) else delta.kind
+    if isinstance(delta, LowRank):
+        raise NotExpressible("llama.cpp has LoRA on matrices, and this is a convolution's", remedy="--format peft or loratools has it")
     remedy = "a matrix's becomes one by convert --kind lora --base BASE"
-    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is a {kind} change", remedy=remedy)
+    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is a {delta.kind} change", remedy=remedy)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError, raise_all
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, ShapeError, raise_all
 from loratools.formats._bare import HYPER, is_litgpt
 from loratools.formats._heads import REMEDY, config_of
 from loratools.formats._pickled import folder_of
@@ -165,17 +165,14 @@ def encode(adapter: Adapter) -> Container:
     Raises NotExpressible for other kinds than LoRA, ranks and alphas that differ, layers that have LoRA on different modules, and
     tensors that litgpt has no LoRA on.
     """
-    modules, heads, _ = modules_of(adapter, NAME, skip=("interleaved",))
+    modules, heads, _ = modules_of(adapter, NAME, skip=("interleaved",), plain="litgpt has no DoRA")
     tensors: dict[str, Ref] = {}
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
     for module in modules:
         pieces = [module.pieces[slot] for slot in sorted(module.pieces)]
         for slot, piece in module.pieces.items():
-            tensor = module.tensors[slot]
-            ranks[tensor], alphas[tensor] = float(piece.rank), piece.alpha
-            if piece.magnitude is not None:
-                raise NotExpressible("litgpt has no DoRA", tensor=tensor, remedy="convert --kind lora --base")
+            ranks[module.tensors[slot]], alphas[module.tensors[slot]] = float(piece.rank), piece.alpha
         A, B = stacked([piece.A for piece in pieces]), stacked([piece.B for piece in pieces])
         tensors |= {f"{module.name}.lora_A": A, f"{module.name}.lora_B": B}
     rank = int(only(ranks, _ONE.format("rank"), RESIZE))

@@ -23,7 +23,7 @@ from loratools.deltas.seeded import Bank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
 from loratools.formats._typed import described, fits
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref, identity
+from loratools.tensorfile import Ref, Reshaped, Transposed, identity
 
 NAME = "loratools"
 KEY = "loratools.adapter"  # metadata
@@ -119,8 +119,11 @@ class _Writing:
 def _sameness(ref: Ref) -> object:
     """What is equal for two views that hold the same bytes in the same order and shape, as far as that is known without reading."""
     inner = getattr(ref, "origin", None)
-    made = getattr(ref, "make", None)  # what rearranges elements is known to itself alone
-    return (identity(ref), ref.spec) if inner is None else (_sameness(inner), ref.spec, type(ref).__name__, made and id(made))
+    if inner is None:
+        return identity(ref), ref.spec
+    if isinstance(ref, Reshaped | Transposed):
+        return _sameness(inner), ref.spec, type(ref).__name__
+    return id(ref)  # which rows it takes, and how it moves elements, only it knows
 
 
 # -- reading

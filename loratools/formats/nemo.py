@@ -24,7 +24,6 @@ from loratools.errors import (
     FormatError,
     LoratoolsError,
     MatchError,
-    NotExpressible,
     OptionError,
     ShapeError,
     UnsupportedError,
@@ -152,15 +151,13 @@ def encode(adapter: Adapter) -> Container:
 
     Raises NotExpressible for other kinds than LoRA, ranks and alphas that differ, and tensors that it has no LoRA on.
     """
-    modules, _, _ = modules_of(adapter, NAME, skip=("grouped", "halves"))
+    plain = "Megatron-Bridge has DoRA on fused weights alone, whose slots share a factor"
+    modules, _, _ = modules_of(adapter, NAME, skip=("grouped", "halves"), plain=plain)
     tensors: dict[str, Ref] = {}
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
     for module in modules:
         piece, tensor = module.pieces[0], module.tensors[0]
-        if piece.magnitude is not None:
-            fact = "Megatron-Bridge has DoRA on fused weights alone, whose slots share a factor"
-            raise NotExpressible(fact, tensor=tensor, remedy="convert --kind lora --base")
         tensors |= {f"{module.name}.linear_in.weight": piece.A, f"{module.name}.linear_out.weight": piece.B}
         ranks[tensor], alphas[tensor] = float(piece.rank), piece.alpha
     rank = int(only(ranks, _ONE.format("rank"), RESIZE))

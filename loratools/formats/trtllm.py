@@ -77,9 +77,7 @@ def _row(name: str, delta: Delta) -> tuple[int, int, Piece, bool]:
         expected = ", ".join(f"layers.N.{module}" for module in MODULES)
         remedy = "--format peft has LoRA on any; convert --base gives it the names of transformers"
         raise NotExpressible("TensorRT-LLM's converter has no LoRA on this tensor", expected=expected, remedy=remedy)
-    piece = piece_of(delta)
-    if piece.magnitude is not None:
-        raise NotExpressible("hf_lora_convert.py has no DoRA", remedy="convert --kind lora --base")
+    piece = piece_of(delta, "hf_lora_convert.py has no DoRA")
     return number, int(match["layer"]), piece, match["module"] == "mlp.gate_up_proj"
 
 

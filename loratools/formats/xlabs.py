@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Part
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
+from loratools.formats._derived import cells
 from loratools.formats._refused import KEPT, passengers
 from loratools.formats._scale import exact_alpha
 from loratools.formats.base import Container, ReadOptions
+from loratools.sliced import Sliced
 from loratools.tensorfile import Ref
 
 NAME = "xlabs"
@@ -113,15 +116,27 @@ def _encoded(name: str, delta: Delta) -> dict[str, Ref]:
     if word is None:
         fact, expected = "these files change the attention of Flux' blocks alone", "double_blocks.N.img_attn.qkv and its like"
         raise NotExpressible(fact, expected=expected, remedy="--format comfyui has the others")
-    low = delta.delta if isinstance(delta, Part) and delta.start == 0 and leaf == "linear1.weight" else delta
+    low = _first_rows(delta) if leaf == "linear1.weight" else delta
     if not isinstance(low, LowRank):
         raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
     if low.layer in ("embedding", "transposed", "conv"):
         raise NotExpressible(f"these files have no LoRA of a weight that lies as {low.layer} ones do", remedy=KEPT)
-    if leaf == "linear1.weight" and low is delta and low.B.spec.shape[0] != 3 * low.A.spec.shape[1]:
+    if leaf == "linear1.weight" and low.B.spec.shape[0] != 3 * low.A.spec.shape[1]:
         fact, remedy = "of linear1 these files change queries, keys and values alone", "--format comfyui has all of its rows"
         raise NotExpressible(fact, found=f"{low.B.spec.shape[0]} rows", expected=3 * low.A.spec.shape[1], remedy=remedy)
     if low.scaling != 1:
         raise NotExpressible("these files have no alpha: the scaling is 1", found=low.scaling, remedy="rescale --bake makes it 1")
     path = f"{blocks}_blocks.{block}.processor.{word}"
     return {f"{path}.down.weight": low.A, f"{path}.up.weight": low.B}
+
+
+def _first_rows(delta: Delta) -> Delta:
+    """A change of linear1's queries, keys and values without the rows of its MLP, where it leaves those as they are."""
+    if isinstance(delta, Part) and delta.start == 0:
+        return delta.delta
+    if not isinstance(delta, LowRank) or len(delta.A.spec.shape) != 2:
+        return delta
+    rows, own = delta.B.spec.shape[0], 3 * delta.A.spec.shape[1]
+    if rows <= own or cells(delta.B)[own:].tobytes().strip(b"\0"):
+        return delta
+    return replace(delta, B=Sliced(delta.B, slice(0, own)))

@@ -44,7 +44,7 @@ def layout_for(adapter: Adapter, format: str, layout: str | None, base: Mapping[
 
 
 # of formats that have names of one side alone, which
-_SIDES = {"diffusers": "diffusers", "comfyui": "original", "kohya": "original"}
+_SIDES = {"diffusers": "diffusers", "cloneofsimo": "diffusers", "comfyui": "original", "kohya": "original", "xlabs": "original"}
 
 
 def _planned(adapter: Adapter, side: str, base: Mapping[str, Spec] | None) -> Relayout:

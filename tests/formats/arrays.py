@@ -19,7 +19,7 @@ from loratools.formats._pieces import piece_of
 from loratools.formats.base import Container, write_container
 from loratools.tensors import read_tensor
 
-IDS = {"qkv_proj": 0, "q_proj": 1, "k_proj": 2, "v_proj": 3, "o_proj": 4, "gate_proj": 5, "down_proj": 6, "up_proj": 7}
+IDS = {"qkv_proj": 0, "q_proj": 1, "k_proj": 2, "v_proj": 3, "o_proj": 4, "gate_proj": 5, "gate_up_proj": 5, "down_proj": 6, "up_proj": 7}
 
 
 def arrays(folder: Path, dtype: torch.dtype) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], int]]:
@@ -48,7 +48,9 @@ def check_written(adapter: Adapter, container: Container) -> dict[str, tuple[Ten
         assert ranks[key] == piece.rank
         row = rows[key]
         at, end = A.numel(), A.numel() + B.numel()
-        found[name] = row[at:end].reshape(B.shape), row[:at].reshape(A.shape)
+        out, half = row[at:end].reshape(B.shape), len(B) // 2
+        out = torch.cat((out[half:], out[:half])) if module == "gate_up_proj" else out  # its own order is up above gate
+        found[name] = out, row[:at].reshape(A.shape)
         assert torch.equal(found[name][1], A) and not row[end:].any()
         assert torch.equal(found[name][0], (B.double() * (piece.alpha / piece.rank)).to(dtype))
     return found

@@ -404,9 +404,9 @@ def test_what_it_cannot_say(tmp_path: Path) -> None:
     assert set(encode(Adapter({one: low()})).tensors) == {
         f"decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_{side}.weight" for side in ("in", "out")
     }
-    with pytest.raises(NotExpressible, match="one rank for all modules: .*; resize --rank"):
+    with pytest.raises(NotExpressible, match=r"one rank for all modules: .*; resize --rank"):
         encode(Adapter({one: low(), other: low(3, 6.0)}))
-    with pytest.raises(NotExpressible, match="one alpha for all modules: .*; rescale --bake"):
+    with pytest.raises(NotExpressible, match=r"one alpha for all modules: .*; rescale --bake"):
         encode(Adapter({one: low(), other: low(alpha=5.0)}))
     with pytest.raises(NotExpressible, match="nemo has no LoRA on this tensor"):
         encode(Adapter({"model.layers.0.mlp.experts.0.w1.weight": low()}))
