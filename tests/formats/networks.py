@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Network:
     scaling: float | None = None
     only: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def base(self) -> Mapping[str, Spec]:
         return {name: Spec("F64", shape) for name, shape in self.shapes.items()} | {name: Spec("F64", (24, 24)) for name in self.beside}
 
@@ -81,7 +82,8 @@ _UNET = tuple(
 )  # fmt: skip
 _FLUX = {
     "double_blocks.0.img_attn.qkv.weight": (24, 8), "double_blocks.0.img_attn.proj.weight": (8, 8),
-    "double_blocks.0.txt_attn.qkv.weight": (24, 8), "double_blocks.0.txt_attn.proj.weight": (8, 8), "single_blocks.0.linear2.weight": (8, 40),
+    "double_blocks.0.txt_attn.qkv.weight": (24, 8), "double_blocks.0.txt_attn.proj.weight": (8, 8),
+    "single_blocks.0.linear2.weight": (8, 40),
 }  # fmt: skip
 _LLAMA = _layers(_ATTENTION, _MLP)
 _PHI = _layers({"qkv_proj": (16, 8), "o_proj": (8, 8)}, {"gate_up_proj": (24, 8), "down_proj": (8, 12)})
@@ -104,7 +106,8 @@ NETWORKS: Mapping[str, Network] = {
     ),
     "Flux, a single block": Network(
         {"single_blocks.0.linear1.weight": (56, 8), "single_blocks.0.linear2.weight": (8, 40)},
-        ("kohya", "diffusers", "comfyui", "xlabs", "loratools"), beside=("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"), scaling=1.0,
+        ("kohya", "diffusers", "comfyui", "xlabs", "loratools"), scaling=1.0,
+        beside=("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
         fused={"single_blocks.0.linear1.weight": (8, 8, 8, 32)}, first={"single_blocks.0.linear1.weight": 24},
     ),
     "Stable Diffusion": Network(
@@ -173,7 +176,8 @@ def some(network: Network, draw: Draw) -> dict[str, Delta]:
 
 Make = Callable[[Network, Draw], dict[str, Delta]]
 KINDS: Mapping[str, Make] = {
-    "LoRA": plain, "rsLoRA": stabilised, "DoRA": decomposed, "LoRA of one A": sharing, "LoRA of each slot": apart, "LoRA of first rows": some,
+    "LoRA": plain, "rsLoRA": stabilised, "DoRA": decomposed, "LoRA of one A": sharing, "LoRA of each slot": apart,
+    "LoRA of first rows": some,
 }  # fmt: skip
 
 
@@ -196,11 +200,14 @@ def through(adapter: Adapter, format: str, network: Network) -> Adapter:
 
 def made(delta: Delta, spec: Spec) -> tuple[Tensor, Tensor]:
     """In float64: what it makes of a weight, and what its rounding is measured by: |B||A|, else the weight made."""
+    product = delta.product() if isinstance(delta, Additive) else None
+    if product is not None:
+        return product[0] @ product[1], product[0].abs() @ product[1].abs()
     rows, columns = delta.matrix(spec)
     part, W = slice(0, rows), randn(*spec.shape, seed=99).double()
     if isinstance(delta, Additive):
-        ΔW, product = delta.bind_dense(spec)(part).clone(), delta.product()
-        return ΔW, ΔW.abs() if product is None else product[0].abs() @ product[1].abs()
+        ΔW = delta.bind_dense(spec)(part).clone()
+        return ΔW, ΔW.abs()
     assert to_ref(W).spec == spec
     found = delta.bind(spec, lambda rows: iter([(part, W.reshape(-1, columns).clone())]))(part, W.reshape(-1, columns).clone())
     return found, found.abs()
