@@ -92,7 +92,7 @@ class Changes:
         if isinstance(delta, Additive):
             return delta.bind_dense(self.spec, strength, self.device)
         if self.weight is None:
-            raise UnsupportedError(f"what a {delta.kind} delta changes depends on the base", remedy="give --base")
+            raise UnsupportedError(f"what {delta.called} delta changes depends on the base", remedy="give --base")
         made = delta.spec(self.spec).shape
         if made != self.spec.shape:
             raise UnsupportedError("makes a tensor of another shape", found=list(made), expected=list(self.spec.shape))

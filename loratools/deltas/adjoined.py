@@ -28,7 +28,7 @@ class Adjoined(Delta):
     input channels at each place of the kernel. Raises ShapeError for factors that do not meet.
     """
 
-    kind = "adjoined"
+    kind = "glora"
 
     a1: Ref
     a2: Ref

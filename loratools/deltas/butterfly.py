@@ -29,7 +29,7 @@ class Butterfly(Turning):
     numbers that are not such blocks.
     """
 
-    kind = "butterfly"
+    kind = "boft"
 
     halves: bool = True
 

@@ -81,7 +81,7 @@ def cut(delta: Delta, start: int, stop: int) -> Delta:
     if isinstance(delta, Additive):
         return Cut(delta=delta, start=start, stop=stop)
     axis = " along the inputs" if isinstance(delta, DoRA) else ""
-    fact = f"a {delta.kind} delta{axis} is one of all rows of its weight, which are several tensors' here"
+    fact = f"{delta.called} delta{axis} is one of all rows of its weight, which are several tensors' here"
     raise UnsupportedError(fact, remedy="convert --kind lora with a base of the adapter's own names")
 
 

@@ -104,7 +104,7 @@ class DoRA(Delta):
     def transposed(self) -> Self:
         """The delta of Wᵀ."""
         if not isinstance(self.direction, LowRank):
-            raise UnsupportedError(f"transposing a {self.direction.kind}")
+            raise UnsupportedError(f"transposing {self.direction.called}")
         return replace(self, direction=self.direction.transposed(), magnitude=self.magnitude.T)
 
 

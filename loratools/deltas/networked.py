@@ -33,7 +33,7 @@ class Networked(Delta):
     UnsupportedError for an activation that is not known or has parameters of its own.
     """
 
-    kind = "networked"
+    kind = "peanut"
 
     A: Ref
     B: Ref

@@ -25,7 +25,7 @@ class Paired(Delta):
     Raises ShapeError for numbers that make no whole groups of an even number of rows, or another weight's.
     """
 
-    kind = "paired"
+    kind = "road"
 
     theta: Ref
     alpha: Ref

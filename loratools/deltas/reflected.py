@@ -25,7 +25,7 @@ class Reflected(Delta):
     of zeros, UnsupportedError for columns that depend on each other where they are to be made orthogonal.
     """
 
-    kind = "reflected"
+    kind = "hra"
 
     U: Ref
     orthogonal: bool = False

@@ -26,7 +26,7 @@ class Rotated(Turning):
     kernels of size 1. Raises ShapeError where the blocks do not cover the weight, UnsupportedError for kernels where they must not.
     """
 
-    kind = "rotated"
+    kind = "oft"
 
     shared: bool = False
     pointwise: bool = False

@@ -24,7 +24,7 @@ class Scaled(Delta):
     Raises ShapeError for a weight that has not as many rows, or columns.
     """
 
-    kind = "scaled"
+    kind = "ia3"
 
     l: Ref  # noqa: E741
     axis: int = 0

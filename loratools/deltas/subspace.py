@@ -34,7 +34,7 @@ class Subspace(Delta):
     kept and the largest that is replaced are so near that float32 does not tell their directions apart.
     """
 
-    kind = "subspace"
+    kind = "osf"
 
     U: Ref
     S: Ref

@@ -63,7 +63,7 @@ def piece_of(delta: Delta, plain: str | None = None) -> Piece:
     """
     low = delta.direction if isinstance(delta, DoRA) else delta
     if not isinstance(low, LowRank):
-        raise NotExpressible(f"no place for a {delta.kind} delta, but for LoRA of linear layers", remedy="convert --kind lora first")
+        raise NotExpressible(f"no place for {delta.called} delta, but for LoRA of linear layers", remedy="convert --kind lora first")
     if low.layer not in ("linear", "unknown") or len(low.A.spec.shape) != 2:
         lies = "conv" if len(low.A.spec.shape) != 2 else low.layer
         raise NotExpressible(f"no place for LoRA of a weight that lies as {lies} ones do, but of linear layers", remedy=KEPT)

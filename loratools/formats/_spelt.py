@@ -95,11 +95,11 @@ def _inner(delta: Delta) -> Delta:
 def _slots(leaf: str, delta: Delta, lacking: Mapping[type[Delta], str], *, norm: bool) -> dict[str, Ref]:
     for kind, who in lacking.items():
         if isinstance(delta, kind):
-            raise NotExpressible(f"this format cannot say a {delta.kind} delta", remedy=who)
+            raise NotExpressible(f"this format cannot say {delta.called} delta", remedy=who)
     if leaf == "bias" and isinstance(delta, Full):
         return {"b_norm" if norm else "diff_b": plain(delta)}
     if leaf != "weight":
-        raise NotExpressible(f"a {delta.kind} delta of neither a weight nor a bias", remedy=KEPT)
+        raise NotExpressible(f"{delta.called} delta of neither a weight nor a bias", remedy=KEPT)
     inner = delta.delta if isinstance(delta, Unsettled) and not delta.transposed else delta
     if isinstance(inner, DoRA):
         return _additive(inner.direction) | {"dora_scale": _magnitude(inner)}
@@ -147,7 +147,7 @@ def _additive(delta: Delta) -> dict[str, Ref]:
     if isinstance(delta, LowRank):
         fact = f"a LoRA of a weight that lies as {delta.layer} ones do, which these files have only as a whole difference"
         raise NotExpressible(fact, remedy="convert it first: --kind dense")
-    raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy=_REMEDY)
+    raise NotExpressible(f"these files cannot say {delta.called} delta", remedy=_REMEDY)
 
 
 def _low(A: Ref, B: Ref, kernel: int, alpha: float) -> dict[str, Ref]:

@@ -52,7 +52,7 @@ def _sayable(name: str, delta: Delta) -> LowRank:
         expected = " or ".join(f"{part}.…" for part in PARTS)
         raise NotExpressible("lies in no part that these files have", expected=expected, remedy="--format diffusers or kohya has others")
     if not isinstance(delta, LowRank):
-        raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
+        raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
     if delta.layer in ("embedding", "transposed"):
         raise NotExpressible(f"these files have no LoRA of a weight that lies as {delta.layer} ones do", remedy=KEPT)
     if delta.scaling != 1:

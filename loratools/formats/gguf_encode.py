@@ -90,7 +90,7 @@ def _low(delta: Delta) -> LowRank:
     if isinstance(delta, LowRank):
         raise NotExpressible("llama.cpp has LoRA on matrices, and this is a convolution's", remedy="--format peft or loratools has it")
     remedy = "a matrix's becomes one by convert --kind lora --base BASE"
-    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is a {delta.kind} change", remedy=remedy)
+    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is {delta.called} change", remedy=remedy)
 
 
 @dataclass

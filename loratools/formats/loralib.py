@@ -185,7 +185,7 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
         return {name: delta.value}
     module, _, leaf = name.rpartition(".")
     if not isinstance(delta, LowRank) or leaf != "weight":
-        raise NotExpressible(f"loralib cannot say a {delta.kind} delta", remedy=f"convert it first: --kind lora; {KEPT}")
+        raise NotExpressible(f"loralib cannot say {delta.called} delta", remedy=f"convert it first: --kind lora; {KEPT}")
     A, B, rank = delta.A, delta.B, delta.rank
     if delta.layer == "conv" or len(A.spec.shape) > 2:
         A, B, rank = _as_loralib(delta)

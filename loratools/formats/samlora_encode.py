@@ -80,7 +80,7 @@ class _Blocks:
 
 def _sayable(delta: Delta) -> LowRank:
     if not isinstance(delta, LowRank):
-        raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
+        raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
     if delta.layer in ("embedding", "transposed") or len(delta.A.spec.shape) != 2:
         raise NotExpressible("no matrix stored (out, in), as queries and values are", found=list(delta.shape()), remedy=KEPT)
     if delta.scaling != 1:

@@ -118,7 +118,7 @@ def _encoded(name: str, delta: Delta) -> dict[str, Ref]:
         raise NotExpressible(fact, expected=expected, remedy="--format comfyui has the others")
     low = _first_rows(delta) if leaf == "linear1.weight" else delta
     if not isinstance(low, LowRank):
-        raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
+        raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
     if low.layer in ("embedding", "transposed", "conv"):
         raise NotExpressible(f"these files have no LoRA of a weight that lies as {low.layer} ones do", remedy=KEPT)
     if leaf == "linear1.weight" and low.B.spec.shape[0] != 3 * low.A.spec.shape[1]:

@@ -51,7 +51,7 @@ def low_of(delta: Delta) -> LowRank | None:
         return None
     moved = delta.kind in INITS
     remedy = "give the adapter as it was initialised with --initial" if moved else "convert it first"
-    raise UnsupportedError(f"a {delta.kind} delta has no LoRA to work on", remedy=remedy)
+    raise UnsupportedError(f"{delta.called} delta has no LoRA to work on", remedy=remedy)
 
 
 def rank_of(delta: Delta) -> int | None:

@@ -55,11 +55,11 @@ def approximate(merged: Checkpoint, target: Path, adapters: Sequence[str | Path]
 
 
 def _check_sums(merged: Checkpoint, plan: Plan) -> None:
-    others = [(name, delta.kind) for name, applications in plan.changes.items() for delta, _ in applications if not _is_sum(delta)]
+    others = [(name, delta.called) for name, applications in plan.changes.items() for delta, _ in applications if not _is_sum(delta)]
     if others:
-        name, kind = others[0]
+        name, called = others[0]
         raise NotInvertible(
-            f"a {kind} cannot be taken off by subtracting", file=merged.path, tensor=name,
+            f"{called} delta cannot be taken off by subtracting", file=merged.path, tensor=name,
             found=f"changes of {len(others)} tensors that are no sums", remedy="only a record can undo it: merge with --reversible",
         )  # fmt: skip
 

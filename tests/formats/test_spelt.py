@@ -178,11 +178,11 @@ FAULTS: list[tuple[str, dict[str, Delta], str]] = [
     ("kohya", {"x.y.weight": Scaled(l=to_ref(torch.tensor([1e-30])))}, "factors told from 0, which told from 1 no F64 holds exactly"),
     ("kohya", {"x.y.weight": low(0, layer="embedding")}, "only as a whole difference; convert it first: --kind dense"),
     ("kohya", {"x.y.weight": Replacement(value=ref(6, 4, seed=0))}, "cannot say a replacement delta; --format comfyui"),
-    ("kohya", {"x.y.gamma": low(0)}, "x.y.gamma: a lora delta of neither a weight nor a bias"),
+    ("kohya", {"x.y.gamma": low(0)}, "x.y.gamma: a LoRA delta of neither a weight nor a bias"),
     ("kohya", {"weight": low(0)}, "weight: a tensor of no module"),
     ("kohya", {"unet.x.weight": low(0), "elsewhere.x.weight": low(1)}, "elsewhere.x.weight: lies in no part of the pipeline"),
     ("kohya", {"a.b_c.weight": low(0), "a_b.c.weight": low(1)}, "a_b.c.weight: another module's name is spelt alike"),
-    ("comfyui", {"x.y.weight": IA3}, "x.y.weight: this format cannot say a scaled delta; ComfyUI has no (IA)³"),
+    ("comfyui", {"x.y.weight": IA3}, "x.y.weight: this format cannot say an (IA)³ delta; ComfyUI has no (IA)³"),
     ("comfyui", {"unet.x.weight": low(0)}, "unet.x.weight: its name is none that a single-file checkpoint has"),
     ("comfyui", {"weight": low(0)}, "its name is none that a single-file checkpoint has"),
 ]

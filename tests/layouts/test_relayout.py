@@ -127,7 +127,7 @@ def test_dora_and_other_kinds() -> None:
     again = converted(found | {"single_transformer_blocks.0.proj_out.weight": low(4)}, "original")[name]
     assert isinstance(again, DoRA) and same(again.direction, rows.direction)
     assert bytes(again.magnitude.read()) == bytes(rows.magnitude.read())
-    with pytest.raises(NotExpressible, match=r"qkv\.weight: a dora delta along the inputs is one of all rows.*convert --kind lora"):
+    with pytest.raises(NotExpressible, match=r"qkv\.weight: a DoRA delta along the inputs is one of all rows.*convert --kind lora"):
         converted({name: columns}, "diffusers")
     proj = "double_blocks.0.img_attn.proj.weight"  # not fused: any kind goes by its new name
     assert converted({proj: columns}, "diffusers") == {"transformer_blocks.0.attn.to_out.0.weight": columns}
