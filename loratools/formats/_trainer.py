@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -154,9 +154,9 @@ class Module:
 
 
 def modules_of(
-    adapter: Adapter, trainer: str, *, skip: tuple[str, ...] = (), plain: str | None = None
+    adapter: Adapter, trainer: str, *, want: Callable[[Row], bool] = lambda row: True, plain: str | None = None
 ) -> tuple[list[Module], Heads | None, Family]:
-    """An adapter's deltas as modules of a trainer, in order of their names; rows of orders in `skip` are not written.
+    """An adapter's deltas as modules of a trainer, in order of their names; `want` tells which rows of its table are written.
 
     `plain` is that of `piece_of`.
 
@@ -169,7 +169,7 @@ def modules_of(
     found: dict[tuple[Row, str], Module] = {}
     for name, delta in adapter.items():
         try:
-            for row, module, slot, piece in _taken(family, name, delta, model.heads, skip, plain):
+            for row, module, slot, piece in _taken(family, name, delta, model.heads, want, plain):
                 held = found.setdefault((row, module), Module(row, module, {}, {}))
                 held.pieces[slot], held.tensors[slot] = piece, name
         except LoratoolsError as error:
@@ -193,10 +193,10 @@ def _model(adapter: Adapter, trainer: str) -> Model:
 
 
 def _taken(
-    family: Family, name: str, delta: Delta, heads: Heads | None, skip: tuple[str, ...], plain: str | None
+    family: Family, name: str, delta: Delta, heads: Heads | None, want: Callable[[Row], bool], plain: str | None
 ) -> list[tuple[Row, str, int, Piece]]:
     leaves = family.leaf(name.removesuffix(".weight")) if name.endswith(".weight") else []
-    leaves = [(row, slot, numbers) for row, slot, numbers in leaves if row.order not in skip]
+    leaves = [(row, slot, numbers) for row, slot, numbers in leaves if want(row)]
     if not leaves:
         remedy = "is it of another model? --base names it; --format peft or loratools has the others"
         raise NotExpressible(f"{family.trainer} has no LoRA on this tensor of a {family.name}", remedy=remedy)

@@ -165,7 +165,7 @@ def encode(adapter: Adapter) -> Container:
     Raises NotExpressible for other kinds than LoRA, ranks and alphas that differ, layers that have LoRA on different modules, and
     tensors that litgpt has no LoRA on.
     """
-    modules, heads, _ = modules_of(adapter, NAME, skip=("interleaved",), plain="litgpt has no DoRA")
+    modules, heads, _ = modules_of(adapter, NAME, want=lambda row: row.order != "interleaved", plain="litgpt has no DoRA")
     tensors: dict[str, Ref] = {}
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
