@@ -122,7 +122,7 @@ class _Pair:
         try:
             self.factors(max(low.rank for low in self.lows))
         except ShapeError as error:
-            fact, remedy = "experts whose factors differ do not stack", "resize --dtype D makes their dtypes one"
+            fact, remedy = "experts whose factors differ do not stack", "resize --rank R --dtype float32 makes them alike"
             return [NotExpressible(fact, tensor=first, found=error.found, expected=error.expected, remedy=remedy)]
         return []
 

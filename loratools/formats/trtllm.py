@@ -52,17 +52,21 @@ def encode(adapter: Adapter) -> Container:
     """
     faults = passengers(adapter, "TensorRT-LLM has")
     rows: list[tuple[int, int, Piece, bool]] = []
+    dtypes: dict[str, str] = {}
     for name, delta in adapter.items():
         try:
             rows.append(_row(name, delta))
+            dtypes |= {ref.spec.dtype: name for ref in (rows[-1][2].B, rows[-1][2].A)}
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
     raise_all(faults)
     if not rows:
         raise nothing(adapter.path)
-    codes = sorted({ref.spec.dtype for _, _, piece, _ in rows for ref in (piece.A, piece.B)})
+    codes = sorted(dtypes)
     if len(codes) > 1 or codes[0] not in _DESCR:
-        raise NotExpressible("TensorRT-LLM has one dtype for all: float32, float16 or bfloat16", file=adapter.path, found=", ".join(codes))
+        fact, remedy = "TensorRT-LLM has one dtype for all: float32, float16 or bfloat16", "resize --rank R --dtype float16 gives it one"
+        name = next((dtypes[code] for code in codes if code not in _DESCR), dtypes[codes[0]])
+        raise NotExpressible(fact, file=adapter.path, tensor=name, found=", ".join(codes), remedy=remedy)
     rows.sort(key=lambda row: (row[1], row[0]))
     tensors: dict[str, Ref] = {}
     for module, layer, piece, _ in rows:
