@@ -118,7 +118,7 @@ def test_what_nothing_tells() -> None:
 
 def test_what_it_cannot_say() -> None:
     low = LowRank(A=to_ref(torch.randn(2, 16)), B=to_ref(torch.randn(16, 2)), alpha=4.0, layer="linear")
-    with pytest.raises(NotExpressible, match="in several ways"):
+    with pytest.raises(NotExpressible, match=r"q_proj\.weight: .* in several ways.*; convert --base"):
         encode(Adapter({"model.layers.0.self_attn.q_proj.weight": low}))
     with pytest.raises(NotExpressible, match="no LoRA on this tensor"):
         encode(Adapter({"model.other.weight": low}, model=CONFIG))
