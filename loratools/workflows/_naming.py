@@ -19,13 +19,15 @@ _OF_FORMAT = {
 
 
 def name(
-    subject: Subject, *, at: str | None = None, off: str | None = None, sort: str | None = None, beside: str | None = None
-) -> Iterator[Hit]:
+    subject: Subject, *, at: str | None = None, off: str | None = None, sort: str | None = None, beside: str | None = None,
+    tasks: Sequence[str] = (),
+) -> Iterator[Hit]:  # fmt: skip
     """Deltas of tensors whose names a pattern finds, or does not find; of those, with `sort`, that are of this sort of model.
 
-    With `beside`, only in an adapter that has a name which that pattern finds.
+    With `beside`, only in an adapter that has a name which that pattern finds; not in one whose config's task_type is of `tasks`.
     """
-    if beside is not None and not any(re.search(beside, one) for one in subject.adapter):
+    here = beside is None or any(re.search(beside, one) for one in subject.adapter)
+    if not here or (tasks and (subject.config or {}).get("task_type") in tasks):
         return
     for one in subject.adapter:
         found = (at is None or re.search(at, one)) and (off is None or not re.search(off, one))

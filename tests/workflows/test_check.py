@@ -84,6 +84,7 @@ BREAKING: dict[str, Made] = {
     "network": of_another,
     "tower": named(Q, "model.visual.blocks.0.attn.qkv.weight"),
     "architecture": named("transformer.h.0.attn.c_attn.weight"),
+    "root": named("layers.0.self_attn.q_proj.weight"),
     "gpt2": named("transformer.h.0.attn.c_attn.weight", layer="transposed"),
     "neox": named("gpt_neox.layers.0.attention.dense.weight"),
     "modules": named("model.decoder.layers.0.fc1.weight"),
@@ -157,6 +158,9 @@ BREAKING: dict[str, Made] = {
 KEEPING: dict[str, Made] = {
     "format": lambda name: subject(name, replace(of(), format=target_of(name).reads[0])),
     "architecture": named("transformer.h.0.mlp.w1.weight"),
+    "vllm root": lambda name: Subject(
+        Adapter({"layers.0.self_attn.q_proj.weight": low()}), ("peft",), config=CONFIG | {"task_type": "FEATURE_EXTRACTION"}
+    ),
     "gpt2": named("transformer.h.0.attn.c_attn.weight"),
     "joined": named(Q, V),
     "comfyui dora": made("dora in"),
