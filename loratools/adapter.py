@@ -17,9 +17,10 @@ from loratools.errors import LoratoolsError
 from loratools.families import Family
 from loratools.layouts.relayout import Relayout, relayout_of
 from loratools.listing import Listing, listing
+from loratools.refs import Ref, Spec, origin
 from loratools.resolution import Told, resolve
 from loratools.source.handles import name_of
-from loratools.tensorfile import Ref, Spec, identity, origin
+from loratools.tensorfile import identity
 
 if TYPE_CHECKING:
     from rich.table import Table

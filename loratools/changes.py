@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Additive, Delta, Read
 from loratools.errors import UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import as_tensor
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Changes:
         if isinstance(delta, Additive):
             return delta.bind_dense(self.spec, strength, self.device)
         if self.weight is None:
-            raise UnsupportedError(f"what a {delta.kind} delta changes depends on the base", remedy="give --base")
+            raise UnsupportedError(f"what {delta.called} delta changes depends on the base", remedy="give --base")
         made = delta.spec(self.spec).shape
         if made != self.spec.shape:
             raise UnsupportedError("makes a tensor of another shape", found=list(made), expected=list(self.spec.shape))

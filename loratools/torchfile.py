@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from loratools.errors import FormatError, LoratoolsError, raise_all
+from loratools.refs import BLOCK_BYTES, Buffer, Ref, Spec
 from loratools.source.handles import check_on_disk
-from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref, Spec, WeightFile
+from loratools.tensorfile import WeightFile
 from loratools.tensors import code_of, tensor_bytes, to_ref
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from loratools.deltas.compose import Chain, Part
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.errors import UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.ops._lora import dense, low
 
@@ -65,7 +65,7 @@ def test_a_convolution_is_a_matrix() -> None:
 
 
 def test_what_needs_the_weight_says_so() -> None:
-    with pytest.raises(UnsupportedError, match="what a dora delta changes depends on the base; give --base"):
+    with pytest.raises(UnsupportedError, match="what a DoRA delta changes depends on the base; give --base"):
         Changes([(KINDS["dora out"][0], 1.0)], Spec("F32", SHAPE), None)
     grown = Replacement(value=to_ref(torch.zeros(21, 7)))
     with pytest.raises(UnsupportedError, match=r"another shape: found \[21, 7\], expected \[20, 7\]"):

@@ -13,7 +13,7 @@ from loratools.deltas.base import Bound, Delta, Read, exact_rows, require_floati
 from loratools.deltas.cored import cored
 from loratools.deltas.turn import exactness
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Adjoined(Delta):
     input channels at each place of the kernel. Raises ShapeError for factors that do not meet.
     """
 
-    kind = "adjoined"
+    kind = "glora"
 
     a1: Ref
     a2: Ref

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
+from loratools.deltas.terms import term
 from loratools.errors import LoratoolsError, ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,11 @@ class Delta(ABC):
     def fitted(self, base: Spec) -> Self:
         """The same delta with what only the weight's shape tells filled in."""
         return self
+
+    @property
+    def called(self) -> str:
+        """Its kind with an article, as the field calls it: "an OFT", "a LoHa"."""
+        return term(self.kind)
 
     @property
     def beside(self) -> tuple[str, ...]:

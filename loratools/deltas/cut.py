@@ -21,8 +21,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import Joined, Parts
 from loratools.deltas.scaled import Scaled
 from loratools.errors import ShapeError, UnsupportedError
+from loratools.refs import Ref, Spec
 from loratools.sliced import Blocks, Sliced
-from loratools.tensorfile import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def cut(delta: Delta, start: int, stop: int) -> Delta:
     if isinstance(delta, Additive):
         return Cut(delta=delta, start=start, stop=stop)
     axis = " along the inputs" if isinstance(delta, DoRA) else ""
-    fact = f"a {delta.kind} delta{axis} is one of all rows of its weight, which are several tensors' here"
+    fact = f"{delta.called} delta{axis} is one of all rows of its weight, which are several tensors' here"
     raise UnsupportedError(fact, remedy="convert --kind lora with a base of the adapter's own names")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratools.deltas.base import Additive, Affine, Bound, Delta, Keep, Read, require_floating
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class DoRA(Delta):
     def transposed(self) -> Self:
         """The delta of Wᵀ."""
         if not isinstance(self.direction, LowRank):
-            raise UnsupportedError(f"transposing a {self.direction.kind}")
+            raise UnsupportedError(f"transposing {self.direction.called}")
         return replace(self, direction=self.direction.transposed(), magnitude=self.magnitude.T)
 
 

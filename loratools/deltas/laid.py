@@ -15,7 +15,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.modulated import Modulated
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

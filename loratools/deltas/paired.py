@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Bound, Delta, Read, require_floating
 from loratools.errors import OptionError, ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Paired(Delta):
     Raises ShapeError for numbers that make no whole groups of an even number of rows, or another weight's.
     """
 
-    kind = "paired"
+    kind = "road"
 
     theta: Ref
     alpha: Ref

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Bound, Delta, Read, require_floating
 from loratools.errors import NonFiniteError, ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec, file_of
+from loratools.refs import Ref, Spec
+from loratools.tensorfile import file_of
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Reflected(Delta):
     of zeros, UnsupportedError for columns that depend on each other where they are to be made orthogonal.
     """
 
-    kind = "reflected"
+    kind = "hra"
 
     U: Ref
     orthogonal: bool = False

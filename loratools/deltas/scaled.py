@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Affine, Bound, Delta, Keep, Read, require_floating
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Scaled(Delta):
     Raises ShapeError for a weight that has not as many rows, or columns.
     """
 
-    kind = "scaled"
+    kind = "ia3"
 
     l: Ref  # noqa: E741
     axis: int = 0

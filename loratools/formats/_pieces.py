@@ -17,7 +17,7 @@ from loratools.errors import AmbiguousError, NotExpressible, ShapeError
 from loratools.formats._derived import Derived, Joined, cells
 from loratools.formats._heads import Rows
 from loratools.formats._scale import exact_alpha
-from loratools.tensorfile import Buffer, Ref
+from loratools.refs import Buffer, Ref
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ def piece_of(delta: Delta) -> Piece:
     """A LoRA, or a DoRA along rows, of a linear layer as a piece. Raises NotExpressible for other deltas."""
     low = delta.direction if isinstance(delta, DoRA) else delta
     if not isinstance(low, LowRank) or low.layer not in ("linear", "unknown") or len(low.A.spec.shape) != 2:
-        raise NotExpressible(f"no place for a {delta.kind} delta, but for LoRA of linear layers", remedy="convert --kind lora first")
+        raise NotExpressible(f"no place for {delta.called} delta, but for LoRA of linear layers", remedy="convert --kind lora first")
     if not isinstance(delta, DoRA):
         return Piece(low.A, low.B, _alpha(low))
     if delta.axis != "out":

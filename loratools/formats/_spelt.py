@@ -24,7 +24,7 @@ from loratools.formats._scalar import number
 from loratools.formats._scale import exact_alpha
 from loratools.formats._told import told_from
 from loratools.formats._turned import glora_slots, rotation_slots
-from loratools.tensorfile import InMemory, Ref, Spec
+from loratools.refs import InMemory, Ref, Spec
 
 _REMEDY = "convert it first: --kind lora, or --kind dense"
 _FAMILY = ("kohya", "comfyui")
@@ -93,11 +93,11 @@ def _inner(delta: Delta) -> Delta:
 def _slots(leaf: str, delta: Delta, lacking: Mapping[type[Delta], str], *, norm: bool) -> dict[str, Ref]:
     for kind, who in lacking.items():
         if isinstance(delta, kind):
-            raise NotExpressible(f"this format cannot say a {delta.kind} delta", remedy=who)
+            raise NotExpressible(f"this format cannot say {delta.called} delta", remedy=who)
     if leaf == "bias" and isinstance(delta, Full):
         return {"b_norm" if norm else "diff_b": plain(delta)}
     if leaf != "weight":
-        raise NotExpressible(f"a {delta.kind} delta of neither a weight nor a bias")
+        raise NotExpressible(f"{delta.called} delta of neither a weight nor a bias")
     inner = delta.delta if isinstance(delta, Unsettled) and not delta.transposed else delta
     if isinstance(inner, DoRA):
         return _additive(inner.direction) | {"dora_scale": _magnitude(inner)}
@@ -142,8 +142,8 @@ def _additive(delta: Delta) -> dict[str, Ref]:
         return {f"hada_{field}": ref for field, ref in delta.refs().items()} | {"alpha": alpha}
     if isinstance(delta, LoKr):
         return {f"lokr_{field}": ref for field, ref in delta.refs().items()} | {"alpha": _kronecker(delta)}
-    kind = f"{delta.kind} delta ({delta.layer})" if isinstance(delta, LowRank) else f"{delta.kind} delta"
-    raise NotExpressible(f"these files cannot say a {kind}", remedy=_REMEDY)
+    lies = f" ({delta.layer})" if isinstance(delta, LowRank) else ""
+    raise NotExpressible(f"these files cannot say {delta.called} delta{lies}", remedy=_REMEDY)
 
 
 def _low(A: Ref, B: Ref, kernel: int, alpha: float) -> dict[str, Ref]:

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError, UnsupportedError, UsageError
+from loratools.follower import Follower
 from loratools.formats._archive import read_archive, refuse_ranks
+from loratools.formats._digests import Seal
 from loratools.formats._sides import SideFiles
 from loratools.gguffile import GGUFFile, is_gguf
+from loratools.header import canonical
 from loratools.jsonfile import read_json
 from loratools.needed import RECEIPT
+from loratools.refs import Buffer, Ref, Spec
 from loratools.source import local
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
-from loratools.tensorwriter import TensorWriter, canonical
+from loratools.tensorfile import TensorFile
+from loratools.tensorwriter import TensorWriter
 from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
@@ -35,8 +39,7 @@ class Container:
 
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
-    returns each tensor's digest, where it is not safetensors. `sealed` gives, of the tensors and the metadata, what more the metadata
-    says that only the tensors' bytes tell.
+    returns each tensor's digest, where it is not safetensors. `seal` are the digests in the metadata that only the tensors' bytes tell.
     """
 
     tensors: Mapping[str, Ref]
@@ -48,8 +51,13 @@ class Container:
     name: str = WEIGHTS[0]
     fields: Mapping[str, Any] = field(default_factory=dict)
     writer: Callable[[Container, Path], dict[str, str]] | None = None
-    sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
+    seal: Seal | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """The metadata that is written, digests that are not taken yet as zeros."""
+        return {**self.metadata, **(self.seal.blank if self.seal else {})}
 
     def used(self, *names: str) -> tuple[Path, ...]:
         """The files `beside` of those names, as far as they were read."""
@@ -173,7 +181,7 @@ def load_npz(path: Path) -> dict[str, Ref]:
     """numpy's archive of arrays by name, as MLX wrote until 2024; no pickled objects. Raises FormatError."""
     import numpy as np
 
-    from loratools.tensorfile import InMemory
+    from loratools.refs import InMemory
 
     codes = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32", "int64": "I64", "uint32": "U32"}
     try:
@@ -191,38 +199,50 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
     """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest.
 
     Without a config it may be a single file: where the name ends in `.safetensors`. A container with a `writer` is written by it.
+    The last bytes are not synced: `output.whole` does that before they are seen.
     """
     if container.writer is not None:
         return container.writer(container, folder)
-    metadata = {**container.metadata, **(container.sealed(container.tensors, container.metadata) if container.sealed else {})}
     if container.config is None and folder.suffix == ".safetensors":
-        return write_tensors(folder, container.tensors, metadata)
+        return write_tensors(folder, container)
     if folder.suffix == ".safetensors":
         expected = "OUT without the ending .safetensors"
         raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
-    if container.config is None:
-        return write_tensors(folder / container.name, container.tensors, metadata)
-    (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return write_tensors(folder / container.name, container.tensors, metadata)
+    if container.config is not None:
+        (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return write_tensors(folder / container.name, container)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Tensors as one safetensors file, in the library's own order, streamed."""
-    specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in tensors.items()})
-    writer = TensorWriter(path, specs, metadata)
+def write_tensors(path: Path, container: Container) -> dict[str, str]:
+    """The tensors as one safetensors file, in the library's own order, streamed; the header's digests, if any, are put in last."""
+    specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in container.tensors.items()})
+    writer = TensorWriter(path, specs, container.stated)
     try:
-        for name in specs:
-            writer.write(name, _blocks(name, tensors[name]))
-        writer.close()
+        if container.seal is None:
+            _write_all(writer, container.tensors, lambda block: None)
+        else:
+            taking = container.seal.begun(specs, container.metadata)
+            with Follower(taking.data) as follower:
+                _write_all(writer, container.tensors, follower.put)
+                follower.finish()
+            writer.restate({**container.metadata, **taking.found()})
+        writer.close(sync=False)
     finally:
         writer.abandon()
     return writer.digests
 
 
-def _blocks(name: str, ref: Ref) -> Iterator[Buffer]:
+def _write_all(writer: TensorWriter, tensors: Mapping[str, Ref], seen: Callable[[Buffer], object]) -> None:
+    for name in writer.specs:
+        writer.write(name, _blocks(name, tensors[name], seen))
+
+
+def _blocks(name: str, ref: Ref, seen: Callable[[Buffer], object]) -> Iterator[Buffer]:
     try:
-        yield from ref.blocks()
+        for block in ref.blocks():
+            seen(block)
+            yield block
     except LoratoolsError as error:
         raise error.at(tensor=name) from None
 

@@ -12,7 +12,7 @@ from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._walks import DEFAULTS, ERAS, PARTS, stable_diffusion, walk
 from loratools.formats.base import Container
 from loratools.formats.cloneofsimo import EMBED, NAME, TOKEN, targets_of
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _OTHERS = "--format diffusers or kohya names each"
 
@@ -51,7 +51,7 @@ def _sayable(name: str, delta: Delta) -> LowRank:
         expected = " or ".join(f"{part}.…" for part in PARTS)
         raise NotExpressible("lies in no part that these files have", expected=expected, remedy="--format diffusers or kohya has others")
     if not isinstance(delta, LowRank) or delta.layer in ("embedding", "transposed"):
-        raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
+        raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
     if delta.scaling != 1:
         raise NotExpressible("these files have no alpha: the scaling is 1", found=delta.scaling, remedy="rescale --bake makes it 1")
     return delta

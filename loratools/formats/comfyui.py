@@ -60,7 +60,8 @@ def encode(adapter: Adapter) -> Container:
         faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]
     raise_all(faults)
     tensors = spelt_tensors(adapter, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
-    return Container(tensors, carried(adapter), sealed=resealed)
+    metadata = carried(adapter)
+    return Container(tensors, metadata, seal=resealed(metadata))
 
 
 def _read_otherwise(word: str, delta: Delta) -> None:

@@ -22,7 +22,7 @@ from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._spelt import alpha_of, orientation
 from loratools.formats.base import Container
 from loratools.formats.diffusers import METADATA, NAME, PARTS
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _SINGLE_FILE = ("model.diffusion_model.", "diffusion_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "first_stage_model.")
 
@@ -85,7 +85,7 @@ def _take(part: _Part, name: str, delta: Delta) -> None:
         part.biases[module] = delta
         return
     if not module or leaf != "weight" or not isinstance(low, LowRank):
-        raise NotExpressible(f"diffusers cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
+        raise NotExpressible(f"diffusers cannot say {delta.called} delta", remedy="convert it first: --kind lora")
     if low.layer in ("embedding", "transposed"):
         fact = f"a LoRA of a weight that lies as {low.layer} ones do, of which diffusers' models have none"
         raise NotExpressible(fact, remedy="--format loratools keeps it")

@@ -35,7 +35,7 @@ from loratools.formats.gguf_names import (
 )
 from loratools.formats.gguf_rows import Stack, filled, interleaved
 from loratools.gguffile import write_gguf
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _DTYPES = ("F32", "F16", "BF16")
 _CARRIED = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
@@ -86,9 +86,9 @@ def _low(delta: Delta) -> LowRank:
             remedy = "resize --rank R --dtype float32 gives it another"
             raise NotExpressible("a dtype that llama.cpp's LoRA has not", found=found, expected=" or ".join(_DTYPES), remedy=remedy)
         return delta.transposed() if delta.layer == "transposed" else delta
-    kind = "convolution's" if isinstance(delta, LowRank) else delta.kind
+    what = "a convolution's" if isinstance(delta, LowRank) else delta.called
     remedy = "a matrix's becomes one by convert --kind lora --base BASE"
-    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is a {kind} change", remedy=remedy)
+    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is {what} change", remedy=remedy)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loratools.errors import AmbiguousError, ShapeError
 from loratools.formats._derived import Derived
 from loratools.formats._pieces import Waiting
-from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref
+from loratools.refs import BLOCK_BYTES, Buffer, Ref
 
 if TYPE_CHECKING:
     import numpy as np

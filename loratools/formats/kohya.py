@@ -22,7 +22,7 @@ from loratools.formats._slots import SUFFIX, collect, made
 from loratools.formats._spelt import carried, spelt_tensors
 from loratools.formats._turned import OWN, own_slots
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "kohya"
 _FLATTENED = re.compile(r"_(lora_(?:down|up|mid)\.weight)$")  # some converters flattened the suffix too
@@ -100,7 +100,8 @@ def encode(adapter: Adapter) -> Container:
     stated = carried(adapter)
     indexed = stated.get("ss_network_module") == "networks.oft_flux"
     tensors = spelt_tensors(adapter, _namer(adapter), _LACKING, lambda word, delta: _own(word, delta, indexed=indexed))
-    return Container(tensors | dict(adapter.passengers), network(tensors, stated), sealed=sealed)
+    metadata = network(tensors, stated)
+    return Container(tensors | dict(adapter.passengers), metadata, seal=sealed(metadata))
 
 
 _LACKING: Mapping[type[Delta], str] = {

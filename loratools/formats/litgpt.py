@@ -29,7 +29,7 @@ from loratools.formats.base import Container, ReadOptions
 from loratools.formats.litgpt_files import FILE, HYPER, hyperparameters, model_config
 from loratools.formats.litgpt_qkv import parts_of
 from loratools.layouts.trainers import of_litgpt
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "litgpt"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])")

@@ -6,8 +6,8 @@ from loratools.errors import AmbiguousError, ShapeError
 from loratools.formats._derived import Derived
 from loratools.formats._heads import Heads, Rows, rows_of
 from loratools.formats._pieces import Piece, picked
+from loratools.refs import Ref
 from loratools.sliced import Sliced
-from loratools.tensorfile import Ref
 
 
 def parts_of(

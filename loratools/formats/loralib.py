@@ -25,7 +25,7 @@ from loratools.formats._derived import Derived, block_diagonal, cells, slots_apa
 from loratools.formats._scale import ALPHA, number, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.layouts.trainers import of_litgpt
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "loralib"
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[AB])")
@@ -184,7 +184,7 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
         return {name: delta.value}
     module, _, leaf = name.rpartition(".")
     if not isinstance(delta, LowRank) or leaf != "weight":
-        raise NotExpressible(f"loralib cannot say a {delta.kind} delta", remedy=f"convert it first: --kind lora; {_KEPT}")
+        raise NotExpressible(f"loralib cannot say {delta.called} delta", remedy=f"convert it first: --kind lora; {_KEPT}")
     A, B, rank = delta.A, delta.B, delta.rank
     if delta.layer == "conv" or len(A.spec.shape) > 2:
         A, B, rank = _as_loralib(delta)

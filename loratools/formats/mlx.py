@@ -24,7 +24,7 @@ from loratools.families import EMBEDDINGS, matches
 from loratools.formats._derived import member
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "mlx"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a|lora_b|m)")
@@ -161,7 +161,7 @@ def encode(adapter: Adapter) -> Container:
         if not isinstance(low, LowRank) or not matrix or not name.endswith(".weight") or adapter.flat:
             lies = f" ({low.layer})" if isinstance(low, LowRank) else ""
             remedy = "--format loratools keeps it" if lies else "convert it first: --kind lora; --format loratools keeps it"
-            faults.append(NotExpressible(f"MLX cannot say a {delta.kind} delta{lies}", tensor=name, remedy=remedy))
+            faults.append(NotExpressible(f"MLX cannot say {delta.called} delta{lies}", tensor=name, remedy=remedy))
             continue
         module = name.removesuffix(".weight")
         if low.layer == "transposed":  # MLX's own model has that weight as (out, in)

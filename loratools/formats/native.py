@@ -23,7 +23,8 @@ from loratools.deltas.seeded import Bank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
 from loratools.formats._typed import described, fits
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref, identity
+from loratools.refs import Ref
+from loratools.tensorfile import identity
 
 NAME = "loratools"
 KEY = "loratools.adapter"  # metadata

@@ -37,7 +37,7 @@ from loratools.formats._sides import write_yaml
 from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import Container, ReadOptions, write_tensors
 from loratools.formats.nemo_files import CONFIG, OLDER, RUN, Told, run_config, told
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME, FILE = "nemo", "adapter_model.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>linear_in\.weight|linear_out\.weight|weight_magnitude)")
@@ -172,10 +172,10 @@ def encode(adapter: Adapter) -> Container:
             expected = "OUT without an ending, for a folder"
             raise OptionError("this format is written as a folder of weights and a config", found=folder.name, expected=expected)
         folder.mkdir(exist_ok=True)
-        digests = write_tensors(folder / FILE, container.tensors, {"format": "pt"})
+        digests = write_tensors(folder / FILE, container)
         write_yaml(folder / RUN, run)
         if model:
             (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
         return digests
 
-    return Container(tensors, name=FILE, beside={RUN: run, "config.json": model}, writer=write)
+    return Container(tensors, {"format": "pt"}, name=FILE, beside={RUN: run, "config.json": model}, writer=write)

@@ -16,7 +16,7 @@ from loratools.deltas.vblora import VBLoRA
 from loratools.deltas.vera import PVeRA, VeRA
 from loratools.errors import FormatError, ShapeError
 from loratools.formats.peft_method import Method, Part
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 INCOMPLETE = "the file is incomplete; if it was saved without projections, set save_projection to false"
 

@@ -15,7 +15,7 @@ from loratools.deltas.tinylora import TinyLoRA
 from loratools.errors import AmbiguousError, FormatError, ShapeError, UnsupportedError
 from loratools.formats.peft_banked import saved, seed_of
 from loratools.formats.peft_method import Method, Part
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

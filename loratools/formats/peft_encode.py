@@ -29,7 +29,7 @@ from loratools.formats.peft_keys import ROOT, SAVED
 from loratools.formats.peft_method_encode import encode_method, row_for
 from loratools.formats.peft_tokens import MARKER
 from loratools.formats.peft_writing import WRITTEN_FOR, patterned, saved, shortest
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NOTHING = "dummy-target-modules"  # peft 0.21.2 utils/constants.py::DUMMY_TARGET_MODULES: without it peft refuses whole tensors alone
 
@@ -93,9 +93,9 @@ def _take(
         return NotExpressible("peft has no DoRA of what is no layer's weight", tensor=name, remedy=remedy)
     if isinstance(delta, DoRA) and isinstance(direction, Additive):
         remedy = "convert --kind lora makes a direction of it, --format loratools keeps it"
-        return NotExpressible(f"peft's LoRA cannot say a DoRA of a {direction.kind} direction", tensor=name, remedy=remedy)
+        return NotExpressible(f"peft's LoRA cannot say a DoRA of {direction.called} direction", tensor=name, remedy=remedy)
     remedy = "give the adapter as it was initialised with --initial" if delta.kind in INITS else "convert it first"
-    return NotExpressible(f"peft's LoRA cannot say a {delta.kind} delta", tensor=name, remedy=remedy)
+    return NotExpressible(f"peft's LoRA cannot say {delta.called} delta", tensor=name, remedy=remedy)
 
 
 def _mixed(lows: Mapping[str, LowRank], magnitudes: Mapping[str, Ref], biases: Mapping[str, Full]) -> list[LoratoolsError]:

@@ -26,7 +26,7 @@ from loratools.formats.peft_keys import Key, Module, Sorted, check_targeted, sor
 from loratools.formats.peft_targets import Targets, dotted_key, selected, targets_of
 from loratools.formats.peft_values import Values, finite, given, short, unknown
 from loratools.formats.peft_writing import Writing
-from loratools.tensorfile import Ref, same_bytes
+from loratools.refs import Ref, same_bytes
 
 
 class Found(NamedTuple):

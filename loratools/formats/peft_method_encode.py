@@ -20,7 +20,7 @@ from loratools.formats.peft_keys import ROOT, SAVED
 from loratools.formats.peft_method import Method
 from loratools.formats.peft_methods import METHODS
 from loratools.formats.peft_writing import WRITTEN_FOR, Writing, saved
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _REMEDY = "convert it first: --kind lora, or --format loratools keeps it"
 
@@ -89,8 +89,8 @@ def _fault(name: str, delta: Delta, row: Method, writing: Writing) -> LoratoolsE
         if lies and not row.conv1d:
             return NotExpressible(f"peft puts {row.peft_type} on no weight that is stored transposed", tensor=name, remedy=_REMEDY)
         return None
-    kind = bare.kind if _direction(bare) is bare else f"{bare.kind} ({_direction(bare).kind})"
-    return NotExpressible(f"peft's {row.peft_type} cannot say a {kind} delta", tensor=name, remedy=_REMEDY)
+    what = f"{bare.called} delta" + (f" ({_direction(bare).called})" if _direction(bare) is not bare else "")
+    return NotExpressible(f"peft's {row.peft_type} cannot say {what}", tensor=name, remedy=_REMEDY)
 
 
 def _common(stated: Mapping[str, Any], own: Mapping[str, Any], row: Method) -> dict[str, Any]:

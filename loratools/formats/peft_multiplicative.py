@@ -18,7 +18,7 @@ from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, ShapeError
 from loratools.formats.peft_method import Method, Part
 from loratools.formats.peft_turned_encode import IA3
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 def _ia3(part: Part) -> Mapping[str, Delta]:

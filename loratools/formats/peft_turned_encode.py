@@ -17,7 +17,7 @@ from loratools.deltas.scaled import Scaled
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._told import told_from
 from loratools.formats.peft_writing import Modules, Writing, Written
-from loratools.tensorfile import Ref, same_bytes
+from loratools.refs import Ref, same_bytes
 
 _REMEDY = "convert it first: --kind lora, or --format loratools keeps it"
 

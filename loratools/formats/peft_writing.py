@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from loratools.deltas.base import Delta
 from loratools.formats.peft_keys import ROOT
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 WRITTEN_FOR = "0.21.2"
 Modules: TypeAlias = "Mapping[str, Mapping[str, Delta]]"  # by path, then by the last component of the tensor's name

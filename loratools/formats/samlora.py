@@ -21,7 +21,7 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchE
 from loratools.formats._derived import Derived, Joined, cells, slots_apart
 from loratools.formats._scale import ALPHA, exact_alpha, number
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 NAME = "samlora"
 MARKS = ("w_a_", "w_b_", "fc_")
@@ -242,7 +242,7 @@ def encode(adapter: Adapter) -> Container:
 def _halves(delta: Delta) -> tuple[LowRank, LowRank]:
     """A change of a fused weight as those of its queries and its values, whose keys it leaves alone."""
     if not isinstance(delta, LowRank) or delta.layer in ("embedding", "transposed") or len(delta.A.spec.shape) != 2:
-        raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
+        raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
     if delta.scaling != 1:
         remedy = "rescale --bake makes it 1"
         raise NotExpressible("these files have no alpha, and Sam_LoRA's scale is 1", found=delta.scaling, remedy=remedy)

@@ -23,7 +23,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError, raise_all
 from loratools.formats._scale import ALPHA, exact_alpha, number, only
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "scratch"
 SCALE = "loratools.scale"  # metadata of files that loratools writes

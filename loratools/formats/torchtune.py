@@ -25,7 +25,7 @@ from loratools.formats._scale import only
 from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import CONFIG, Container, ReadOptions
 from loratools.layouts.trainers import Leaf
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "torchtune"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a\.weight|lora_b\.weight|magnitude)")

@@ -20,7 +20,7 @@ from loratools.deltas.base import Delta
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, UnsupportedError, raise_all
 from loratools.formats._pieces import Piece, piece_of
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "trtllm"
 WEIGHTS, CONFIG = "model.lora_weights.npy", "model.lora_config.npy"

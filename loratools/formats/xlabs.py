@@ -20,7 +20,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
 from loratools.formats._scale import exact_alpha
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "xlabs"
 MARKS = (".processor.",)
@@ -114,7 +114,7 @@ def _encoded(name: str, delta: Delta) -> dict[str, Ref]:
         raise NotExpressible(fact, expected=expected, remedy="--format comfyui has the others")
     low = delta.delta if isinstance(delta, Part) and delta.start == 0 and leaf == "linear1.weight" else delta
     if not isinstance(low, LowRank) or low.layer in ("embedding", "transposed", "conv"):
-        raise NotExpressible(f"these files cannot say a {delta.kind} delta", remedy="convert it first: --kind lora")
+        raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
     if leaf == "linear1.weight" and low is delta and low.B.spec.shape[0] != 3 * low.A.spec.shape[1]:
         found = f"{low.B.spec.shape[0]} rows"
         raise NotExpressible("of linear1 these files change queries, keys and values alone", found=found, expected=3 * low.A.spec.shape[1])

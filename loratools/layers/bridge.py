@@ -22,7 +22,7 @@ from loratools.layers._dora import DoRALayer
 from loratools.layers._linear import is_conv1d
 from loratools.layers.base import LoRALayer
 from loratools.layers.inject import layer_for, replace_modules, trainable
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 
 
@@ -116,7 +116,7 @@ def _sort(name: str, delta: Delta, specs: Mapping[str, Spec], layers: dict[str, 
             raise UnsupportedError("a low-rank change of a tensor that is no module's weight")
         layers[name] = delta
     else:
-        raise UnsupportedError(f"no layer for a {delta.kind} delta")
+        raise UnsupportedError(f"no layer for {delta.called} delta")
 
 
 @torch.no_grad()
@@ -188,5 +188,5 @@ def plain_layer(weight: Tensor, kind: str, bias: Tensor | None = None) -> nn.Mod
 def _low_rank(delta: Delta) -> LowRank:
     direction = delta.direction if isinstance(delta, DoRA) else delta
     if not isinstance(direction, LowRank):
-        raise UnsupportedError(f"no layer for a {delta.kind} delta")
+        raise UnsupportedError(f"no layer for {delta.called} delta")
     return direction

@@ -19,7 +19,7 @@ from loratools.errors import LoratoolsError, UnsupportedError
 from loratools.flatnames import flatten
 from loratools.layouts.networks import VERSION, Pair, recognised
 from loratools.layouts.roots import by_root, joined, split_word
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 
 @dataclass(frozen=True)

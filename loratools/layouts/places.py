@@ -15,8 +15,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import joined
 from loratools.errors import LoratoolsError, MatchError, UnsupportedError
 from loratools.layouts.rules import Place
+from loratools.refs import Ref, Spec
 from loratools.sliced import Pool, Pooled, Sliced
-from loratools.tensorfile import Ref, Spec
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _apart(delta: Delta, fused: Fused, pool: Pool) -> dict[str, Delta]:
         return {base: replace(low, B=Sliced(low.B, rows)) for base, low, rows in members if isinstance(low, LowRank)}
     whole = delta.value if isinstance(delta, Replacement) else delta.diff if isinstance(delta, Full) else None
     if whole is None or len(whole.spec.shape) != 3:
-        raise UnsupportedError(f"a {delta.kind} delta on a stack that the base stores matrix by matrix")
+        raise UnsupportedError(f"{delta.called} delta on a stack that the base stores matrix by matrix")
     flat, height = _flat(whole), whole.spec.shape[1]
     slices = {
         base: Sliced(flat, slice(expert * height + start, expert * height + stop)) for base, expert, start, stop in fused.matrices

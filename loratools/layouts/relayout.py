@@ -15,7 +15,7 @@ from loratools.layouts.naming import Named, naming_of
 from loratools.layouts.networks import SIDES, VERSION
 from loratools.layouts.roots import Roots, joined, split_root, split_word
 from loratools.layouts.steps import Shape, Step
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 _MOST_PARTS = 4  # of a fused weight
 

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools import threads
-from loratools.checkpoint import Change, Checkpoint, Seen
+from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Additive, Delta
 from loratools.errors import NotInvertible, UsageError
 from loratools.formats import load
 from loratools.output import whole
-from loratools.plan import Plan, changes_of, make_plan, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
-from loratools.stream import Statistics
-from loratools.tensorfile import Buffer, Spec
+from loratools.refs import Buffer, Spec
+from loratools.rewrite import Change, Seen
+from loratools.statistics import Statistics
 from loratools.tensors import as_tensor, torch_dtype
 
 if TYPE_CHECKING:
@@ -55,11 +57,11 @@ def approximate(merged: Checkpoint, target: Path, adapters: Sequence[str | Path]
 
 
 def _check_sums(merged: Checkpoint, plan: Plan) -> None:
-    others = [(name, delta.kind) for name, applications in plan.changes.items() for delta, _ in applications if not _is_sum(delta)]
+    others = [(name, delta.called) for name, applications in plan.changes.items() for delta, _ in applications if not _is_sum(delta)]
     if others:
-        name, kind = others[0]
+        name, called = others[0]
         raise NotInvertible(
-            f"a {kind} cannot be taken off by subtracting", file=merged.path, tensor=name,
+            f"{called} delta cannot be taken off by subtracting", file=merged.path, tensor=name,
             found=f"changes of {len(others)} tensors that are no sums", remedy="only a record can undo it: merge with --reversible",
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from loratools.errors import LoratoolsError, NotExpressible, OptionError, Unsupp
 from loratools.factors import Factored, How, factor, form_of, reach
 from loratools.families import Family
 from loratools.ops._convert_options import Options
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 Job: TypeAlias = "Callable[[], Converted]"
 TOO_FAR = "no rank stays within --max-error or --energy"
@@ -135,18 +135,18 @@ def _layer(name: str, delta: Delta, spec: Spec | None, family: Family) -> tuple[
 
 def needs_base(case: Case, why: str) -> LoratoolsError:
     """The error of a conversion that cannot be done without W."""
-    return UnsupportedError(f"{case.delta.kind}: {why}", remedy="give --base")
+    return UnsupportedError(f"{case.delta.called} delta: {why}", remedy="give --base")
 
 
 def check_rank(case: Case, options: Options) -> None:
     if options.rank is None and options.limit is None:
-        fact = f"{case.delta.kind} is of no small rank, so it is approximated, and how nearly is open"
+        fact = f"{case.delta.called} delta is of no small rank, so it is approximated, and how nearly is open"
         raise OptionError(fact, expected="--rank, --energy or --max-error")
 
 
 def check_form(case: Case) -> None:
     if not case.layer:
-        raise NotExpressible(f"{case.delta.kind} has no low-rank form: {case.reason}", remedy="convert --kind dense keeps it")
+        raise NotExpressible(f"{case.delta.called} delta has no low-rank form: {case.reason}", remedy="convert --kind dense keeps it")
 
 
 def factored(case: Case, options: Options, *, rank: int | None = None) -> Factored:

@@ -14,7 +14,7 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import Unsettled
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import UnsupportedError
-from loratools.tensorfile import Ref, Spec, same_bytes
+from loratools.refs import Ref, Spec, same_bytes
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def pair_row(one: Delta, other: Delta, weight: Ref | None) -> Row:
     if not additive and weight is not None:
         return kinds | _on_weight(one, other, weight)
     if not additive and one.kind != other.kind:
-        return kinds | {"reason": f"a {one.kind} beside a {other.kind}"}
+        return kinds | {"reason": f"{one.called} beside {other.called}"}
     first, second = difference_of(one), difference_of(other)
     if first is None or second is None:
         open_ = isinstance(one, Unsettled) or isinstance(other, Unsettled)
-        return kinds | {"reason": f"no measure for a {one.kind}" + (": how its weight lies only --base tells" if open_ else "")}
+        return kinds | {"reason": f"no measure for {one.called}" + (": how its weight lies only --base tells" if open_ else "")}
     shapes = [_matrix(delta) if first.flat or second.flat else delta.shape() for delta in (first, second)]
     if shapes[0] != shapes[1]:
         return kinds | {"reason": f"shapes differ: {list(shapes[0])} and {list(shapes[1])}"}
@@ -139,7 +139,7 @@ def _matrix(delta: Additive) -> tuple[int, ...]:
 
 def _on_weight(one: Delta, other: Delta, weight: Ref) -> Row:
     if len(weight.spec.shape) < 2:
-        return {"reason": f"no measure for a {one.kind} of a vector"}
+        return {"reason": f"no measure for {one.called} of a vector"}
     try:
         changes = Changes([(one, 1.0), (other, 1.0)], weight.spec, weight)
     except UnsupportedError as error:

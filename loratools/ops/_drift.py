@@ -13,7 +13,7 @@ from loratools.deltas.laid import TurnedAdditive
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.magnitudes import AXES, Norms, axis_of, clear, drift, fits, moves, named, norms
 from loratools.errors import AmbiguousError, NonFiniteError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from loratools.effect import Effect

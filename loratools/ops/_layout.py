@@ -8,7 +8,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.cut import restacked
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError
 from loratools.layouts.relayout import Relayout, relayout_of
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 # networks whose authors' names kohya's trainer looks for; of Stable Diffusion's UNets it reads both
 _BY_AUTHORS = frozenset(("flux", "sd3"))

@@ -22,7 +22,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parameters import OnParameter
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError, raise_all
 from loratools.ops._combine_options import WAYS, Options
-from loratools.tensorfile import Ref, Spec, same_bytes
+from loratools.refs import Ref, Spec, same_bytes
 
 
 class Term(NamedTuple):
@@ -115,11 +115,10 @@ def _only_at_1(terms: Terms) -> UnsupportedError:
 
 
 def _needs_base(terms: Terms) -> UnsupportedError:
-    names = {"dora": "DoRA"}
-    kind = next(term.delta.kind for term in terms if not isinstance(term.delta, Additive))
+    called = next(term.delta.called for term in terms if not isinstance(term.delta, Additive))
     if any(isinstance(term.delta, Unsettled | WherePresent | OnParameter) for term in terms):
-        return UnsupportedError(f"how the weight of this {kind} delta lies, and its shape, only the base tells", remedy="give --base")
-    fact = f"{names.get(kind, f'a {kind} delta')} is no difference that could be scaled, pruned or summed: W' depends on the base"
+        return UnsupportedError(f"how the weight of {called} delta lies, and its shape, only the base tells", remedy="give --base")
+    fact = f"{called} delta is no difference that could be scaled, pruned or summed: W' depends on the base"
     return UnsupportedError(fact, remedy=f"give --base, and {WAYS}")
 
 

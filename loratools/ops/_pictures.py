@@ -23,7 +23,7 @@ from loratools.ops._heatmap import Panel
 from loratools.ops._page import Page
 from loratools.ops._resizing import following, squares
 from loratools.ops._size import file_bytes
-from loratools.tensorfile import BITS
+from loratools.refs import BITS
 
 SPREAD = 30.0  # the largest value beside the smallest from which a scale is logarithmic
 DECADES = 1e-4  # of the largest value, where a logarithmic scale begins at the latest

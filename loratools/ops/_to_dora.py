@@ -37,7 +37,7 @@ def to_dora(case: Case, options: Options) -> Job | None:
     if isinstance(delta, DoRA | FlatDoRA):
         return to_axis(case, options)
     if not isinstance(delta, Additive) or case.vector:
-        fact = f"a {delta.kind} change is no difference that could be a DoRA's direction"
+        fact = f"{delta.called} change is no difference that could be a DoRA's direction"
         raise UnsupportedError(fact, remedy="convert --kind lora makes a direction of it")
     if case.weight is None or not case.oriented:
         raise needs_base(case, "the magnitudes of a DoRA are the norms of W + ΔW")
@@ -71,7 +71,7 @@ def _axis(case: Case, axis: str) -> str:
 
 def _check_rank(delta: DoRA, options: Options) -> None:
     if not isinstance(delta.direction, Full) and "rank" not in delta.direction.facts() and options.rank is None and options.limit is None:
-        fact = f"a {delta.direction.kind} direction, which the other axis changes, has no rank of its own"
+        fact = f"{delta.direction.called} direction, which the other axis changes, has no rank of its own"
         raise OptionError(fact, expected="--rank, --energy or --max-error")
 
 

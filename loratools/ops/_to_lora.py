@@ -81,7 +81,7 @@ def _product(case: Case, options: Options) -> Converted:
     found = case.delta.product(options.device)
     if found is None:
         if options.rank is None and options.limit is None:
-            fact = f"this {case.delta.kind} has no small product, so it is approximated"
+            fact = f"{case.delta.called} delta has no small product, so it is approximated"
             raise OptionError(fact, expected="--rank, --energy or --max-error")
         return _dense(case, options)
     B, A = (to_ref(part) for part in found)

@@ -7,7 +7,6 @@ new kind can say it, and states how far off it is, beside the best there is, whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,14 +16,14 @@ from loratools.errors import UsageError
 from loratools.formats import encode
 from loratools.formats.base import read_options, write_container
 from loratools.formats.reading import Reading, arguments, paths, reads
-from loratools.ops._algebra import format_of, label, loaded, output_rows
+from loratools.ops._algebra import fill_files, format_of, label, loaded
 from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
 from loratools.ops._converting import Conversion
 from loratools.ops._layout import layout_for, stacked
 from loratools.output import check_output, whole
-from loratools.plan import split_renames
-from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
+from loratools.planning import split_renames
+from loratools.receipt import Receipt, adapter_history, add_sha256, receipt_path
 
 
 @reads
@@ -82,14 +81,13 @@ def convert(
             work.run()
         made = work.adapter() if options.changes else source
         laid = made if relayout is None else made.relaid(relayout)
-        # what went in is digested beside the writing
-        with ThreadPoolExecutor(1) as beside, whole(target) as place:
-            inputs = beside.submit(adapter_inputs, given)
+        with whole(target) as place:
             receipt.digests = write_container(encode(laid, written), place)
+            fill_files(receipt, place, [given])
+            receipt.inputs += [on.input(count)] if on is not None else []
             receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(), *([said] if said else [])]
-            receipt.inputs = [*inputs.result(), *([on.input(count)] if on is not None else [])]
             receipt.expected, receipt.applied = len(source), len(made)
-            receipt.outputs, receipt.history = output_rows(place), adapter_history(given)
+            receipt.history = adapter_history(given)
             if sha256:
                 add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
                 add_sha256(receipt.inputs, None)

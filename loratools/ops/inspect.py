@@ -6,10 +6,9 @@ Parameters are elements of the tensors on disk, and the share of the base is pef
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,7 +17,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
-from loratools.deltas.full import Full, Replacement
+from loratools.deltas.full import Full
 from loratools.errors import FormatError, OptionError
 from loratools.facts import facts_of, low_rank
 from loratools.families import Family
@@ -27,15 +26,14 @@ from loratools.formats.base import CONFIG, open_container, read_options
 from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
 from loratools.ops._figure import checked
+from loratools.ops._oddities import as_a_whole, faulty_values, odd_scaling, scan, settings, unfetched
 from loratools.pipeline import open_checkpoint
+from loratools.refs import Ref
 from loratools.source import headers
 from loratools.source.handles import size_at
-from loratools.tensorfile import FLOATS, Ref, Spec
 from loratools.weightfiles import PIPELINE, SINGLE, holds_model, is_index
 
-LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
-_LOCAL = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 
 
 @reads
@@ -113,7 +111,7 @@ def _adapter(
     adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    warnings = _as_a_whole(adapter) + _unfetched(adapter)
+    warnings = as_a_whole(adapter) + unfetched(adapter)
     weights: Mapping[str, Ref] = {}
     asked, drift = adapter, dict[str, list[float]]()
     if base is not None:
@@ -122,9 +120,9 @@ def _adapter(
     warnings += adapter.notes
     rows = {name: facts_of(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
-        warnings += [f"{name}: {text}" for text in _oddities(delta)]
+        warnings += [f"{name}: {text}" for text in odd_scaling(delta)]
         if values or spectra:
-            warnings += [f"{name}: {text}" for text in _faulty_values(delta)]
+            warnings += [f"{name}: {text}" for text in faulty_values(delta)]
         if spectra:
             rows[name] |= _spectrum(delta)
         if base is not None and not base.quantization:
@@ -133,7 +131,9 @@ def _adapter(
             warnings += [f"{name}: {text}" for text in found.odd]
             drift |= {name: found.each} if found.each else {}
     if spectra and base is not None:
-        norms, odd = _beside(adapter, base, weights, rows, progress)
+        from loratools.ops._beside import on_base
+
+        norms, odd = on_base(adapter, base, weights, rows, progress)
         rows, warnings = {name: row | norms[name] for name, row in rows.items()}, warnings + odd
     if target is not None:
         _draw(target, str(path), asked, adapter, rows, drift, on_base=base is not None and not base.quantization)
@@ -142,7 +142,7 @@ def _adapter(
         "path": str(path),
         "format": adapter.format,
         "kinds": dict(Counter(row["kind"] for row in rows.values())),
-        "base_model": _settings(adapter).get("base_model_name_or_path"),
+        "base_model": settings(adapter).get("base_model_name_or_path"),
         "modules": list(rows.values()),
         "modules_total": len(rows),
         "parameters": adapter.parameters,
@@ -153,18 +153,6 @@ def _adapter(
         "values_checked": values or spectra,
         "warnings": warnings,
     }
-
-
-def _beside(
-    adapter: Adapter, base: Checkpoint, weights: Mapping[str, Ref], rows: Mapping[str, Any], progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, dict[str, float | None]], list[str]]:
-    """Norms of the changes and of the weights, and what kept them from being taken; of a quantised base no weight is read."""
-    from loratools.ops._beside import UNKNOWN, beside
-    from loratools.plan import supplied
-
-    if base.quantization:
-        return {name: dict(UNKNOWN) for name in adapter}, []
-    return beside({name: supplied(name, delta, base) for name, delta in adapter.items()}, weights, rows, progress)
 
 
 def _draw(
@@ -196,77 +184,6 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
 
 def _refused(base: Checkpoint) -> str:
     return "merge takes it with --dequantize alone" if base.dequantizable else "merge refuses it"
-
-
-def _settings(adapter: Adapter) -> Mapping[str, Any]:
-    found = adapter.metadata.get(adapter.format or "", {})
-    return found if isinstance(found, Mapping) else {}
-
-
-# -- warnings, from headers
-
-
-def _as_a_whole(adapter: Adapter) -> list[str]:
-    warnings = []
-    stated = _settings(adapter).get("base_model_name_or_path")
-    if isinstance(stated, str) and _LOCAL.match(stated) and not Path(stated).exists():
-        warnings.append("its base is named by a path on another machine")
-    whole = {name: delta.nbytes for name, delta in adapter.items() if isinstance(delta, Replacement)}
-    share = sum(whole.values()) / (sum(delta.nbytes for delta in adapter.values()) or 1)
-    if share > 0.5 and len(whole) < len(adapter):
-        warnings.append(f"{share:.0%} of its bytes are tensors saved whole, most of them {max(whole, key=whole.__getitem__)}")
-    if adapter.passengers:
-        warnings.append(f"{len(adapter.passengers)} tensors change no weight: {', '.join(list(adapter.passengers)[:3])}")
-    return warnings
-
-
-def _unfetched(adapter: Adapter) -> list[str]:
-    lacking = [name for name, delta in adapter.items() if math.isnan(delta.facts().get("alpha") or 0)]
-    told = "lie beyond the header that was fetched, so they and the scaling are unknown: --values reads them"
-    return [f"the alphas of {len(lacking)} of {len(adapter)} modules {told}"] if lacking else []
-
-
-def _oddities(delta: Delta) -> Iterator[str]:
-    low = low_rank(delta)
-    if low is None:
-        return
-    if low.alpha == 0:
-        yield "alpha is 0, so it changes nothing" if delta is low else "alpha is 0, so its factors change nothing"
-    elif low.scaling < 0:
-        yield f"the scaling is negative ({low.scaling:g}): what was trained is subtracted"
-    elif low.scaling > LARGE:
-        yield f"the scaling is very large ({low.scaling:g}): is its alpha a scale that was not divided by the rank?"
-    rows, columns = Spec("F32", low.shape()).matrix
-    if low.rank > min(rows, columns):
-        yield f"rank {low.rank} is more than a {rows} × {columns} weight can have"
-
-
-# -- warnings and measures, from the data
-
-
-def _faulty_values(delta: Delta) -> Iterator[str]:
-    for place, ref in delta.refs().items():
-        wrong, zero = scan(ref)
-        if wrong:
-            yield f"{place} has {wrong} non-finite value{'s' if wrong > 1 else ''}"
-        elif zero and place.rpartition(".")[2] in ("A", "B", "magnitude"):
-            yield f"{place} is zero, so it changes nothing: was it trained?" if place in "AB" else f"{place} is zero"
-
-
-def scan(ref: Ref) -> tuple[int, bool]:
-    """How many values of a tensor are inf or nan, and whether all are zero; a block at a time."""
-    import torch
-
-    from loratools.tensors import as_tensor, torch_dtype
-
-    wrong, zero, width = 0, True, torch_dtype(ref.spec.dtype).itemsize
-    for block in ref.blocks():
-        data = bytearray(block)
-        found = as_tensor(data, Spec(ref.spec.dtype, (len(data) // width,)))
-        found = found if ref.spec.dtype in FLOATS else found.to(torch.float32)
-        wrong += int((~torch.isfinite(found)).sum())
-        zero = zero and not found.any()
-    return wrong, zero
 
 
 def _spectrum(delta: Delta) -> dict[str, Any]:

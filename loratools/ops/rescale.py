@@ -114,7 +114,7 @@ class _Rescaling:
         low = low_of(delta)
         if self.by is not None and not isinstance(delta, LowRank | Full):
             raise UnsupportedError(
-                f"--by on a {delta.kind} delta: its change of W is no multiple of its tensors, so its strength needs the base",
+                f"--by on {delta.called} delta: its change of W is no multiple of its tensors, so its strength needs the base",
                 remedy="merge takes a strength, as in ADAPTER:0.5" + ("; --alpha keeps W'" if isinstance(delta, DoRA) else ""),
             )
         if low is None:

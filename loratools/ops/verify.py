@@ -18,18 +18,21 @@ from blake3 import blake3
 
 from loratools import threads as pool
 from loratools.adapter import Adapter
-from loratools.checkpoint import Change, Checkpoint, combined_digest
+from loratools.checkpoint import Checkpoint
+from loratools.digests import combined_digest
 from loratools.errors import FormatError, UsageError
 from loratools.formats import load
 from loratools.formats.base import CONFIG, of_adapter, open_container, read_options
 from loratools.needed import of_model
 from loratools.pipeline import open_checkpoint
-from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import receipt_path
+from loratools.refs import Ref, Spec
+from loratools.rewrite import Change
 from loratools.sidefiles import file_entry
 from loratools.source import local
 from loratools.source.handles import name_of, read_whole
-from loratools.tensorfile import Ref, Spec
 from loratools.tensors import dtype_code, read_tensor
 from loratools.ulps import distance
 from loratools.weightfiles import PIPELINE

@@ -24,7 +24,7 @@ from loratools.ops._convert_options import Options
 from loratools.ops._converting import Conversion
 from loratools.ops._resizing import resized
 from loratools.ops._to_lora import has_product
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 from loratools.workflows.targets import Target
 

@@ -18,10 +18,10 @@ from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import Container, open_container, read_options, write_container
 from loratools.formats.peft_config import CARRIED
 from loratools.formats.reading import Reading, arguments, paths, reads
-from loratools.ops._algebra import label, loaded, output_rows
+from loratools.ops._algebra import fill_files, label, loaded
 from loratools.ops._base import Base
 from loratools.output import check_output, whole
-from loratools.receipt import Receipt, adapter_history, adapter_inputs, receipt_path
+from loratools.receipt import Receipt, adapter_history, receipt_path
 from loratools.workflows._checking import Strike, strikes, subject_of
 from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, size_of, split
 from loratools.workflows.targets import Target, target_of
@@ -77,9 +77,10 @@ def fit(
         receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved)]
         reasons = {name: f"{why} It is in {saved.name}." for name, why in work.apart.items()}
         receipt.left_out = [{"name": name, "reason": why, "relative_norm": None} for name, why in reasons.items()]
-        receipt.inputs = [*adapter_inputs(source), *([on.input(workers.default_threads())] if on is not None else [])]
+        fill_files(receipt, place, [source])
+        receipt.inputs += [on.input(workers.default_threads())] if on is not None else []
         receipt.expected, receipt.applied = len(source), len(work.made)
-        receipt.outputs, receipt.history = output_rows(place), adapter_history(source)
+        receipt.history = adapter_history(source)
         if beside is not None:
             _write_beside(beside, place.parent / saved.name, receipt)
         receipt.write(receipt_path(place, folder=place.is_dir()))
@@ -96,7 +97,8 @@ def _write_beside(container: Container, place: Path, receipt: Receipt) -> None:
     """The file of what goes apart, with a receipt of its own."""
     own = Receipt("fit", receipt.arguments, inputs=receipt.inputs, history=receipt.history, started=receipt.started)
     own.digests = write_container(container, place)
-    own.outputs, own.expected, own.applied = output_rows(place), receipt.expected, receipt.expected - receipt.applied
+    fill_files(own, place)
+    own.expected, own.applied = receipt.expected, receipt.expected - receipt.applied
     own.write(receipt_path(place, folder=False))
 
 

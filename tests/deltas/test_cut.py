@@ -17,7 +17,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import Joined, joined
 from loratools.deltas.scaled import Scaled
 from loratools.errors import LoratoolsError, ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import randn
 
@@ -63,7 +63,7 @@ def test_a_cut_difference_says_what_it_is() -> None:
 
 
 def test_norms_of_columns_are_of_all_rows() -> None:
-    with pytest.raises(UnsupportedError, match="dora delta along the inputs is one of all rows"):
+    with pytest.raises(UnsupportedError, match="DoRA delta along the inputs is one of all rows"):
         cut(DoRA(direction=low(), magnitude=to_ref(torch.ones(1, 4))), 0, 2)
 
 

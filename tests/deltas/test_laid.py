@@ -15,7 +15,7 @@ from loratools.deltas.vera import VeRA
 from loratools.errors import AmbiguousError, MatchError, ShapeError
 from loratools.families import Family
 from loratools.orientation import settle
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import low_rank, randn
@@ -36,7 +36,7 @@ def test_a_turned_delta_is_the_change_of_the_transpose(delta: Delta) -> None:
 def test_it_has_the_kind_the_facts_and_the_product_of_its_delta() -> None:
     additive, other = turned(FULL), turned(ROWS)
     assert isinstance(additive, TurnedAdditive) and isinstance(other, Turned)
-    assert (additive.kind, other.kind) == ("full", "scaled") and additive.facts() == FULL.facts() and set(other.refs()) == {"l"}
+    assert (additive.kind, other.kind) == ("full", "ia3") and additive.facts() == FULL.facts() and set(other.refs()) == {"l"}
     assert additive.norm() == pytest.approx(FULL.norm()) and additive.product() is None
     shared = VeRA(A=to_ref(randn(2, 9, seed=0)), B=to_ref(randn(9, 2, seed=1)), b=to_ref(randn(4, seed=2)), d=to_ref(randn(2, seed=3)))
     fitted = TurnedAdditive(delta=shared).fitted(Spec("F32", (6, 4)))

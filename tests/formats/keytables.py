@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from loratools.formats.base import Container
-from loratools.tensorfile import InMemory, Spec
+from loratools.refs import InMemory, Spec
 
 FOLDER = Path(__file__).parent.parent / "data" / "keys"
 TABLES = {path.stem: path for path in sorted(FOLDER.glob("*.json"))}

@@ -26,7 +26,7 @@ from loratools.deltas.tucker import Tucker
 from loratools.errors import Faults, LoratoolsError, NotExpressible
 from loratools.formats import FORMATS, Format, encode
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import randn
 

@@ -18,7 +18,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible
 from loratools.formats.diffusers import decode, detect
 from loratools.formats.diffusers_encode import encode
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import to_ref
 from tests.formats.test_spelt import low, refs, same
 from tests.strategies import randn, seeds
@@ -69,9 +69,9 @@ def test_the_metadata_is_each_parts_config() -> None:
 BIAS = Full(diff=ref(6, seed=0), scale=1.5)
 LOHA = LoHa(**refs(0, w1_a=(6, 2), w1_b=(2, 4), w2_a=(6, 2), w2_b=(2, 4)), scale=1.0)
 FAULTS: list[tuple[dict[str, Delta], str]] = [
-    ({"unet.x.weight": LOHA}, "unet.x.weight: diffusers cannot say a loha delta; convert it first: --kind lora"),
-    ({"unet.x.gamma": low(0)}, "unet.x.gamma: diffusers cannot say a lora delta"),
-    ({"weight": low(0)}, "weight: diffusers cannot say a lora delta"),
+    ({"unet.x.weight": LOHA}, "unet.x.weight: diffusers cannot say a LoHa delta; convert it first: --kind lora"),
+    ({"unet.x.gamma": low(0)}, "unet.x.gamma: diffusers cannot say a LoRA delta"),
+    ({"weight": low(0)}, "weight: diffusers cannot say a LoRA delta"),
     ({"unet.x.weight": low(0, layer="embedding")}, "a LoRA of a weight that lies as embedding ones do"),
     ({"unet.x.weight": dora(0, 1.0, axis="in")}, "diffusers has DoRA along the outputs only; convert --magnitude-axis out"),
     ({"unet.x.weight": dora(0, 1.0), "unet.y.weight": low(1)}, "unet.y.weight: use_dora holds for a whole part"),

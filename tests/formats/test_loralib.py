@@ -20,7 +20,7 @@ from loratools.errors import AmbiguousError, Faults, FormatError, LoratoolsError
 from loratools.formats import FORMATS
 from loratools.formats.base import Container, ReadOptions, open_container
 from loratools.formats.loralib import decode, detect, encode
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.files import raw
 
@@ -155,8 +155,8 @@ def low(**more: object) -> LowRank:
     ("deltas", "said"),
     [
         ({"x.weight": low(), "y.weight": low(alpha=8.0)}, r"y\.weight"),
-        ({"x.weight": DoRA(direction=low(), magnitude=to_ref(torch.ones(3, 1)))}, r"x\.weight.*dora"),
-        ({"x.weight": low(), "x.bias": Full(diff=to_ref(torch.ones(3)))}, r"x\.bias.*full"),
+        ({"x.weight": DoRA(direction=low(), magnitude=to_ref(torch.ones(3, 1)))}, r"x\.weight.*a DoRA"),
+        ({"x.weight": low(), "x.bias": Full(diff=to_ref(torch.ones(3)))}, r"x\.bias.*a whole-tensor"),
         ({"x.weight": low(A=to_ref(torch.randn(4, 5, 2, 2)), B=to_ref(torch.randn(3, 4)), layer="conv")}, r"x\.weight.*form"),
         ({"x.weight": low(A=to_ref(torch.randn(2, 5, 3)), layer="conv")}, r"x\.weight.*k²"),
     ],

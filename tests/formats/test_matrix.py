@@ -21,7 +21,7 @@ from loratools.adapter import Adapter  # noqa: E402
 from loratools.deltas.base import Additive, Delta  # noqa: E402
 from loratools.errors import LoratoolsError, NotExpressible  # noqa: E402
 from loratools.formats import FORMATS, encode  # noqa: E402
-from loratools.tensorfile import Spec  # noqa: E402
+from loratools.refs import Spec  # noqa: E402
 from loratools.tensors import to_ref  # noqa: E402
 from tests.formats.matrix import KINDS, LAYERS, ROWS, Draw, adapter_of, cell, contents, options_of, row_of  # noqa: E402
 from tests.strategies import randn  # noqa: E402

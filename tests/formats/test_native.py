@@ -28,7 +28,7 @@ from loratools.formats import FORMATS, encode, load, save
 from loratools.formats._typed import known
 from loratools.formats.base import Container, open_container, write_container
 from loratools.formats.native import KEY, classes, decode
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import to_ref
 from tests.files import peft_config, raw, write_adapter
 from tests.strategies import Drawn, deltas, randn

@@ -61,9 +61,9 @@ def test_modules_saved_whole_come_along() -> None:
 
 
 REFUSED: dict[str, tuple[Adapter, str]] = {
-    "another kind": (adapter(y__weight=glora(Draw(), "linear")), r"model\.y\.weight: peft's LOHA cannot say a adjoined delta; convert it"),
-    "two methods": (adapter(y__weight=lokr(Draw(), "linear")), r"model\.y\.weight: peft's LOHA cannot say a lokr delta"),
-    "a bias": (adapter(x__bias=Full(diff=Draw()(6))), r"model\.x\.bias: peft's LOHA cannot say a full delta"),
+    "another kind": (adapter(y__weight=glora(Draw(), "linear")), r"model\.y\.weight: peft's LOHA cannot say a GLoRA delta; convert it"),
+    "two methods": (adapter(y__weight=lokr(Draw(), "linear")), r"model\.y\.weight: peft's LOHA cannot say a LoKr delta"),
+    "a bias": (adapter(x__bias=Full(diff=Draw()(6))), r"model\.x\.bias: peft's LOHA cannot say a whole-tensor delta"),
     "a bias saved": (adapter(x__bias=Replacement(value=Draw()(6))), r"model\.x\.bias: peft's LOHA saves no biases; --format loratools"),
     "a passenger": (Adapter(adapter().deltas, passengers={"emb": Draw()(2)}), r"emb: peft has no place for it"),
     "stored transposed": (

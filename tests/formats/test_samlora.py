@@ -14,7 +14,7 @@ from loratools import convert, merge
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, NotExpressible, ShapeError
 from loratools.formats import encode, load
 from loratools.formats.base import ReadOptions
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from tests.files import peft_config, raw, read_checkpoint, write_adapter, write_checkpoint
 from tests.strategies import randn
 

@@ -27,7 +27,7 @@ from loratools.deltas.tucker import Tucker
 from loratools.errors import LoratoolsError, NotExpressible
 from loratools.formats import comfyui, encode, kohya, load, native
 from loratools.formats._scalar import number
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor, to_ref
 from tests.files import read_checkpoint, write_checkpoint
 from tests.strategies import randn, seeds
@@ -176,13 +176,13 @@ FAULTS: list[tuple[str, dict[str, Delta], str]] = [
     ("kohya", {"x.y.weight": LoKr(**CONV1D, scale=1.0, exchanged=True)}, "indices are exchanged"),
     ("kohya", {"x.y.weight": Full(diff=ref(6, 4, seed=0), scale=0.5)}, "a difference under a factor: found 0.5, expected 1"),
     ("kohya", {"x.y.weight": Scaled(l=to_ref(torch.tensor([1e-30])))}, "factors told from 0, which told from 1 no F64 holds exactly"),
-    ("kohya", {"x.y.weight": low(0, layer="embedding")}, "these files cannot say a lora delta (embedding)"),
+    ("kohya", {"x.y.weight": low(0, layer="embedding")}, "these files cannot say a LoRA delta (embedding)"),
     ("kohya", {"x.y.weight": Replacement(value=ref(6, 4, seed=0))}, "cannot say a replacement delta; --format comfyui"),
-    ("kohya", {"x.y.gamma": low(0)}, "x.y.gamma: a lora delta of neither a weight nor a bias"),
+    ("kohya", {"x.y.gamma": low(0)}, "x.y.gamma: a LoRA delta of neither a weight nor a bias"),
     ("kohya", {"weight": low(0)}, "weight: a tensor of no module"),
     ("kohya", {"unet.x.weight": low(0), "elsewhere.x.weight": low(1)}, "elsewhere.x.weight: lies in no part of the pipeline"),
     ("kohya", {"a.b_c.weight": low(0), "a_b.c.weight": low(1)}, "a_b.c.weight: another module's name is spelt alike"),
-    ("comfyui", {"x.y.weight": IA3}, "x.y.weight: this format cannot say a scaled delta; ComfyUI has no (IA)³"),
+    ("comfyui", {"x.y.weight": IA3}, "x.y.weight: this format cannot say an (IA)³ delta; ComfyUI has no (IA)³"),
     ("comfyui", {"unet.x.weight": low(0)}, "unet.x.weight: its name is none that a single-file checkpoint has"),
     ("comfyui", {"weight": low(0)}, "its name is none that a single-file checkpoint has"),
 ]

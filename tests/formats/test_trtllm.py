@@ -64,7 +64,7 @@ def test_what_it_cannot_say(tmp_path: Path) -> None:
     with pytest.raises(NotExpressible, match="one dtype for all: float32, float16 or bfloat16: found F64"):
         loratools.save(Adapter({f"{LAYER}self_attn.q_proj.weight": wide}), tmp_path / "out", format="trtllm")
     whole = Full(diff=to_ref(torch.ones(6, 4)))
-    with pytest.raises(NotExpressible, match="no place for a full delta, but for LoRA of linear layers; convert --kind lora first"):
+    with pytest.raises(NotExpressible, match="no place for a whole-tensor delta, but for LoRA of linear layers; convert --kind lora first"):
         loratools.save(Adapter({f"{LAYER}self_attn.q_proj.weight": whole}), tmp_path / "out", format="trtllm")
     with pytest.raises(NotExpressible, match="no low-rank change to write"):
         loratools.save(Adapter({}), tmp_path / "out", format="trtllm")

@@ -79,7 +79,7 @@ def test_the_sum_of_what_peft_makes_of_the_weights(tmp_path: Path, kinds: tuple[
 def test_without_a_base_a_method_that_needs_one_says_so(tmp_path: Path) -> None:
     for kind in ("lora", "loha", "ia3"):
         saved(tmp_path, kind)
-    message = r"up\.weight: how the weight of this loha delta lies, and its shape, only the base tells; give --base"
+    message = r"up\.weight: how the weight of a LoHa delta lies, and its shape, only the base tells; give --base"
     with pytest.raises(Faults, match=message):
         combine([tmp_path / "lora", tmp_path / "loha"], tmp_path / "out")
     with pytest.raises(Faults) as caught:

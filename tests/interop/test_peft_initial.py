@@ -277,9 +277,9 @@ def test_operations_on_adapters_alone_say_what_they_need(tmp_path: Path) -> None
         with pytest.raises(LoratoolsError):
             work(tmp_path / "out")
     needed = "give the adapter as it was initialised with --initial"
-    with pytest.raises(LoratoolsError, match=rf"up\.weight: a pissa delta has no LoRA to work on; {needed}"):
+    with pytest.raises(LoratoolsError, match=rf"up\.weight: a PiSSA delta has no LoRA to work on; {needed}"):
         resize(tmp_path / "adapter", tmp_path / "out", rank=2)
-    with pytest.raises(LoratoolsError, match=rf"up\.weight: peft's LoRA cannot say a pissa delta; {needed}"):
+    with pytest.raises(LoratoolsError, match=rf"up\.weight: peft's LoRA cannot say a PiSSA delta; {needed}"):
         convert(tmp_path / "adapter", tmp_path / "out")
     convert(tmp_path / "adapter", tmp_path / "own.safetensors", format="loratools")
     merge(tmp_path / "base", tmp_path / "own.safetensors", tmp_path / "merged")

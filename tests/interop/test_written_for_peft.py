@@ -20,7 +20,7 @@ from loratools.errors import LoratoolsError
 from loratools.formats import encode
 from loratools.formats.base import write_container
 from loratools.formats.peft_methods import METHODS
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.formats.matrix import IN, KINDS, LAYERS, MANY, OUT, ROWS, Draw, cell, low, options_of, row_of
 from tests.formats.test_matrix import WRITTEN

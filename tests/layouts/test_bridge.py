@@ -10,7 +10,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import Joined, Parts
 from loratools.errors import UnsupportedError
 from loratools.layouts.bridge import Bridge, Stretch, bridge_of
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.layouts._adapters import changes, dense, low
 from tests.layouts.test_networks import flux, originals, sd3
@@ -114,7 +114,7 @@ def test_faults_name_the_adapters_tensors() -> None:
     bridge = bridge_of([QKV], THEIRS, flat=False)
     columns = DoRA(direction=low(24, 8), magnitude=to_ref(torch.ones(1, 8)))
     _, (fault,) = bridge.place({QKV: columns})
-    assert isinstance(fault, UnsupportedError) and str(fault).startswith(f"{QKV}: a dora delta along the inputs is one of all rows")
+    assert isinstance(fault, UnsupportedError) and str(fault).startswith(f"{QKV}: a DoRA delta along the inputs is one of all rows")
 
 
 def test_rows_that_the_shares_do_not_divide_have_no_other_name() -> None:

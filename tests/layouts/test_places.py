@@ -14,7 +14,7 @@ from loratools.deltas.scaled import Scaled
 from loratools.errors import MatchError, UnsupportedError
 from loratools.layouts.places import Fused, Same, Where, Within, collected, inside, put
 from loratools.layouts.rules import Place
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import low_rank, randn
 
@@ -134,7 +134,7 @@ def test_matrices_are_put_together() -> None:
 def test_what_cannot_be_taken_apart_or_meets_another_is_a_fault() -> None:
     low = low_rank((3, 4), 2, 1).delta
     _, faults = put({"gate_up": Scaled(l=to_ref(torch.ones(2)))}, {"gate_up": STACK})
-    assert [str(fault) for fault in faults] == ["gate_up: a scaled delta on a stack that the base stores matrix by matrix"]
+    assert [str(fault) for fault in faults] == ["gate_up: an (IA)³ delta on a stack that the base stores matrix by matrix"]
     flat = Replacement(value=to_ref(torch.ones(12, 4)))
     assert isinstance(put({"gate_up": flat}, {"gate_up": STACK})[1][0], UnsupportedError)
     for where in ({"a": Same("t"), "b": Same("t")}, {"a": Within("t", 0, 3), "b": Same("t")}):

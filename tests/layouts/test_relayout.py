@@ -16,7 +16,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, MatchError, NotExpressible, ShapeError, UsageError
 from loratools.layouts.networks import networks
 from loratools.layouts.relayout import Relayout, relayout_of
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.layouts._adapters import changes, dense, flat, low, same
 from tests.layouts.test_networks import flux, originals, sd3, unet
@@ -127,7 +127,7 @@ def test_dora_and_other_kinds() -> None:
     again = converted(found | {"single_transformer_blocks.0.proj_out.weight": low(4)}, "original")[name]
     assert isinstance(again, DoRA) and same(again.direction, rows.direction)
     assert bytes(again.magnitude.read()) == bytes(rows.magnitude.read())
-    with pytest.raises(NotExpressible, match=r"qkv\.weight: a dora delta along the inputs is one of all rows.*convert --kind lora"):
+    with pytest.raises(NotExpressible, match=r"qkv\.weight: a DoRA delta along the inputs is one of all rows.*convert --kind lora"):
         converted({name: columns}, "diffusers")
     proj = "double_blocks.0.img_attn.proj.weight"  # not fused: any kind goes by its new name
     assert converted({proj: columns}, "diffusers") == {"transformer_blocks.0.attn.to_out.0.weight": columns}

@@ -142,7 +142,7 @@ def test_all_kinds_are_told() -> None:
         "s.weight": (True, 0.0), "c.weight": (False, 1.0), "u.bias": (False, 0.5),
     }  # fmt: skip
     assert {row["name"]: row["reason"] for row in found["incomparable"]} == {
-        "x.weight": "a lora beside a replacement", "y.weight": "shapes differ: [20, 7] and [20, 8]",
+        "x.weight": "a LoRA beside a replacement", "y.weight": "shapes differ: [20, 7] and [20, 8]",
     }  # fmt: skip
     assert found["only_a"] == ["only"] and any("DoRA" in note for note in found["notes"])
 

@@ -164,11 +164,11 @@ def test_what_has_no_measure_even_with_a_base(base: Path) -> None:
     a: dict[str, Delta] = {"h.0.up.bias": bias, NAME: grown}
     found = compare(Adapter(deltas=a), Adapter(deltas={"h.0.up.bias": bias, NAME: low((20, 7), 2, 0)}), base=base)
     reasons = {row["name"]: row["reason"] for row in found["incomparable"]}
-    assert reasons["h.0.up.bias"] == "no measure for a scaled of a vector"
+    assert reasons["h.0.up.bias"] == "no measure for an (IA)³ of a vector"
     assert reasons[NAME] == "makes a tensor of another shape: found [21, 7], expected [20, 7]"
     assert [(row["name"], row["adapter"]) for row in found["intruders"]["modules"]] == [(NAME, "b")]
     unknown = compare(Adapter(deltas=a), Adapter(deltas={"h.0.up.bias": bias}))
-    assert {row["reason"] for row in unknown["incomparable"]} == {"no measure for a scaled"}
+    assert {row["reason"] for row in unknown["incomparable"]} == {"no measure for an (IA)³"}
 
 
 def test_a_peft_method_without_a_base_waits_for_one(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_peft_method_without_a_base_waits_for_one(tmp_path: Path) -> None:
     # no distance of 0 where nothing was compared
     assert {found["total"][key] for key in ("norm_a", "norm_b", "cosine", "distance")} == {None}
     assert found["notes"] == ["1 tensor has no measure and is in no total; --base may give one"]
-    assert row["reason"] == "no measure for a loha: how its weight lies only --base tells"
+    assert row["reason"] == "no measure for a LoHa: how its weight lies only --base tells"
     (row,) = compare(tmp_path / "loha", tmp_path / "loha", base=tmp_path / "base")["modules"]
     assert row["cosine"] == pytest.approx(1) and (row["rank_a"], row["column_overlap"]) == (4, pytest.approx(1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -38,6 +40,7 @@ from loratools.errors import (
 from loratools.formats import load, save
 from loratools.ops.convert import convert
 from loratools.ops.merge import merge
+from loratools.tensorfile import TensorFile
 from loratools.tensors import read_tensor, to_ref
 from tests.deltas.apply import applied
 from tests.files import peft_config, raw, read_checkpoint, write_adapter, write_checkpoint
@@ -116,6 +119,25 @@ def test_a_change_of_format_keeps_every_byte(tmp_path_factory: pytest.TempPathFa
         assert isinstance(delta, LowRank)
         factors = (delta.B, delta.A) if delta.layer != "embedding" else (delta.A.T, delta.B.T)
         assert all(bytes(ref.read()) in stored for ref in factors)
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya", "comfyui", "diffusers", "loratools"])
+def test_the_digests_are_of_the_files_as_they_lie(tmp_path: Path, format: str) -> None:
+    """Also where the header tells digests of the tensors, and is written after them; of what went in, and beside writeback."""
+    root = f"base_model.model.{'diffusion_model' if format == 'comfyui' else 'unet'}.mid"
+    tensors = {f"{root}.{n}.lora_A.weight": randn(6, 9 + n, seed=n) for n in range(3)}
+    tensors |= {f"{root}.{n}.lora_B.weight": randn(60_000, 6, seed=n) for n in range(3)}  # more than a block each
+    write_adapter(tmp_path / "a", tensors, peft_config(r=6))
+    receipt = convert(tmp_path / "a", tmp_path / "b", format=format)
+    for rows, folder in ((receipt["inputs"], Path()), (receipt["outputs"], tmp_path / "b")):
+        assert rows
+        for row in rows:
+            data = (folder / row["path"]).read_bytes()
+            assert (row["bytes"], row["blake3"]) == (len(data), blake3(data).hexdigest())
+            header = data[8 : 8 + int.from_bytes(data[:8], "little")] if row["path"].endswith(".safetensors") else None
+            assert row["header_sha256"] == (hashlib.sha256(header).hexdigest() if header is not None else None)
+    (weights,) = (tmp_path / "b").glob("*.safetensors")
+    assert receipt["digests"] == {name: blake3(bytes(ref.read())).hexdigest() for name, ref in TensorFile(weights).items()}
 
 
 def test_the_format_that_was_read_is_the_default(tmp_path: Path) -> None:
@@ -403,7 +425,7 @@ def test_a_difference_without_a_product_is_truncated(tmp_path: Path) -> None:
     given = in_memory(Full(diff=to_ref(diff), scale=0.5))
     (row,) = convert(given, tmp_path / "out", kind="lora", rank=4)["tensors"]
     assert row["error"] == pytest.approx(tail(0.5 * diff.double(), 4) / float(0.5 * diff.double().norm()), rel=1e-6)
-    with pytest.raises(OptionError, match=r"m\.weight: full is of no small rank, so it is approximated"):
+    with pytest.raises(OptionError, match=r"m\.weight: a whole-tensor delta is of no small rank, so it is approximated"):
         convert(given, tmp_path / "no", kind="lora")
 
 
@@ -419,7 +441,7 @@ def test_what_only_w_tells_of(tmp_path: Path) -> None:
     l = (1 + randn(14, seed=4)).double()  # noqa: E741
     assert torch.allclose(applied(found["m.weight"], W), W.double() * l.unsqueeze(1), rtol=0, atol=1e-6 * float(W.norm()))
     assert torch.allclose(applied(found["m.bias"], b), b.double() * l, rtol=1e-6)
-    with pytest.raises(UnsupportedError, match=r"m\.weight: scaled: what it does to a weight depends on that weight; give --base"):
+    with pytest.raises(UnsupportedError, match=r"m\.weight: an \(IA\)³ delta: what it does to a weight depends on that weight; give --b"):
         convert(Adapter({"m.weight": given["m.weight"]}), tmp_path / "no", kind="lora", rank=2)
 
 
@@ -629,7 +651,7 @@ def test_magnitudes_are_never_dropped(tmp_path: Path, kind: str) -> None:
         convert(two_doras(), tmp_path / "out.safetensors", kind=kind, **({"rank": 2} if kind == "lora" else {}))
     lines = str(raised.value).splitlines()
     assert [line.split(": ")[1] for line in lines] == ["a.weight", "b.weight"]
-    assert all("dora: " in line and line.endswith("give --base") for line in lines)
+    assert all("a DoRA delta: " in line and line.endswith("give --base") for line in lines)
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -652,8 +674,8 @@ def test_magnitudes_are_never_dropped(tmp_path: Path, kind: str) -> None:
         ({"device": "tpu"}, OptionError, "--device: found tpu"),
         ({"threads": 0}, OptionError, "--threads: found 0, expected at least 1"),
         ({"rename": ["a=b"]}, OptionError, "--rename maps names to a base's: found no --base"),
-        ({"kind": "dora"}, UnsupportedError, "m.weight: lora: the magnitudes of a DoRA are the norms of W + ΔW; give --base"),
-        ({"kind": "dense"}, UnsupportedError, "lora: a dense difference has the shape, and the orientation, of the weight; give --base"),
+        ({"kind": "dora"}, UnsupportedError, "m.weight: a LoRA delta: the magnitudes of a DoRA are the norms of W + ΔW; give --base"),
+        ({"kind": "dense"}, UnsupportedError, "a LoRA delta: a dense difference has the shape, and the orientation, of the weight; give"),
         ({"magnitude_axis": "in"}, MatchError, "--magnitude-axis, and no DoRA in it: found lora; --kind dora makes one, along this axis"),
     ],
 )  # fmt: skip
@@ -669,9 +691,9 @@ def test_what_a_delta_cannot_become(tmp_path: Path) -> None:
     scaled, stack, bare_one = Scaled(l=to_ref(torch.ones(6))), Full(diff=to_ref(torch.ones(2, 3, 4))), Full(diff=to_ref(torch.ones(6, 4)))
     conv = low((8, 3, 2, 2), 1, 0, layer="conv")
     cases: list[tuple[str, Delta, dict[str, Any], type[Exception], str]] = [
-        ("a.weight", scaled, {"kind": "dora"}, UnsupportedError, "a scaled change is no difference that could be a DoRA's direction"),
-        ("e.weight", stack, {"kind": "lora", "rank": 1}, NotExpressible, "full has no low-rank form: a stack of matrices"),
-        ("bare", bare_one, {"kind": "lora", "rank": 1}, NotExpressible, "full has no low-rank form: a bare parameter"),
+        ("a.weight", scaled, {"kind": "dora"}, UnsupportedError, "an (IA)³ change is no difference that could be a DoRA's direction"),
+        ("e.weight", stack, {"kind": "lora", "rank": 1}, NotExpressible, "a whole-tensor delta has no low-rank form: a stack of matrices"),
+        ("bare", bare_one, {"kind": "lora", "rank": 1}, NotExpressible, "a whole-tensor delta has no low-rank form: a bare parameter"),
         ("c.weight", conv, {"kind": "dora", "magnitude_axis": "in"}, NotExpressible, "a magnitude for each input channel"),
     ]
     for name, delta, options, error, text in cases:
@@ -680,11 +702,11 @@ def test_what_a_delta_cannot_become(tmp_path: Path) -> None:
         assert text in str(raised.value) and str(raised.value).startswith(name)
     direction = DoRA(direction=loha(6, 4, 1, 0), magnitude=to_ref(torch.ones(6, 1)))
     bare = DoRA(direction=_Bare(**loha(6, 4, 1, 0).refs(), scale=1.0), magnitude=to_ref(torch.ones(6, 1)))  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="a loha direction, which the other axis changes, has no rank of its own"):
+    with pytest.raises(OptionError, match="a LoHa direction, which the other axis changes, has no rank of its own"):
         convert(in_memory(bare, "a.weight"), tmp_path / "out", base=base, magnitude_axis="in")
     with pytest.raises(NotExpressible, match="in_proj_weight: peft has no DoRA of what is no layer's weight; write --format loratools"):
         convert(in_memory(replace(direction, direction=low((6, 4), 1, 0)), "in_proj_weight"), tmp_path / "out", format="peft")
-    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a DoRA of a loha direction; convert --kind lora makes"):
+    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a DoRA of a LoHa direction; convert --kind lora makes"):
         convert(in_memory(direction, "a.weight"), tmp_path / "out", format="peft")
 
 
@@ -698,7 +720,7 @@ class _Bare(LoHa):
 def test_dense_is_not_written_where_it_cannot_be_said(tmp_path: Path) -> None:
     W = weight("linear")
     given, base = in_memory(low((14, 9), 1, 0, layer="linear")), base_of(tmp_path, W)
-    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a full delta"):
+    with pytest.raises(NotExpressible, match="peft's LoRA cannot say a whole-tensor delta"):
         convert(given, tmp_path / "out", kind="dense", base=base, format="peft")
     convert(given, tmp_path / "folder", kind="dense", base=base)
     assert load(tmp_path / "folder").format == "loratools"

@@ -135,7 +135,7 @@ def test_peft_gets_the_layout_that_is_asked_for(tmp_path: Path) -> None:
 def test_a_kind_is_changed_before_a_weight_is_cut(tmp_path: Path) -> None:
     lokr = LoKr(w1=to_ref(randn(6, 1, seed=1)), w2=to_ref(randn(4, 4, seed=2)), scale=0.5)
     given = Adapter({"diffusion_model.double_blocks.0.img_attn.qkv.weight": lokr})
-    with pytest.raises(LoratoolsError, match=r"to_q\.weight: diffusers cannot say a lokr delta; convert it first: --kind lora"):
+    with pytest.raises(LoratoolsError, match=r"to_q\.weight: diffusers cannot say a LoKr delta; convert it first: --kind lora"):
         converted(tmp_path, given, format="diffusers")
     out, _ = converted(tmp_path, given, format="diffusers", kind="lora", rank=4)
     parts = load(out)
@@ -147,7 +147,7 @@ def test_a_kind_is_changed_before_a_weight_is_cut(tmp_path: Path) -> None:
 
 def test_what_cannot_be_cut_leaves_nothing(tmp_path: Path) -> None:
     columns = DoRA(direction=low(24), magnitude=to_ref(torch.ones(1, 4)))
-    with pytest.raises(NotExpressible, match=r"img_attn\.qkv\.weight: a dora delta along the inputs.*convert --kind lora"):
+    with pytest.raises(NotExpressible, match=r"img_attn\.qkv\.weight: a DoRA delta along the inputs.*convert --kind lora"):
         converted(tmp_path, Adapter({"diffusion_model.double_blocks.0.img_attn.qkv.weight": columns}), format="diffusers")
     assert not (tmp_path / "out.safetensors").exists()
 

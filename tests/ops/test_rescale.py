@@ -158,7 +158,7 @@ def test_dora_keeps_its_magnitude_and_function(tmp_path: Path) -> None:
     assert isinstance(found, DoRA)
     assert torch.equal(dense(found), dense(given[NAME]))
     assert torch.equal(read_tensor(found.magnitude), magnitude)
-    with pytest.raises(UnsupportedError, match=r"h\.0\.up\.weight: --by on a dora delta"):
+    with pytest.raises(UnsupportedError, match=r"h\.0\.up\.weight: --by on a DoRA delta"):
         rescale(given, tmp_path / "two", by=2)
     assert not (tmp_path / "two").exists()
 

@@ -509,9 +509,9 @@ def test_what_cannot_be_subtracted_is_refused(tmp_path: Path) -> None:
     saved = peft_config(target_modules=["none"], modules_to_save=["norm"])
     norm = write_adapter(tmp_path / "norm", {f"{ROOT}model.norm.weight": torch.zeros(160)}, saved)
     merge(base, dora, tmp_path / "merged")
-    with pytest.raises(NotInvertible, match=r"a dora cannot be taken off by subtracting: found changes of 3 tensors .* --reversible"):
+    with pytest.raises(NotInvertible, match=r"a DoRA delta cannot be taken off by subtracting: found changes of 3 tensors .* --reversible"):
         unmerge(tmp_path / "merged", tmp_path / "near", adapters=dora, approximate=True)
-    with pytest.raises(NotInvertible, match=r"model\.norm\.weight: a replacement cannot be taken off"):
+    with pytest.raises(NotInvertible, match=r"model\.norm\.weight: a replacement delta cannot be taken off"):
         unmerge(tmp_path / "merged", tmp_path / "near", adapters=norm, approximate=True)
     with pytest.raises(OptionError, match="--approximate needs the adapters"):
         unmerge(tmp_path / "merged", tmp_path / "near", approximate=True)

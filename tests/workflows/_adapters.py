@@ -18,7 +18,7 @@ from loratools.deltas.residual import Residual
 from loratools.deltas.rotated import Rotated
 from loratools.deltas.rows import Rows
 from loratools.deltas.scaled import Scaled
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import to_ref
 from tests.files import peft_config, write_adapter, write_checkpoint
 from tests.ops._bases import ROOT

@@ -14,6 +14,7 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
+from loratools.deltas.terms import term
 from loratools.effect import Effect
 from loratools.errors import LoratoolsError
 from loratools.formats.reading import Reading
@@ -21,7 +22,7 @@ from loratools.ops._base import Base
 from loratools.ops._beside import change_norm
 from loratools.ops.inspect import inspect
 from loratools.receipt import adapter_history
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 TOP = 32  # singular values of a module that a page shows
 SMALL = 1 << 22  # elements of a change without factors up to which it is decomposed as a whole
@@ -105,8 +106,8 @@ def _why(row: Mapping[str, Any], delta: Delta, weight: Ref | None) -> str:
     if isinstance(delta, Additive):
         return "its values are not all finite"
     if weight is None:
-        return f"what a {row['kind']} changes depends on the base, which --base gives"
-    return f"no measure for a {row['kind']}"
+        return f"what {term(row['kind'])} changes depends on the base, which --base gives"
+    return f"no measure for {term(row['kind'])}"
 
 
 def _unseen(row: Mapping[str, Any], delta: Delta) -> str:
@@ -116,7 +117,7 @@ def _unseen(row: Mapping[str, Any], delta: Delta) -> str:
     if isinstance(delta, Full | Replacement):
         return "a tensor that is stored whole is not decomposed"
     if not isinstance(delta, Additive):
-        return f"what a {row['kind']} changes is no difference of its own, and is not decomposed"
+        return f"what {term(row['kind'])} changes is no difference of its own, and is not decomposed"
     if size > SMALL:
         return f"the change has no factors, and its {size:,} elements are more than the {SMALL:,} that are decomposed whole"
     return "its values are not all finite"

@@ -63,8 +63,8 @@ def test_a_dora_has_the_spectrum_of_its_direction(tmp_path: Path) -> None:
 
 
 WHY = {
-    "rotated": ("why", "what a rotated changes depends on the base, which --base gives"),
-    "scaled": ("why", "what a scaled changes depends on the base, which --base gives"),
+    "rotated": ("why", "what an OFT changes depends on the base, which --base gives"),
+    "scaled": ("why", "what an (IA)³ changes depends on the base, which --base gives"),
     "saved": ("unseen", "a tensor that is stored whole is not decomposed"),
     "full": ("unseen", "a tensor that is stored whole is not decomposed"),
     "bias": ("unseen", "a vector has no singular values"),

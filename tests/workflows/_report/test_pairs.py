@@ -62,7 +62,7 @@ def test_doras_with_a_base_are_compared_by_what_they_make_of_it(on: Base) -> Non
 
 def test_what_has_no_common_measure_is_told_with_its_reason(on: Base) -> None:
     (pair,) = pairs([of(), MADE["scaled"]()], None, 1, lambda more: None)
-    assert pair["incomparable"] == [{"name": Q, "reason": "a lora beside a scaled"}]
+    assert pair["incomparable"] == [{"name": Q, "reason": "a LoRA beside an (IA)³"}]
     assert {row["name"] for row in pair["modules"]} == set(SHAPES) - {Q}
     (pair,) = pairs([on.resolve(of()), on.resolve(MADE["scaled"]())], on, 1, lambda more: None)
     assert pair["incomparable"] == [] and len(pair["modules"]) == 3
