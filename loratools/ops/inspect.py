@@ -129,7 +129,9 @@ def _adapter(
             warnings += [f"{name}: {text}" for text in found.odd]
             drift |= {name: found.each} if found.each else {}
     if spectra and base is not None:
-        norms, odd = _beside(adapter, base, weights, rows, progress)
+        from loratools.ops._beside import on_base
+
+        norms, odd = on_base(adapter, base, weights, rows, progress)
         rows, warnings = {name: row | norms[name] for name, row in rows.items()}, warnings + odd
     if target is not None:
         _draw(target, str(path), asked, adapter, rows, drift, on_base=base is not None and not base.quantization)
@@ -149,18 +151,6 @@ def _adapter(
         "values_checked": values or spectra,
         "warnings": warnings,
     }
-
-
-def _beside(
-    adapter: Adapter, base: Checkpoint, weights: Mapping[str, Ref], rows: Mapping[str, Any], progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, dict[str, float | None]], list[str]]:
-    """Norms of the changes and of the weights, and what kept them from being taken; of a quantised base no weight is read."""
-    from loratools.ops._beside import UNKNOWN, beside
-    from loratools.plan import supplied
-
-    if base.quantization:
-        return {name: dict(UNKNOWN) for name in adapter}, []
-    return beside({name: supplied(name, delta, base) for name, delta in adapter.items()}, weights, rows, progress)
 
 
 def _draw(
