@@ -19,6 +19,7 @@ from loratools.layouts.relayout import Relayout, relayout_of
 from loratools.listing import Listing, listing
 from loratools.refs import Ref, Spec, origin
 from loratools.resolution import Told, resolve
+from loratools.source.handles import name_of
 from loratools.tensorfile import identity
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Adapter(Mapping[str, Delta]):
         return self._listing().rich()
 
     def _listing(self) -> Listing:
-        return listing(self.deltas, path=self.path, format=self.format, parameters=self.parameters)
+        return listing(self.deltas, path=self.path and name_of(self.path), format=self.format, parameters=self.parameters)
 
     @property
     def parameters(self) -> int:

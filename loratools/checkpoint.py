@@ -18,9 +18,12 @@ from loratools.dequantize import Plain, dequantized, known
 from loratools.errors import LoratoolsError, MatchError, QuantizedError, raise_all
 from loratools.families import Family
 from loratools.jsonfile import read_json
+from loratools.needed import RECEIPT as RECEIPT
+from loratools.needed import of_model
 from loratools.quantized import method, scheme
 from loratools.refs import Ref, Spec
 from loratools.rewrite import Change, Rewritten, rewrite
+from loratools.source import local
 from loratools.tensorfile import TensorFile, WeightFile
 from loratools.torchfile import PICKLES, TorchFile
 from loratools.weightfiles import is_index, model_file, weight_map
@@ -29,15 +32,16 @@ _SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # tran
 
 
 class Checkpoint(Mapping[str, Ref]):
-    """A base model's tensors by name, not read yet.
+    """A base model's tensors by name, not read yet, from a folder, a file or a repository on the Hub, which is downloaded.
 
     `notes` are what a person should be told of its files; `shared` the sets of names that stand for one tensor in a pickle and
     are written as a tensor each. Raises FormatError for a header, index or pickle that lies, MatchError for a tensor that is not
-    where the index says, AmbiguousError for a folder with several models, UnsupportedError for one with weights of other kinds.
+    where the index says, AmbiguousError for a folder with several models, UnsupportedError for one with weights of other kinds, and what
+    `source.local` raises.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = local(path, of_model)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         name = model_file(self.path)
         self.index_name = name if is_index(name) else None

@@ -18,6 +18,7 @@ from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
 from loratools.flatnames import PARTS
 from loratools.formats._digests import resealed
+from loratools.formats._refused import passengers
 from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats._spelt import carried, pack, spelt_tensors
 from loratools.formats.base import Container, ReadOptions
@@ -80,7 +81,7 @@ def encode(adapter: Adapter) -> Container:
     Raises NotExpressible for flat names, which only a base gives back their dots, for other parts of a pipeline, and for what the
     suffixes cannot say.
     """
-    faults: list[LoratoolsError] = [NotExpressible("ComfyUI's files have no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "ComfyUI's files have")
     if adapter.flat:
         fact, remedy = "where its name has dots only the base tells", "give the base with --base"
         faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]

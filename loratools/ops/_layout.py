@@ -53,7 +53,7 @@ def _either(adapter: Adapter) -> bool:
 
 
 # of formats that have names of one side alone, which
-_SIDES = {"diffusers": "diffusers", "comfyui": "original", "kohya": "original"}
+_SIDES = {"diffusers": "diffusers", "cloneofsimo": "diffusers", "comfyui": "original", "kohya": "original", "xlabs": "original"}
 
 
 def _planned(adapter: Adapter, side: str, base: Mapping[str, Spec] | None, network: str | None) -> Relayout:

@@ -21,6 +21,7 @@ from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
 from loratools.ops._converting import Conversion
 from loratools.ops._layout import layout_for, stacked
+from loratools.ops._saved import with_biases
 from loratools.output import check_output, whole
 from loratools.planning import split_renames
 from loratools.receipt import Receipt, adapter_history, add_sha256, receipt_path
@@ -76,6 +77,7 @@ def convert(
     on = None if base is None else Base(base, reading)
     source = given if on is None else stacked(given.resolve(on.specs, on.family, renames=split_renames(rename)), on.specs)
     written = format_of(format or ("loratools" if kind == "dense" else None), given)
+    source, whole_modules = with_biases(source, on) if written == "peft" else (source, [])
     relayout, said = layout_for(source, written, layout, None if on is None else on.specs, network)
     work, count = Conversion(source, on, options), options.threads
     with workers.single_threaded_blas(options.device == "cpu"):
@@ -84,10 +86,12 @@ def convert(
         made = work.adapter() if options.changes else source
         laid = made if relayout is None else made.relaid(relayout)
         with whole(target) as place:
-            receipt.digests = write_container(encode(laid, written), place)
+            encoded = encode(laid, written)
+            receipt.digests = write_container(encoded, place)
             fill_files(receipt, place, [given])
             receipt.inputs += [on.input(count)] if on is not None else []
-            receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(), *([said] if said else [])]
+            told = [*source.notes, *work.notes(), *([said] if said else []), *whole_modules, *encoded.notes]
+            receipt.tensors, receipt.notes = work.rows(), told
             receipt.expected, receipt.applied = len(source), len(made)
             receipt.history = adapter_history(given)
             if sha256:

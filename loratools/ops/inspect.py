@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -31,7 +31,7 @@ from loratools.pipeline import open_checkpoint
 from loratools.refs import Ref
 from loratools.source import headers
 from loratools.source.handles import size_at
-from loratools.weightfiles import SINGLE, is_index
+from loratools.weightfiles import PIPELINE, SINGLE, holds_model, is_index
 
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
 
@@ -44,6 +44,7 @@ def inspect(
     values: bool = False,
     spectra: bool = False,
     plot: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
     **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What a file or folder holds, as plain JSON values; spec/cli.md names the fields.
@@ -51,9 +52,9 @@ def inspect(
     Only headers are read, without torch, unless `values` (zero factors, non-finite values) or `spectra` (singular values and norms,
     which implies `values`) ask for the data. `base` joins the adapter's names and shapes with a checkpoint's; of a DoRA it is read,
     to tell how far the magnitudes moved from the base's norms and which norms they fit. `plot` draws to a .png, .svg or .pdf file, as
-    spec/pictures.md tells, and implies `spectra`; with `base` every weight that the adapter changes is read for it. Raises what
-    reading raises, OptionError for `base`, `spectra` or `plot` on a checkpoint and for a picture of nothing, MissingExtra without
-    matplotlib.
+    spec/pictures.md tells, and implies `spectra`. With `spectra` and `base` every weight that the adapter changes is read, to tell
+    each change's share of it; `progress` is told (bytes of them done, bytes in all). Raises what reading raises, OptionError for
+    `base`, `spectra` or `plot` on a checkpoint and for a picture of nothing, MissingExtra without matplotlib.
 
     >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
     0.06
@@ -61,13 +62,14 @@ def inspect(
     target = None if plot is None else checked(plot, paths(reading, [path], base))
     values, spectra = values or target is not None, spectra or target is not None
     with headers(path) as place:
-        report = _told(path if values or spectra else place, place, base, values, spectra, target, reading)
+        report = _told(path if values or spectra else place, place, base, values, spectra, target, progress, reading)
     return report | {"path": str(path)}
 
 
 def _told(
-    path: str | Path, seen: Path, base: str | Path | None, values: bool, spectra: bool, target: Path | None, reading: Reading
-) -> dict[str, Any]:
+    path: str | Path, seen: Path, base: str | Path | None, values: bool, spectra: bool, target: Path | None,
+    progress: Callable[[int, int], None] | None, reading: Reading,
+) -> dict[str, Any]:  # fmt: skip
     """The report on what lies at `path`; `seen` is where its headers can be read, as those of `base`."""
     if not seen.exists():
         raise FormatError("no such file or folder", file=seen)
@@ -81,13 +83,13 @@ def _told(
     globs = Family({}, tuple(reading["embedding"]), tuple(reading["transposed"]))
     with nullcontext(base) if base is None or values or spectra else headers(base) as below:
         checkpoint = open_checkpoint(below) if below is not None else None
-        return _adapter(adapter, seen, checkpoint, globs, values, spectra, target)
+        return _adapter(adapter, seen, checkpoint, globs, values, spectra, target, progress)
 
 
 def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
-        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*"))
+        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*")) or holds_folders(path)
     if path.name in SINGLE or is_index(path.name):
         return False
     if path.suffix == ".json":
@@ -97,12 +99,18 @@ def holds_adapter(path: Path) -> bool:
     return any(row.detect(container) for row in FORMATS) or marked > len(container.tensors) / 2
 
 
+def holds_folders(path: Path) -> bool:
+    """Whether it is no model, and adapters lie in its folders, one of which must be named."""
+    return any(path.glob(f"*/{CONFIG}")) and not (path / PIPELINE).is_file() and not holds_model(path)
+
+
 # -- an adapter
 
 
 def _adapter(
-    adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None
-) -> dict[str, Any]:
+    adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:  # fmt: skip
     warnings = as_a_whole(adapter) + unfetched(adapter)
     weights: Mapping[str, Ref] = {}
     asked, drift = adapter, dict[str, list[float]]()
@@ -122,8 +130,11 @@ def _adapter(
             rows[name] |= found.told
             warnings += [f"{name}: {text}" for text in found.odd]
             drift |= {name: found.each} if found.each else {}
+    if spectra and base is not None:
+        norms, odd = _beside(adapter, base, weights, rows, progress)
+        rows, warnings = {name: row | norms[name] for name, row in rows.items()}, warnings + odd
     if target is not None:
-        _draw(target, str(path), asked, adapter, base, weights, rows, drift)
+        _draw(target, str(path), asked, adapter, rows, drift, on_base=base is not None and not base.quantization)
     base_parameters = sum(spec.numel for spec in base.specs.values()) if base is not None else None
     return {
         "path": str(path),
@@ -142,21 +153,26 @@ def _adapter(
     }
 
 
-def _draw(
-    target: Path, title: str, asked: Adapter, joined: Adapter, base: Checkpoint | None, weights: Mapping[str, Ref],
-    rows: Mapping[str, Any], drift: Mapping[str, list[float]],
-) -> None:  # fmt: skip
-    """The picture of an adapter, and of its weights where a base has them in numbers."""
-    from loratools.ops._page import draw
-    from loratools.ops._pictures import adapter_page
+def _beside(
+    adapter: Adapter, base: Checkpoint, weights: Mapping[str, Ref], rows: Mapping[str, Any], progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, dict[str, float | None]], list[str]]:
+    """Norms of the changes and of the weights, and what kept them from being taken; of a quantised base no weight is read."""
+    from loratools.ops._beside import UNKNOWN, beside
     from loratools.plan import supplied
 
-    deltas: Mapping[str, Delta] = joined
-    if base is not None and not base.quantization:
-        deltas = {name: supplied(name, delta, base) for name, delta in joined.items()}
-    else:
-        weights = {}
-    draw(target, adapter_page(title, asked, deltas, weights, rows, drift))
+    if base.quantization:
+        return {name: dict(UNKNOWN) for name in adapter}, []
+    return beside({name: supplied(name, delta, base) for name, delta in adapter.items()}, weights, rows, progress)
+
+
+def _draw(
+    target: Path, title: str, asked: Adapter, joined: Adapter, rows: Mapping[str, Any], drift: Mapping[str, list[float]], *, on_base: bool
+) -> None:
+    """The picture of an adapter; its changes are shares of the weights where a base has these in numbers."""
+    from loratools.ops._page import draw
+    from loratools.ops._pictures import adapter_page
+
+    draw(target, adapter_page(title, asked, joined, rows, drift, on_base=on_base))
 
 
 def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Ref], list[str]]:
