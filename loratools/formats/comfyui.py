@@ -86,8 +86,8 @@ def encode(adapter: Adapter) -> Container:
         fact, remedy = "where its name has dots only the base tells", "give the base with --base"
         faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]
     raise_all(faults)
-    bare = {name: f"{name}.weight" for name in adapter if not name.endswith((".weight", ".bias"))}  # a parameter that is no module's
-    spelt = replace(adapter, deltas={bare.get(name, name): delta for name, delta in adapter.items()}) if bare else adapter
+    bare = {name for name in adapter if name.rpartition(".")[2] not in ("weight", "bias")}  # parameters that are no module's
+    spelt = replace(adapter, deltas={f"{name}.weight" if name in bare else name: delta for name, delta in adapter.items()})
     tensors = spelt_tensors(spelt, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
     metadata = carried(adapter)
     return Container(tensors, metadata, seal=resealed(metadata))
