@@ -396,3 +396,14 @@ def test_an_adapter_of_one_of_pefts_methods_stays_of_it(format: str, tmp_path: P
     assert {row["kind"] for row in receipt["tensors"]} == {"loha"} and {row["error"] for row in receipt["tensors"]} == {0.0}
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
     assert loratools.check(tmp_path / "out", "peft")["clean"]
+
+
+@pytest.mark.parametrize("target", ["vllm", "mlx"])
+def test_layers_get_the_model_that_a_runtime_has_them_under(target: str, tmp_path: Path) -> None:
+    """peft's names of an adapter of LlamaModel, which is not LlamaForCausalLM, have no `model.`"""
+    save(Adapter({name.removeprefix("model."): delta for name, delta in of().items()}), tmp_path / "a")
+    assert {row["rule"] for row in loratools.check(tmp_path / "a", target)["findings"]} >= {"root"}
+    receipt = loratools.fit(tmp_path / "a", tmp_path / "out", target)
+    assert set(load(tmp_path / "out")) == set(SHAPES) == set(rows_of(receipt))
+    for name, delta in load(tmp_path / "out").items():
+        assert torch.equal(dense(delta), dense(of()[name]))
