@@ -164,16 +164,9 @@ def _arrays(path: Path) -> UnsupportedError:
 
 
 def _weights_in(folder: Path) -> Path:
-<<<<<<< HEAD
-    if (folder / "model.lora_weights.npy").is_file():
-        fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
-        raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
-    found = [folder / name for name in (*_OWN, *WEIGHTS) if (folder / name).is_file()]
-=======
     if (folder / ARRAYS[0]).is_file():
         raise _arrays(folder)
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
->>>>>>> main
+    found = [folder / name for name in (*_OWN, *WEIGHTS) if (folder / name).is_file()]
     if not found:
         refuse_ranks(folder, [str(path.relative_to(folder)) for path in (*folder.glob("*/model_weights.ckpt"), *folder.glob("*.distcp"))])
     if found:

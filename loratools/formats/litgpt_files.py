@@ -54,20 +54,9 @@ def hyperparameters(adapter: Adapter, rank: int, alpha: float, modules: Sequence
     """hyperparameters.yaml of what is written. Raises NotExpressible where blocks have LoRA on different modules."""
     kinds: dict[str, list[Module]] = {}
     for module in modules:
-<<<<<<< HEAD
-        kind = re.sub(r"(?<=\.)\d+(?=\.)", "{}", module.name)  # the 1 of fc_1 is none
-        slots.setdefault(kind, set()).add(tuple(sorted(module.pieces)))
-        counts[kind] = counts.get(kind, 0) + 1
-    blocks = {kind: count for kind, count in counts.items() if kind.startswith("transformer.") and ".experts." not in kind}
-    if any(len(found) > 1 for found in slots.values()) or len(set(blocks.values())) > 1:
-        found = ", ".join(f"{count} {kind.removeprefix('transformer.h.{}.')}" for kind, count in blocks.items())
-        raise NotExpressible("litgpt has LoRA on the same modules of every block", file=adapter.path, found=found)
-    fused = next((next(iter(found)) for kind, found in slots.items() if kind.endswith(".attn.qkv")), ())
-=======
         kinds.setdefault(template_of(module.name), []).append(module)
     _check_even(adapter, kinds)
     fused = next((tuple(found[0].pieces) for kind, found in kinds.items() if kind.endswith(".attn.qkv")), ())
->>>>>>> main
     source = adapter.metadata.get("peft", {}).get("base_model_name_or_path")
     told: dict[str, Any] = {
         "checkpoint_dir": f"checkpoints/{source}" if source else "checkpoints",

@@ -18,11 +18,8 @@ from loratools.deltas.compose import Stacked
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible
 from loratools.formats._experts import apart
-<<<<<<< HEAD
 from loratools.formats._heads import text_config
-=======
 from loratools.formats._refused import BAKE, KEPT, RESIZE
->>>>>>> main
 from loratools.formats._stack import Stack
 from loratools.refs import Ref
 

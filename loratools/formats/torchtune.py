@@ -18,11 +18,7 @@ from typing import Any
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
-<<<<<<< HEAD
-from loratools.formats._heads import rows_of, text_config
-=======
-from loratools.formats._heads import Heads, rows_of
->>>>>>> main
+from loratools.formats._heads import Heads, rows_of, text_config
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, picked
 from loratools.formats._refused import BAKE, RESIZE
