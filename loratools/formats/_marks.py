@@ -19,8 +19,11 @@ LOOKS = {
     "cloneofsimo": r"\w+:\d+:(up|down)|<.+>",
     "samlora": r"w_[ab]_\d+|fc_\d+in_\d+out",
     "xlabs": r"(.*\.)?(double|single)_blocks\.\d+\.processor\..*",
+    "torchtune": r".*\.(lora_[ab]\.weight|magnitude)",
+    "litgpt": r"transformer\.h\.\d+\.(attn|mlp)\..*\.lora_[AB]|lm_head\.lora_[AB]",
     "nemo": r".*\.adapter(_layer)?\.(.*\.)?(linear_(in|out)\.weight|weight_magnitude)",
     "gguf": r".*\.weight\.lora_[ab]",
+    "trtllm": r"(model\.)?lora_(weights|config)",
 }
 # what a file needs beside such keys before it is one of the format's
 NEEDS = {
@@ -28,6 +31,10 @@ NEEDS = {
     "loralib": "lora_A and lora_B of a module",
     "kohya": "a prefix such as lora_unet_ or lora_te_",
     "mlx": "MLX's adapter_config.json beside it",
+    "torchtune": "lora_a.weight of a module",
+    "litgpt": "lora_A of a module that litgpt's network has",
+    "gguf": "a .gguf file, whose fields tell the architecture",
+    "trtllm": "the adapter that it was made of: it has neither names nor shapes",
     "scratch": "lora.A and lora.B of a module",
 }
 

@@ -26,6 +26,7 @@ from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
 LITGPT = ".pth.lora"
+ARRAYS = ("model.lora_weights.npy", "model.lora_config.npy")  # of TensorRT-LLM
 SIDES = ("config.json", "hyperparameters.yaml", "model_config.yaml", "run_config.yaml")  # which trainers leave beside
 WEIGHTS = (
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
@@ -128,6 +129,8 @@ def open_container(path: str | Path) -> Container:
     path = local(path, of_adapter)
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
+    if path.name in ARRAYS:
+        raise _arrays(path)
     weights = _weights_in(path) if path.is_dir() else path
     beside = weights.parent / CONFIG
     config = read_json(beside) if beside.is_file() else None
@@ -154,10 +157,14 @@ def of_adapter(path: Path) -> list[Path]:
     return [weights, *(file for name in names if (file := weights.parent / name).is_file() and file != weights)]
 
 
+def _arrays(path: Path) -> UnsupportedError:
+    fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
+    return UnsupportedError(fact, file=path, remedy="give the adapter it was made of")
+
+
 def _weights_in(folder: Path) -> Path:
-    if (folder / "model.lora_weights.npy").is_file():
-        fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
-        raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
+    if (folder / ARRAYS[0]).is_file():
+        raise _arrays(folder)
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         refuse_ranks(folder, [str(path.relative_to(folder)) for path in (*folder.glob("*/model_weights.ckpt"), *folder.glob("*.distcp"))])

@@ -23,6 +23,7 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExp
 from loratools.families import EMBEDDINGS, Family, matches
 from loratools.formats._derived import member
 from loratools.formats._mixed import mixed
+from loratools.formats._refused import BAKE, RESIZE, passengers
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.mlx_experts import factors, stacks
@@ -154,7 +155,7 @@ def encode(adapter: Adapter) -> Container:
 
     Raises NotExpressible for differing ranks or scales (`resize --rank`, `rescale --bake` make them one) and for kinds it lacks.
     """
-    faults: list[LoratoolsError] = [NotExpressible("MLX has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "MLX has")
     tensors: dict[str, Ref] = {}
     scales: dict[str, float] = {}
     ranks: dict[str, float] = {}
@@ -192,8 +193,8 @@ def encode(adapter: Adapter) -> Container:
     doras = [name for name, delta in deltas.items() if isinstance(delta, DoRA)]
     faults += mixed(doras, [name for name in deltas if name not in doras], "MLX's fine_tune_type holds for the whole adapter")
     raise_all(faults)
-    rank = int(only(ranks, "MLX has one rank for all modules: resize --rank makes it one"))
-    scale = only(scales, "MLX has one scale for all modules: rescale --bake makes it one")
+    rank = int(only(ranks, "MLX has one rank for all modules", RESIZE))
+    scale = only(scales, "MLX has one scale for all modules", BAKE)
     carried = dict(adapter.metadata.get(NAME, {}))
     keys = sorted({re.sub(r"^.*?\.\d+\.", "", name.removesuffix(".weight")) for name in deltas})
     config = {

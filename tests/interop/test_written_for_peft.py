@@ -20,7 +20,9 @@ from loratools.formats import encode
 from loratools.formats.base import write_container
 from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
-from tests.formats.matrix import IN, KINDS, LAYERS, MANY, OUT, ROWS, Draw, cell, low, options_of, row_of
+from tests.formats.cells import cell
+from tests.formats.matrix import IN, KINDS, LAYERS, MANY, OUT, ROWS, Draw, low
+from tests.formats.places import options_of, row_of
 from tests.formats.test_matrix import WRITTEN
 from tests.strategies import randn
 
