@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError, UsageError
+from loratools.errors import FormatError, LoratoolsError, NotExpressible, OptionError, UnsupportedError, UsageError
 from loratools.formats import (
     cloneofsimo,
     cloneofsimo_encode,
@@ -105,7 +105,10 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     if counted is not None and row.name != adapter.format:
         fact = "its file counts modules instead of naming them, and which this is only the base tells"
         raise NotExpressible(fact, file=adapter.path, tensor=counted, remedy="convert --base gives it the model's names")
-    return row.encode(adapter)
+    try:
+        return row.encode(adapter)
+    except LoratoolsError as error:
+        raise error.at(file=adapter.path) from None
 
 
 _COUNTED = re.compile(r"\w+:\d+\.weight")  # a module's place in the order of a file that has no names

@@ -19,6 +19,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.padded import Padded
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
+from loratools.errors import ShapeError
 from loratools.formats._module import Slots, check_tail, matrix
 from loratools.formats._scalar import whole_numbers
 from loratools.formats._turned import glora, own_rotations, rotations
@@ -30,6 +31,9 @@ def _lora(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     check_tail(up, slots.keys["lora_up.weight"])
     if mid is not None:
         check_tail(down, slots.keys["lora_down.weight"])
+        if len(set(mid.spec.shape[:2])) > 1:  # of two ranks nothing tells which alpha is divided by
+            expected = "[r, r, *kernel]"
+            raise ShapeError("not a core of one rank", tensor=slots.keys["lora_mid.weight"], found=list(mid.spec.shape), expected=expected)
         return _padded(slots, _decomposed(slots, Tucker(up=matrix(up), mid=mid, down=matrix(down), alpha=scale)))
     low = LowRank(A=down, B=matrix(up), alpha=scale, layer="conv" if len(down.spec.shape) > 2 else "linear")
     bias = slots.get("lora_bias")

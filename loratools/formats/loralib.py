@@ -186,7 +186,7 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
     if not isinstance(delta, LowRank) or leaf != "weight":
         raise NotExpressible(f"loralib cannot say {delta.called} delta", remedy=f"convert it first: --kind lora; {_KEPT}")
     A, B, rank = delta.A, delta.B, delta.rank
-    if delta.layer == "conv" or len(A.spec.shape) > 2:
+    if len(A.spec.shape) > 2:
         A, B, rank = _as_loralib(delta)
         module = module.removesuffix(".conv") if module.endswith(".conv") else module
     elif delta.layer in ("embedding", "transposed"):

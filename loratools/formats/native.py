@@ -21,9 +21,10 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.seeded import Bank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
+from loratools.formats._derived import Derived
 from loratools.formats._typed import described, fits
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref, identity
+from loratools.tensorfile import InFile, InMemory, Ref, Reshaped, Transposed, identity
 
 NAME = "loratools"
 KEY = "loratools.adapter"  # metadata
@@ -114,10 +115,15 @@ class _Writing:
 
 
 def _sameness(ref: Ref) -> object:
-    """What is equal for two views that hold the same bytes in the same order and shape, as far as that is known without reading."""
-    inner = getattr(ref, "origin", None)
-    made = getattr(ref, "make", None)  # what rearranges elements is known to itself alone
-    return (identity(ref), ref.spec) if inner is None else (_sameness(inner), ref.spec, type(ref).__name__, made and id(made))
+    """What is equal for two views that hold the same bytes in the same order and shape, as far as that is known without reading.
+
+    A view that picks some of a tensor's elements is like none but itself: two slices of one size hold other bytes.
+    """
+    if isinstance(ref, Reshaped | Transposed):
+        return (_sameness(ref.origin), ref.spec, type(ref).__name__)
+    if isinstance(ref, Derived):  # what rearranges elements is known to itself alone
+        return (_sameness(ref.origin), ref.spec, id(ref.make))
+    return (identity(ref), ref.spec) if isinstance(ref, InFile | InMemory) else id(ref)
 
 
 # -- reading

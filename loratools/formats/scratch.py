@@ -27,6 +27,7 @@ from loratools.tensorfile import Ref
 
 NAME = "scratch"
 SCALE = "loratools.scale"  # metadata of files that loratools writes
+DORA = "loratools.scratch_dora"
 SCALES = ("alpha", "alpha/r")
 DORAS = ("merged", "output")
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?(?P<slot>lora\.A|lora\.B|linear\.weight|linear\.bias|m)")
@@ -48,11 +49,12 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     try:
         modules, others = _sort(container.tensors)
         alpha, scale = _scale(container, options)
+        dora = _word(options.scratch_dora, container, DORA, DORAS)
         deltas: dict[str, Delta] = {}
         faults: list[LoratoolsError] = []
         for name, module in modules.items():
             try:
-                deltas |= module.deltas(name, alpha, scale, options.scratch_dora)
+                deltas |= module.deltas(name, alpha, scale, dora)
             except LoratoolsError as error:
                 faults.append(error.at(tensor=_join(name, "lora.A")))
         for name, ref in others.items():
@@ -141,10 +143,15 @@ def _scale(container: Container, options: ReadOptions) -> tuple[float, str]:
     alpha = options.alpha if options.alpha is not None else number(container.metadata, ALPHA)
     if alpha is None:
         raise AmbiguousError("alpha is not in the file: it is an attribute of the tutorial's class", remedy="give it with --alpha-in A")
-    scale = options.scale or container.metadata.get(SCALE, "alpha")
-    if scale not in SCALES:
-        raise FormatError("scale", found=scale, expected=" or ".join(SCALES))
-    return alpha, scale
+    return alpha, _word(options.scale, container, SCALE, SCALES) or "alpha"
+
+
+def _word(given: str | None, container: Container, key: str, known: tuple[str, ...]) -> str | None:
+    """The option, else what the metadata of a file that loratools wrote says."""
+    word = given or container.metadata.get(key)
+    if word not in (None, *known):
+        raise FormatError(key.removeprefix("loratools."), found=word, expected=" or ".join(known))
+    return word
 
 
 def encode(adapter: Adapter) -> Container:
@@ -165,7 +172,8 @@ def encode(adapter: Adapter) -> Container:
         faults.append(NotExpressible("no low-rank change to write", tensor=next(iter(adapter), None), remedy=_REMEDY))
     raise_all(faults)
     alpha = only(scalings, "the tutorial's classes share one alpha, and the scaling is alpha itself")
-    return Container(tensors, {ALPHA: repr(alpha), SCALE: "alpha"})
+    doras = {DORA: "merged"} if any(key == "m" or key.endswith(".m") for key in tensors) else {}
+    return Container(tensors, {ALPHA: repr(alpha), SCALE: "alpha", **doras})
 
 
 _REMEDY = "convert it first: --kind lora; --format loratools keeps it"

@@ -255,6 +255,14 @@ TWICE: list[tuple[str, str, dict[str, torch.Tensor], str]] = [
         "another root", "xlabs", {"diffusion_model.double_blocks.0.processor.proj_lora1.up.weight": torch.ones(4, 2)},
         "double_blocks.0.processor.proj_lora1.up.weight: the same tensor twice under two spellings",
     ),
+    (
+        "a core of two ranks", "kohya",
+        {
+            "lora_unet_x.lora_mid.weight": torch.ones(2, 3, 3, 3), "lora_unet_x.lora_down.weight": torch.ones(3, 4, 1, 1),
+            "lora_unet_x.lora_up.weight": torch.ones(5, 2, 1, 1),
+        },
+        "lora_unet_x.lora_mid.weight: not a core of one rank: found [2, 3, 3, 3], expected [r, r, *kernel]",
+    ),
     ("mid alone", "kohya", {"lora_unet_x.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "lora_mid.weight: has no lora_down.weight beside it"),
     ("half a LoHa", "kohya", {"lora_unet_x.hada_w1_a": torch.ones(4, 2)}, "lora_unet_x.hada_w1_a: has no hada_w1_b beside it"),
     ("half a LoKr", "kohya", {"lora_unet_x.lokr_w2": torch.ones(4, 2)}, "lora_unet_x.lokr_w2: has no lokr_w1 beside it"),

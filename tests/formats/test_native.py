@@ -27,7 +27,9 @@ from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeE
 from loratools.formats import FORMATS, encode, load, save
 from loratools.formats._typed import known
 from loratools.formats.base import Container, open_container, write_container
+from loratools.formats.gguf_rows import Member
 from loratools.formats.native import KEY, classes, decode
+from loratools.sliced import Sliced
 from loratools.tensorfile import Ref, Spec
 from loratools.tensors import to_ref
 from tests.files import peft_config, raw, write_adapter
@@ -140,6 +142,19 @@ def test_every_kind_of_delta_has_fields_that_can_be_said() -> None:
     """A kind that is added later is written without a line of its own; what its fields may be is decided here."""
     unknown = [f"{kind}.{one.name}" for kind, cls in classes().items() for one in fields(cls) if not known(get_type_hints(cls)[one.name])]
     assert not unknown and {"LowRank", "DoRA", "Full", "Replacement", "Chain", "Part", "Stacked"} <= classes().keys()
+
+
+def test_slices_of_one_tensor_that_are_alike_in_size_are_each_their_own(tmp_path: Path) -> None:
+    """A fused weight's q, k and v, an expert's factors, a member of a stack: pieces of one tensor, all of one shape."""
+    whole, stack = to_ref(randn(6, 4, seed=0)), to_ref(randn(3, 2, 4, seed=1))
+    pieces = {f"rows {start}": Sliced(whole, slice(start, start + 2)) for start in (0, 2, 4)}
+    pieces |= {f"columns {start}": Sliced(whole, columns=slice(start, None, 2)) for start in (0, 1)}
+    pieces |= {f"member {index}": Member(stack, index) for index in range(3)}
+    pieces |= {f"turned {name}": ref.T for name, ref in pieces.items()}
+    given = Adapter({name: Full(diff=ref) for name, ref in pieces.items()})
+    found = there_and_back(tmp_path, given)
+    assert all(same(found[name], given[name]) for name in given)
+    assert len(open_container(tmp_path / "one.safetensors").tensors) == len(given)
 
 
 def test_views_of_one_tensor_are_one_where_they_are_alike(tmp_path: Path) -> None:

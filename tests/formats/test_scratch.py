@@ -162,6 +162,15 @@ def test_a_square_dora_that_is_said_to_be_merged() -> None:
     assert isinstance(delta, DoRA) and delta.axis == "in"
 
 
+def test_a_square_dora_that_loratools_wrote_says_which_it_is(tmp_path: Path) -> None:
+    given = decode(container(SQUARE), ReadOptions(alpha=8, scratch_dora="merged"))
+    loratools.save(given, tmp_path / "again.safetensors", format="scratch")
+    found = loratools.load(tmp_path / "again.safetensors")["x.weight"]
+    assert isinstance(found, DoRA) and values(found) == values(given["x.weight"])
+    with pytest.raises(FormatError, match="scratch_dora: found both, expected merged or output"):
+        decode(Container(open_container(tmp_path / "again.safetensors").tensors, {"loratools.scratch_dora": "both", "loratools.alpha": "8"}))
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_encode_inverts_decode(kind: str, tmp_path: Path) -> None:
     _, adapted = tutorial(kind)
