@@ -136,7 +136,7 @@ def _format_of(container: Container, name: str | None) -> Format:
         raise FormatError("several formats claim it", file=container.path, found=shown(claims, total), remedy=remedy)
     keys = nearest(container.tensors)
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in container.tensors):
-        remedy = "put its adapter_config.json beside it: without one the scale is unknown"
+        remedy = "put its adapter_config.json beside it: without one the scale is unknown; of LoRA, --from peft --alpha-in A tells it"
         raise FormatError(
             "peft tensors without an adapter_config.json that names a peft_type", file=container.path, found=keys, remedy=remedy
         )

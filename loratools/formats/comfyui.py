@@ -15,8 +15,10 @@ from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
 from loratools.flatnames import PARTS
 from loratools.formats._digests import resealed
+from loratools.formats._scale import ALPHA
 from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats._spelt import carried, spelt_tensors
+from loratools.formats._unread import check_unread
 from loratools.formats.base import Container, ReadOptions
 
 NAME = "comfyui"
@@ -26,9 +28,10 @@ _SD1 = "cond_stage_model.transformer."  # its only text encoder in single-file c
 
 
 def detect(container: Container) -> bool:
-    """Whether its modules lie under `diffusion_model.` or `text_encoders.` and end as changes of them do."""
-    keys = container.tensors
-    return container.config is None and any(key.startswith(ROOTS) and SPELLINGS.fullmatch(key) for key in keys)
+    """Whether its modules lie under `diffusion_model.` or `text_encoders.` and end as changes of them do, in no file of loralib's."""
+    if container.config is not None or ALPHA in container.metadata:
+        return False
+    return any(key.startswith(ROOTS) and SPELLINGS.fullmatch(key) for key in container.tensors)
 
 
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
@@ -36,6 +39,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     options = options or ReadOptions()
     try:
         modules, others = collect(container.tensors, SPELLINGS)
+        check_unread(container.metadata, modules, options.alpha)
         deltas, faults = made(modules, lambda module, slots: options.alpha)
         faults += [FormatError("no tensor of this family", tensor=key) for key in others]
         faults += [FormatError("lies under none of the roots", tensor=name) for name in modules if not name.startswith(ROOTS)]

@@ -28,15 +28,20 @@ from loratools.layouts.trainers import of_litgpt
 from loratools.tensorfile import Ref
 
 NAME = "loralib"
+_COMFYUI = ("diffusion_model.", "text_encoders.")  # where its modules lie, which spells some factors as loralib does
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[AB])")
 
 
 def detect(container: Container) -> bool:
-    """Whether it holds a bare pair `lora_A`, `lora_B`, no config of peft's, and no module of litgpt's network."""
+    """Whether it holds a bare pair `lora_A`, `lora_B`, no config of peft's, and no module of litgpt's network or of ComfyUI's.
+
+    Of ComfyUI's, which spells factors so too, it is where loratools wrote alpha into the metadata.
+    """
     if (container.config is not None and "peft_type" in container.config) or of_litgpt(container.tensors):
         return False
     pairs, _ = _sort(container.tensors)
-    return any(len(pair) == 2 for name, pair in pairs.items() if ".parametrizations." not in f".{name}.")
+    elsewhere = () if ALPHA in container.metadata else _COMFYUI
+    return any(len(pair) == 2 for name, pair in pairs.items() if ".parametrizations." not in f".{name}." and not name.startswith(elsewhere))
 
 
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:

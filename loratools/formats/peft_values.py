@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, UnsupportedError
+from loratools.formats._lora_settings import given as given
+from loratools.formats._lora_settings import short as short
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,6 @@ class Values:
             self.fault(name, "layer numbers")
             return None
         return None if value is None else tuple(value)
-
-
-def given(value: Any) -> bool:
-    """Whether a field says something: it is not null, false or empty; 0 is a value."""
-    return value is not None and value is not False and value not in ("", [], {}, ())
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 def unknown(name: str, peft_type: str = "LORA") -> UnsupportedError:

@@ -167,8 +167,9 @@ def test_a_square_dora_that_loratools_wrote_says_which_it_is(tmp_path: Path) -> 
     loratools.save(given, tmp_path / "again.safetensors", format="scratch")
     found = loratools.load(tmp_path / "again.safetensors")["x.weight"]
     assert isinstance(found, DoRA) and values(found) == values(given["x.weight"])
+    tensors = open_container(tmp_path / "again.safetensors").tensors
     with pytest.raises(FormatError, match="scratch_dora: found both, expected merged or output"):
-        decode(Container(open_container(tmp_path / "again.safetensors").tensors, {"loratools.scratch_dora": "both", "loratools.alpha": "8"}))
+        decode(Container(tensors, {"loratools.scratch_dora": "both", "loratools.alpha": "8"}))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
