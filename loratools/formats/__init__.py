@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools.adapter import Adapter
@@ -80,7 +80,16 @@ def load(path: str | Path, *, format: str | None = None, options: ReadOptions | 
     row = _format_of(container, format or options.format)
     if options.initial is not None and row.name != peft.NAME:
         raise OptionError("--initial is for peft's LoRA", file=container.path, found=row.name)
-    return row.decode(container, options)
+    return _with_notes(row.decode(container, options), container.notes)
+
+
+def _with_notes(adapter: Adapter, notes: tuple[str, ...]) -> Adapter:
+    """The adapter with what was noted where it was read, which one that waits for its base's config has later too."""
+    if not notes:
+        return adapter
+    told = adapter.pending
+    pending = None if told is None else lambda config: _with_notes(told(config), notes)
+    return replace(adapter, notes=(*adapter.notes, *notes), pending=pending)
 
 
 def save(adapter: Adapter, out: str | Path, *, format: str = "peft", overwrite: bool = False) -> None:

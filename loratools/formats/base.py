@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ class Container:
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
     returns each tensor's digest, where it is not safetensors. `sealed` gives, of the tensors and the metadata, what more the metadata
-    says that only the tensors' bytes tell.
+    says that only the tensors' bytes tell. `notes` tell what else was found where it was read, and is no part of it.
     """
 
     tensors: Mapping[str, Ref]
@@ -50,6 +51,7 @@ class Container:
     writer: Callable[[Container, Path], dict[str, str]] | None = None
     sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def used(self, *names: str) -> tuple[Path, ...]:
         """The files `beside` of those names, as far as they were read."""
@@ -117,23 +119,25 @@ def open_container(path: str | Path) -> Container:
     path = local(path, of_adapter)
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
-    weights = _weights_in(path) if path.is_dir() else path
+    weights, notes = (_weights_in(path), _passed_over(path)) if path.is_dir() else (path, ())
     beside = weights.parent / CONFIG
-    config = read_json(beside) if beside.is_file() else None
+    config = read_json(beside, once=True) if beside.is_file() else None
     files = (weights, beside) if config is not None else (weights,)
     sides = SideFiles(weights.parent, SIDES)
     if weights.suffix in PICKLES or weights.name.endswith(LITGPT):
-        return Container(load_pickle(weights), {}, config, weights, files, beside=sides)
+        table = TorchFile(weights, lists=True)  # loaded with weights_only, so that no code in it runs
+        notes += (f"left out of {weights.name}: {nearest(table.beside)}, which lies beside its tensors",) if table.beside else ()
+        return Container(dict(table), {}, config, weights, files, beside=sides, notes=notes)
     if weights.suffix == ".nemo":
         tensors, beside_them = read_archive(weights)
         return Container(tensors, {}, None, weights, (weights,), beside=beside_them)
     if weights.suffix == ".npz":
-        return Container(load_npz(weights), {}, config, weights, files)
+        return Container(load_npz(weights), {}, config, weights, files, notes=notes)
     if weights.suffix == ".gguf" or is_gguf(weights):
         found = GGUFFile(weights)
         return Container(found, {}, None, weights, (weights,), fields=found.fields)
     opened = TensorFile(weights)
-    return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides)
+    return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides, notes=notes)
 
 
 def of_adapter(path: Path) -> list[Path]:
@@ -160,13 +164,15 @@ def _weights_in(folder: Path) -> Path:
     if (folder / "adapter_model.safetensors.index.json").is_file():
         raise FormatError("a sharded adapter, which peft does not read either", file=folder, remedy="save it in one file")
     expected = " or ".join(WEIGHTS[:3])
-    remedy = "is it a model rather than an adapter?" if any(folder.glob("*.safetensors")) else None
+    named = sorted(file.name for file in folder.iterdir() if file.suffix in (*PICKLES, ".safetensors", ".gguf", ".npz", ".nemo"))
+    remedy = f"is it a model rather than an adapter? An adapter in a file of another name is given by it, {named[0]}" if named else None
     raise FormatError("no adapter in it", file=folder, expected=expected, remedy=remedy)
 
 
-def load_pickle(path: Path) -> dict[str, Ref]:
-    """A torch pickle of tensors by name, or of a list of them, loaded with weights_only so that no code in it runs."""
-    return dict(TorchFile(path, lists=True))
+def _passed_over(folder: Path) -> tuple[str, ...]:
+    """A note where a folder holds files of several adapters, or of one adapter twice: the first in the order of WEIGHTS is read."""
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    return (f"read from {found[0]}, not from {', '.join(found[1:])} beside it: name that file to have it",) if len(found) > 1 else ()
 
 
 def load_npz(path: Path) -> dict[str, Ref]:
@@ -179,7 +185,7 @@ def load_npz(path: Path) -> dict[str, Ref]:
     try:
         with np.load(path, allow_pickle=False) as table:
             arrays = {name: np.ascontiguousarray(table[name]) for name in table.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise FormatError(f"not an archive of arrays ({type(error).__name__})", file=path) from None
     for name, array in arrays.items():
         if array.dtype.name not in codes:

@@ -88,8 +88,9 @@ def test_archives_of_numpy(tmp_path: Path) -> None:
     found = load(tmp_path, options=ReadOptions(alpha=20.0))["q.weight"]
     assert isinstance(found, LowRank) and found.scaling == 20.0 and torch.equal(read_tensor(found.A), A.T)
     np.savez(tmp_path / "objects.npz", x=np.array([None]))
-    for name in ("objects.npz", "broken.npz"):
-        (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "empty.npz").touch()
+    for name in ("objects.npz", "broken.npz", "empty.npz"):
         with pytest.raises(FormatError, match="not an archive of arrays"):
             load(tmp_path / name)
 
