@@ -107,7 +107,7 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     row = next((row for row in FORMATS if row.name == format), None)
     if row is None or row.encode is None:
         raise UsageError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
-    if adapter.flat and row.name in _DOTTED:
+    if adapter.flat and row.name in _DOTTED and len(adapter):  # a file of passengers alone has no names to spell
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
         raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
     counted = next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
