@@ -147,6 +147,12 @@ def of_adapter(path: Path) -> list[Path]:
     return [weights, *(file for name in names if (file := weights.parent / name).is_file() and file != weights)]
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is to be read as an adapter rather than as a model: it has an adapter's config, or weights by an adapter's name."""
+    named = any((folder / name).is_file() for name in WEIGHTS) and not (folder / "model_index.json").is_file()
+    return named or (folder / CONFIG).is_file() or any(folder.glob("adapter_model.*"))
+
+
 def _weights_in(folder: Path) -> Path:
     if (folder / "model.lora_weights.npy").is_file():
         fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"

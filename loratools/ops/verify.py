@@ -21,7 +21,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Change, Checkpoint, combined_digest
 from loratools.errors import FormatError, UsageError
 from loratools.formats import load
-from loratools.formats.base import CONFIG, of_adapter, open_container, read_options
+from loratools.formats.base import is_adapter, of_adapter, open_container, read_options
 from loratools.needed import of_model
 from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
@@ -115,7 +115,7 @@ def _check_digests(path: Path, receipt: Mapping[str, Any], report: dict[str, Any
 
 
 def _tensors(path: Path) -> Mapping[str, Ref]:
-    if path.is_dir() and (path / CONFIG).is_file():
+    if path.is_dir() and is_adapter(path):
         return open_container(path).tensors
     return open_checkpoint(path)
 
@@ -163,7 +163,7 @@ def _weights_in(folder: Path) -> list[Path]:
 def _needed(path: Path) -> list[Path]:
     """What is downloaded of a repository: the adapter or the model, all that the receipt names, and weights that it may not know."""
     folder = path if path.is_dir() else path.parent
-    adapter = path.is_dir() and (path / CONFIG).is_file()
+    adapter = path.is_dir() and is_adapter(path)
     files = [*(of_adapter(path) if adapter else of_model(path)), *(_weights_in(path) if path.is_dir() else ())]
     listed = (read_receipt(path) or {}).get("outputs", ())
     return list(dict.fromkeys([*files, *(file for entry in listed if (file := folder / entry["path"]).is_file())]))

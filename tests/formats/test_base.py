@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loratools import merge
-from loratools.errors import FormatError
+import loratools
+from loratools import inspect, merge
+from loratools.errors import AmbiguousError, FormatError
 from loratools.formats import load
-from loratools.formats.base import ReadOptions, open_container
+from loratools.formats.base import WEIGHTS, ReadOptions, is_adapter, open_container
 from tests.files import peft_config, write_adapter, write_checkpoint
 from tests.strategies import randn
 
@@ -52,6 +53,26 @@ def test_notes_of_reading_are_there_once_the_base_has_told_the_rest(tmp_path: Pa
     base = write_checkpoint(tmp_path / "base", {"model.layers.0.self_attn.q_proj.weight": randn(8, 8, seed=3)}, config)
     notes = merge(base, tmp_path / "t", tmp_path / "merged", alpha_in=4.0)["notes"]
     assert notes.count("left out of adapter_0.pt: seed, which lies beside its tensors") == 1
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name.endswith((".safetensors", ".bin", ".pt", ".lora"))])
+def test_a_folder_of_an_adapters_weights_is_an_adapter_to_inspect(tmp_path: Path, name: str) -> None:
+    """With a config beside or without: diffusers', litgpt's and torchtune's folders have none of peft's."""
+    tensors = {"lora_unet_q.lora_down.weight": randn(2, 6, seed=0), "lora_unet_q.lora_up.weight": randn(4, 2, seed=1)}
+    (save_file if name.endswith(".safetensors") else torch.save)(tensors, tmp_path / name)
+    assert is_adapter(tmp_path) and inspect(tmp_path)["format"] == "kohya"
+    (tmp_path / "model_index.json").write_text("{}")  # a pipeline may have a LoRA beside it
+    assert is_adapter(tmp_path) == name.startswith("adapter_model.")
+
+
+def test_values_of_rows_that_wait_for_the_base_are_those_of_the_file(tmp_path: Path) -> None:
+    A, B = randn(2, 8, seed=0), randn(8, 2, seed=1)
+    torch.save({"layers.0.attn.q_proj.lora_a.weight": A, "layers.0.attn.q_proj.lora_b.weight": B}, tmp_path / "adapter_model.pt")
+    (row,) = inspect(tmp_path, spectra=True, alpha_in=4.0)["modules"]
+    expected = torch.linalg.svdvals(2 * B.double() @ A.double())[:2]
+    assert row["sigma"] == pytest.approx(expected.tolist(), rel=1e-6)
+    with pytest.raises(AmbiguousError, match=r"adapter_model\.pt: .*rows of q and k are permuted.*--base"):
+        loratools.compare(tmp_path, tmp_path, alpha_in=4.0)
 
 
 def test_a_file_of_another_name_is_named(tmp_path: Path) -> None:

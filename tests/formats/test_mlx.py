@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,13 @@ def test_archives_of_numpy(tmp_path: Path) -> None:
             load(tmp_path / name)
 
 
+PAIR = {"q.lora_a": A, "q.lora_b": B}
 FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[LoratoolsError], str]] = {
     "no partner": ({"q.lora_a": A}, CONFIG, FormatError, "q.lora_a: has no lora_b beside it"),
+    "another fine-tuning": (PAIR, CONFIG | {"fine_tune_type": "prefix"}, LoratoolsError, "found prefix, expected lora, dora or full"),
+    "no table": (PAIR, CONFIG | {"lora_parameters": [1]}, FormatError, "lora_parameters: found [1], expected an object"),
+    "no number": (PAIR, CONFIG | {"lora_parameters": {"rank": 2, "scale": math.nan}}, FormatError, "scale: found nan"),
+    "a rank that is none": (PAIR, CONFIG | {"lora_parameters": {"rank": 2.5, "scale": 1}}, ShapeError, "expected 2.5"),
     "a stray": ({"q.lora_a": A, "q.lora_b": B, "norm.weight": W}, CONFIG, FormatError, "norm.weight: not a key MLX writes"),
     "factors turned": ({"q.lora_a": A.T, "q.lora_b": B.T}, CONFIG, ShapeError, "lora_a and lora_b do not meet"),
     "another rank": (
