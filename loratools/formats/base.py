@@ -22,6 +22,7 @@ from loratools.tensorwriter import TensorWriter, canonical
 from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
+NAMELESS = "model.lora_weights.npy"  # TensorRT-LLM's, in which no tensor has a name or a shape
 LITGPT = ".pth.lora"
 SIDES = ("config.json", "hyperparameters.yaml", "model_config.yaml", "run_config.yaml")  # which trainers leave beside
 WEIGHTS = (
@@ -149,12 +150,12 @@ def of_adapter(path: Path) -> list[Path]:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is to be read as an adapter rather than as a model: it has an adapter's config, or weights by an adapter's name."""
-    named = any((folder / name).is_file() for name in WEIGHTS) and not (folder / "model_index.json").is_file()
+    named = any((folder / name).is_file() for name in (*WEIGHTS, NAMELESS)) and not (folder / "model_index.json").is_file()
     return named or (folder / CONFIG).is_file() or any(folder.glob("adapter_model.*"))
 
 
 def _weights_in(folder: Path) -> Path:
-    if (folder / "model.lora_weights.npy").is_file():
+    if (folder / NAMELESS).is_file():
         fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
         raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
