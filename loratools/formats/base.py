@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -89,12 +90,15 @@ def read_options(words: Mapping[str, Any]) -> ReadOptions:
     slots = words.get("enable_lora")
     if slots is not None and not all(slot in ("0", "1") for slot in slots.split(",")):
         raise UsageError("--enable-lora", found=slots, expected="a 1 or 0 for each slot, such as 1,0,1")
+    alpha = words.get("alpha_in")
+    if alpha is not None and not math.isfinite(alpha):
+        raise UsageError("--alpha-in", found=alpha, expected="a finite number")
     for word, known in (("scale", ("alpha", "alpha/r")), ("scratch_dora", ("merged", "output"))):
         if words.get(word) not in (None, *known):
             raise UsageError(f"--{word.replace('_', '-')}", found=words[word], expected=" or ".join(known))
     return ReadOptions(
         format=words.get("from_format"),
-        alpha=words.get("alpha_in"),
+        alpha=alpha,
         embeddings=tuple(words.get("embedding") or ()),
         transposed=tuple(words.get("transposed") or ()),
         scale=words.get("scale"),
