@@ -19,7 +19,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.padded import Padded
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
-from loratools.errors import ShapeError
+from loratools.errors import FormatError, ShapeError
 from loratools.formats._module import Slots, check_tail, matrix
 from loratools.formats._scalar import whole_numbers
 from loratools.formats._turned import glora, own_rotations, rotations
@@ -103,6 +103,8 @@ KINDS: dict[str, Callable[[Slots, float | None], Mapping[str, Delta]]] = {
 def _decomposed(slots: Slots, direction: Additive) -> Mapping[str, Delta]:
     """The change itself, or, where a `dora_scale` lies beside it, the weight under that magnitude."""
     plain, magnitude = slots.get("magnitude"), slots.get("dora_scale")
+    if plain is not None and magnitude is not None:
+        raise FormatError("magnitudes under two spellings", tensor=slots.keys["dora_scale"], found=slots.keys["magnitude"])
     if plain is not None:  # peft's: flat, or (1, out, 1, …) of a convolution; of its outputs always
         return {"weight": DoRA(direction=direction, magnitude=plain.reshape(plain.spec.numel, 1))}
     if magnitude is None:

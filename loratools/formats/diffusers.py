@@ -19,6 +19,7 @@ from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
 from loratools.formats._lora_settings import refused, short
 from loratools.formats._module import Slots
 from loratools.formats._patterns import compiles, pattern_key
+from loratools.formats._scalar import finite
 from loratools.formats._scale import exact_alpha
 from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats._unread import check_unread
@@ -119,7 +120,7 @@ def _alpha(module: str, slots: Slots, stated: Mapping[str, Any]) -> float:
     alpha = stated.get(f"{prefix}lora_alpha")
     patterns = stated.get(f"{prefix}alpha_pattern") or {}
     alpha = patterns.get(pattern_key(patterns, path), alpha)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not finite(alpha):
         raise FormatError(f"metadata {METADATA} tells no alpha of this module", found=alpha, remedy="give it with --alpha-in A")
     down = slots.refs.get("lora_down.weight")
     rank = down.spec.shape[0] if down is not None else 1

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +22,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError, raise_all
 from loratools.families import EMBEDDINGS, matches
 from loratools.formats._derived import member
+from loratools.formats._scalar import finite
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.tensorfile import Ref
@@ -90,7 +90,7 @@ def _scale(config: Mapping[str, Any], options: ReadOptions) -> tuple[float, bool
     scale = stated.get("scale")
     if scale is None:
         raise AmbiguousError("no scale in the file: MLX keeps it in adapter_config.json", remedy="give the scale with --alpha-in S")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not isinstance(scale, int | float) or not finite(scale):
         raise FormatError("adapter_config.json: lora_parameters.scale", found=scale, expected="a number")
     recent = "fine_tune_type" in config or "num_layers" in config
     if options.scale is None and not recent and "alpha" in stated:
@@ -137,7 +137,7 @@ def _factor(scale: tuple[float, bool], config: Mapping[str, Any], rank: int) -> 
         raise ShapeError("the rank is not the config's", found=rank, expected=stated["rank"])
     if not old:
         return value
-    if not isinstance(stated.get("alpha"), int | float):
+    if not finite(stated.get("alpha")):
         raise FormatError("adapter_config.json has no lora_parameters.alpha to multiply by")
     return float(value * stated["alpha"] / rank)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from loratools.errors import FormatError, LoratoolsError, UnsupportedError
 from loratools.formats._lora_settings import given as given
 from loratools.formats._lora_settings import short as short
+from loratools.formats._scalar import finite as finite
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,3 @@ def unknown(name: str, peft_type: str = "LORA") -> UnsupportedError:
     remedy = "if it only matters in training, set it to null in adapter_config.json"
     fact = f"adapter_config.json sets {name}, which this version does not know" + ("" if peft_type == "LORA" else f" for {peft_type}")
     return UnsupportedError(fact, remedy=remedy)
-
-
-def finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

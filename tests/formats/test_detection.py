@@ -37,6 +37,8 @@ REAL = {
 SPELT = {
     "torchtune": ("layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"),
     "litgpt": ("transformer.h.0.attn.qkv.lora_A", "transformer.h.0.attn.qkv.lora_B"),
+    "litgpt mlp": ("transformer.h.11.mlp.fc_1.lora_A", "transformer.h.11.mlp.fc_1.lora_B"),
+    "litgpt experts": ("transformer.h.0.mlp.experts.7.fc_2.lora_A", "transformer.h.0.mlp.experts.7.fc_2.lora_B"),
     "nemo": ("decoder.layers.0.mlp.linear_fc2.adapter.linear_in.weight", "decoder.layers.0.mlp.linear_fc2.adapter.linear_out.weight"),
     "nemo canonical": (
         "module.decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_in.weight",

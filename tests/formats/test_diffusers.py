@@ -107,6 +107,7 @@ FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, type[Loratools
     "twice": (PAIR | {"unet.mid.to_q.lora.up.weight": UP}, None, FormatError, "the same tensor twice under two spellings"),
     "two scales": (PAIR | {"unet.mid.to_q.alpha": torch.tensor(1.0)}, STATED, FormatError, "to_q.alpha: an alpha beside the metadata"),
     "no alpha of the part": (PAIR, {"text_encoder.lora_alpha": 3}, FormatError, "tells no alpha of this module"),
+    "an alpha that no float holds": (PAIR, STATED | {"unet.lora_alpha": 10**400}, FormatError, "tells no alpha of this module: found 1000"),
     "another rank": (PAIR, STATED | {"unet.r": 3}, MatchError, "the rank is not the metadata's: found 2, expected 3"),
     "a magnitude not stated": (PAIR | MAGNITUDE, STATED, FormatError, "use_dora of the metadata and the tensors disagree"),
     "an initialisation": (PAIR, STATED | {"unet.init_lora_weights": "PiSSA"}, LoratoolsError, "init_lora_weights may have changed"),
