@@ -120,7 +120,7 @@ def _delta(name: str, parts: Mapping[str, Ref], config: Mapping[str, Any], optio
     elif matches(name, options.transposed) and "m" not in parts:
         low = _low(b, a, factor, "transposed")
     else:
-        low = _low(a.T, b.T, factor, "linear")
+        low = _low(a.T, b.T, factor, "unknown")  # MLX has (out, in) everywhere; a base of GPT-2 has not
     if config.get("fine_tune_type") == "dora" and "m" not in parts:
         raise FormatError("fine_tune_type is dora, and the module has no m")
     if "m" not in parts:

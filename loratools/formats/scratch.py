@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
@@ -79,7 +79,7 @@ class _Module:
         change: Delta = self._low_rank(name, alpha, scale)
         if "m" in self.refs:
             assert isinstance(change, LowRank)
-            change = _with_magnitude(change, self.refs["m"], dora, _join(name, "m"))
+            change = _with_magnitude(replace(change, layer="linear"), self.refs["m"], dora, _join(name, "m"))
         if "linear.weight" in self.refs:
             weight = self.refs["linear.weight"]
             if weight.spec.shape != self._shape():
@@ -99,7 +99,8 @@ class _Module:
         a, b = A.spec.shape, B.spec.shape
         if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
             raise ShapeError("A and B do not meet", found=self._shown(), expected="lora.A [in, rank], lora.B [rank, out]")
-        return LowRank(A=A.T, B=B.T, alpha=exact_alpha(alpha, a[1]) if scale == "alpha" else alpha, layer="linear")
+        # the tutorial's layers are (out, in), which a base of other code, such as GPT-2's, need not be
+        return LowRank(A=A.T, B=B.T, alpha=exact_alpha(alpha, a[1]) if scale == "alpha" else alpha)
 
     def _shape(self) -> tuple[int, int]:
         return self.refs["lora.B"].spec.shape[1], self.refs["lora.A"].spec.shape[0]

@@ -96,6 +96,17 @@ def test_archives_of_numpy(tmp_path: Path) -> None:
             load(tmp_path / name)
 
 
+def test_a_base_that_stores_its_weights_transposed(tmp_path: Path) -> None:
+    """transformers' GPT-2: MLX's has (out, in), and the base's model tells the other way, also of a square."""
+    square, a, b = randn(6, 6, seed=3), randn(6, 2, seed=4), randn(2, 6, seed=5)
+    base = write_checkpoint(tmp_path / "base", {"h.0.attn.c_proj.weight": square}, {"model_type": "gpt2"})
+    given = adapter(tmp_path / "a", {"h.0.attn.c_proj.lora_a": a, "h.0.attn.c_proj.lora_b": b})
+    merge(base, given, tmp_path / "out")
+    expected = square.double() + 10 * a.double() @ b.double()
+    found = read_checkpoint(tmp_path / "out")["h.0.attn.c_proj.weight"]
+    assert torch.allclose(found.double(), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+
+
 PAIR = {"q.lora_a": A, "q.lora_b": B}
 FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[LoratoolsError], str]] = {
     "no partner": ({"q.lora_a": A}, CONFIG, FormatError, "q.lora_a: has no lora_b beside it"),
