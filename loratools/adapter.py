@@ -17,8 +17,10 @@ from loratools.errors import LoratoolsError
 from loratools.families import Family
 from loratools.layouts.relayout import Relayout, relayout_of
 from loratools.listing import Listing, listing
+from loratools.refs import Ref, Spec, origin
 from loratools.resolution import Told, resolve
-from loratools.tensorfile import Ref, Spec, identity, origin
+from loratools.source.handles import name_of
+from loratools.tensorfile import identity
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,7 +75,7 @@ class Adapter(Mapping[str, Delta]):
         return self._listing().rich()
 
     def _listing(self) -> Listing:
-        return listing(self.deltas, path=self.path, format=self.format, parameters=self.parameters)
+        return listing(self.deltas, path=self.path and name_of(self.path), format=self.format, parameters=self.parameters)
 
     @property
     def parameters(self) -> int:
@@ -113,15 +115,16 @@ class Adapter(Mapping[str, Delta]):
             self, deltas=found.deltas, notes=notes, expects=None, left=found.left, flat=False, numbered=None, model=family.config,
         )  # fmt: skip
 
-    def relaid(self, layout: str | Relayout, base: Mapping[str, Spec] | None = None) -> Adapter:
-        """The same adapter of a diffusion network under the names of a layout: "diffusers", or "original" (BFL, mmdit, LDM).
+    def relaid(self, layout: str | Relayout, base: Mapping[str, Spec] | None = None, *, network: str | None = None) -> Adapter:
+        """The same adapter of a diffusion network under the names of a layout: "diffusers", or "original" (BFL, mmdit, LDM, …).
 
-        No base is needed; the specs of one that has the adapter's names tell what they leave open. Flat names get their dots back.
+        No base is needed; the specs of one that has the adapter's names tell what they leave open, or the `network`, such as "flux". Flat
+        names get their dots back.
         Fused weights are cut and stacked exactly (`layouts.relayout`). Raises, all together: MatchError for names of no known network,
         AmbiguousError for names that two would call differently, NotExpressible for kinds that cannot be cut or stacked.
         """
         try:
-            plan = relayout_of(self.deltas, layout, flat=self.flat, base=base) if isinstance(layout, str) else layout
+            plan = relayout_of(self.deltas, layout, flat=self.flat, base=base, network=network) if isinstance(layout, str) else layout
             deltas = plan.apply(self.deltas)
         except LoratoolsError as error:
             raise error.at(file=self.path) from None

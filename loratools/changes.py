@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Additive, Delta, Read
 from loratools.errors import UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import as_tensor
 
 if TYPE_CHECKING:

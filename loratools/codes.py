@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 from loratools.errors import NonFiniteError
-from loratools.tensorfile import BITS, BLOCK_BYTES, Buffer, Ref, Spec
+from loratools.refs import BITS, BLOCK_BYTES, Buffer, Ref, Spec
 from loratools.tensors import as_tensor, read_tensor, tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:

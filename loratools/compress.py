@@ -15,8 +15,8 @@ from loratools.deltas.base import Additive, Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NonFiniteError
 from loratools.factors import FLOOR, Factored, range_shift
+from loratools.refs import InMemory, Ref, Spec
 from loratools.rounding import Rounding
-from loratools.tensorfile import InMemory, Ref, Spec
 from loratools.tensors import read_tensor, to_ref, torch_dtype
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from loratools.errors import FormatError
-from loratools.tensorfile import BITS, Buffer, Ref
+from loratools.refs import BITS, Buffer, Ref
 from loratools.ulps import from_ordered, ordered
 
 if TYPE_CHECKING:

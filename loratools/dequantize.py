@@ -14,7 +14,7 @@ from typing import Any
 from loratools.codes import Coded, FourBit, Scaled
 from loratools.errors import FormatError, LoratoolsError, QuantizedError, ShapeError, raise_all
 from loratools.quantized import method, scheme
-from loratools.tensorfile import FLOATS, Ref, Spec
+from loratools.refs import FLOATS, Ref, Spec
 from loratools.tensors import dtype_code
 
 _STATE = ".quant_state.bitsandbytes__"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from loratools.errors import NonFiniteError
-from loratools.tensorfile import Buffer, Ref, Spec
+from loratools.refs import Buffer, Ref, Spec
 from loratools.tensors import as_tensor
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from loratools.changes import Changes, reader
 from loratools.deltas.base import Delta, Read
 from loratools.differences import SMALL
 from loratools.errors import LoratoolsError, NonFiniteError
+from loratools.refs import BLOCK_BYTES, Buffer, Ref, Spec
 from loratools.rounding import Rounding
-from loratools.tensorfile import BLOCK_BYTES, Buffer, Ref, Spec
 from loratools.tensors import tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:

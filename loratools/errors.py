@@ -23,9 +23,16 @@ Inner code gives the fact; the boundary that knows the place adds file and tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
+
+_naming: list[Callable[[str | Path], str]] = []  # what a file is called in messages, where it is not its path
+
+
+def name_files_by(function: Callable[[str | Path], str]) -> None:
+    """Let messages call files what the function does: it is told a path and returns a name."""
+    _naming[:] = [function]
 
 
 class LoratoolsError(Exception):
@@ -56,7 +63,8 @@ class LoratoolsError(Exception):
         return self
 
     def __str__(self) -> str:
-        text = ": ".join(str(part) for part in (self.file, self.tensor, self.fact) if part is not None)
+        file = self.file if self.file is None or not _naming else _naming[0](self.file)
+        text = ": ".join(str(part) for part in (file, self.tensor, self.fact) if part is not None)
         seen = [f"{word} {value}" for word, value in (("found", self.found), ("expected", self.expected)) if value is not None]
         text += ": " + ", ".join(seen) if seen else ""
         return _printable(" ".join((text + (f"; {self.remedy}" if self.remedy else "")).split()))

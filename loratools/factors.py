@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NonFiniteError
 from loratools.families import Family
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref, torch_dtype
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from loratools.deltas.compose import Chain, Part
 from loratools.deltas.dora import DoRA
 from loratools.deltas.laid import Unsettled, WherePresent
 from loratools.deltas.lowrank import LowRank
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 
 def facts_of(name: str, delta: Delta, base: Spec | None = None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from typing import Any
 from blake3 import blake3
 
 from loratools.errors import FormatError, LoratoolsError, MissingExtra, UnsupportedError, raise_all
+from loratools.refs import Buffer, Ref, Spec
 from loratools.source.handles import Handle, check_on_disk
-from loratools.tensorfile import Buffer, InFile, Ref, Spec, WeightFile
+from loratools.tensorfile import InFile, WeightFile
 
 MAGIC = b"GGUF"
 _FLOATS = ("F32", "F16", "BF16", "F64")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Affine, Keep
+from loratools.refs import Buffer, Ref, Spec
 from loratools.rounding import Rounding
 from loratools.stream import Applied
-from loratools.tensorfile import Buffer, Ref, Spec
 from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:

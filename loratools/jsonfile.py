@@ -38,3 +38,19 @@ def write_json(path: Path, table: Mapping[str, Any], indent: int = 2) -> None:
     """A JSON object as UTF-8; half a surrogate pair, as in a file's name that is no Unicode, becomes JSON's own escape."""
     text = json.dumps(table, indent=indent, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with keys set, in the nested text config where that is where they stand; None removes, from nested ones too."""
+    changed = json.loads(json.dumps(config))
+    for key, value in values.items():
+        if value is None:
+            continue
+        text = changed.get("text_config")
+        place = text if isinstance(text, dict) and key in text and key not in changed else changed
+        place[key] = value
+    gone = [key for key, value in values.items() if value is None]
+    for part in (changed, *(value for value in changed.values() if isinstance(value, dict))):
+        for key in gone:
+            part.pop(key, None)
+    return dict(changed)

@@ -12,7 +12,7 @@ from loratools.deltas.laid import Turned, Unsettled, WherePresent, turned
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError
 from loratools.families import Family
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 
 def settle(

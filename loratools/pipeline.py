@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from loratools import sidefiles
-from loratools.checkpoint import RECEIPT, Change, Checkpoint, Rewritten, digests, weights_entry
+from loratools.checkpoint import Checkpoint
+from loratools.digests import digests, weights_entry
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, raise_all
 from loratools.families import Families, Family
 from loratools.jsonfile import read_json
-from loratools.needed import of_model
+from loratools.needed import RECEIPT, of_model
+from loratools.refs import Ref
+from loratools.rewrite import Change, Rewritten
 from loratools.source import local
 from loratools.source.handles import lacking, name_of
-from loratools.tensorfile import Ref
 from loratools.weightfiles import PIPELINE, holds_model
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ class Pipeline(Checkpoint):
 
     def __init__(self, path: str | Path) -> None:
         self.path = self.folder = Path(path)
-        self.index_name, self._stored = None, {}
+        self.index_name, self.shards, self.stored = None, {}, {}
         self._listed = _listed(self.folder / PIPELINE)
         self.components = _open_all(self.folder, self._listed)
         if not self.components:

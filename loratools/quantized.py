@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 # scheme by an ending that only its files have
 _ENDINGS = {

@@ -15,9 +15,11 @@ from typing import Any
 
 from loratools import __version__
 from loratools.adapter import Adapter
-from loratools.checkpoint import RECEIPT, Checkpoint, combined_digest
+from loratools.checkpoint import Checkpoint
+from loratools.digests import combined_digest
 from loratools.errors import FormatError
 from loratools.jsonfile import read_json, write_json
+from loratools.needed import RECEIPT
 from loratools.sidefiles import file_entry
 from loratools.source.handles import name_of, path_of
 

@@ -17,9 +17,11 @@ from typing import Any
 from blake3 import blake3
 
 from loratools.errors import FormatError
+from loratools.header import build_header
+from loratools.refs import Buffer, Ref, Spec
 from loratools.sidefiles import RECORD
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
-from loratools.tensorwriter import TensorWriter, build_header
+from loratools.tensorfile import TensorFile
+from loratools.tensorwriter import TensorWriter
 
 FORMAT, VERSION = "loratools.unmerge", "1"
 _BLOCK = 1 << 20

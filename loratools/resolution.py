@@ -16,7 +16,7 @@ from loratools.layouts.bridge import Bridge, bridge_of
 from loratools.layouts.transformers import every_layout, layouts_of
 from loratools.layouts.view import View, view_of
 from loratools.orientation import is_turned, settle
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 
 @dataclass(frozen=True, kw_only=True)

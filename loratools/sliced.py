@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
-from loratools.tensorfile import BITS, Buffer, Ref, Spec
+from loratools.refs import BITS, Buffer, Ref, Spec
 
 
 class Sliced(Ref):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from loratools.checkpoint import Seen
 from loratools.deltas.base import Additive, Bound, Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LARGE
 from loratools.errors import NonFiniteError
+from loratools.refs import Buffer, Ref, Spec
+from loratools.rewrite import Seen
 from loratools.rounding import Rounding
-from loratools.tensorfile import Buffer, Ref, Spec
+from loratools.statistics import Meter, Statistics, square
 from loratools.tensors import as_tensor, tensor_bytes, torch_dtype
 
 if TYPE_CHECKING:
@@ -25,35 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = 1 << 18  # elements: fewer pay for Python more often, more leave the cache; whole tensors were 3 × slower
-EVERY, PROBE = 4, 1 << 14  # unless a full report is asked for, the first so many elements of one block in so many are measured
-
-
-@dataclass
-class Statistics:
-    """What one tensor's pass measured, for its row in the receipt."""
-
-    kinds: tuple[str, ...]
-    full: bool = False
-    applied: int = 0
-    base: float = 0.0  # ‖W‖²
-    change: float | None = None  # ‖W′ − W‖²
-    sampled_change: float = 0.0
-    sampled_error: float = 0.0  # ‖written − W′‖² on the sample
-    same: int = 0
-    sampled: int = 0
-    total: int = 0
-
-    def row(self, name: str) -> dict[str, Any]:
-        """The receipt's row; shares are null where there is nothing to share (a new tensor, no change at all)."""
-        change = None if self.change is None else math.sqrt(self.change)
-        return {
-            "name": name,
-            "kind": "+".join(self.kinds) or "copy",
-            "relative_norm": None if change is None or not self.base else change / math.sqrt(self.base),
-            "survived": 1 - math.sqrt(self.sampled_error / self.sampled_change) if self.sampled_change else None,
-            "unchanged": self.same / self.sampled if self.sampled else None,
-            "sampled": self.sampled / self.total if self.total else 1.0,
-        }
 
 
 @dataclass(frozen=True)
@@ -128,7 +100,7 @@ def apply_blocks(applied: Applied, statistics: Statistics, seen: Seen) -> Iterat
     apply, measured = _combined(applied, reader)
     dtype, statistics.total = torch_dtype(spec.dtype), spec.numel
     limit = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
-    meter, rounded, outs = _Meter(statistics, whole=not measured), Rounding(), _Outs(dtype, columns)
+    meter, rounded, outs = Meter(statistics, whole=not measured), Rounding(), _Outs(dtype, columns)
     for index, part in enumerate(applied.parts()):
         out, data = outs.block(part.stop - part.start)
         W = reader.read(part, seen) if reader and applied.same_shape else None
@@ -239,18 +211,11 @@ def _term(delta: Delta, strength: float, spec: Spec, reader: _Reader | None, dev
     return term
 
 
-def _square(values: Tensor) -> float:
-    import torch
-
-    flat = values.reshape(-1)
-    return float(torch.dot(flat, flat))
-
-
 def _check_finite(new: Tensor, out: Tensor, limit: float) -> None:
     """Nothing in `out` is inf or nan: known at once when even the norm is far from the dtype's limit, else looked at."""
     import torch
 
-    if not out.dtype.is_floating_point or _square(new) < (0.99 * min(limit, 1e150)) ** 2:
+    if not out.dtype.is_floating_point or square(new) < (0.99 * min(limit, 1e150)) ** 2:
         return
     wide = out.to(torch.float64)
     if not torch.isfinite(wide).all():
@@ -259,45 +224,6 @@ def _check_finite(new: Tensor, out: Tensor, limit: float) -> None:
             f"would not be finite in {str(out.dtype).removeprefix('torch.')}", found=f"{worst:g}", expected=f"at most {limit:g}",
             remedy="give a wider --dtype, a lower strength, or look at the adapter with inspect --values",
         )  # fmt: skip
-
-
-class _Meter:
-    """Fills statistics from blocks: ‖W‖² of all, the change of all where no delta tells it, survival on a sample."""
-
-    def __init__(self, statistics: Statistics, *, whole: bool) -> None:
-        self.statistics, self.whole = statistics, whole
-        self.kept: Tensor | None = None
-        self.rows = self.sampled = 0
-
-    def before(self, W: Tensor | None, index: int) -> None:
-        """Keep what is needed of a block that is about to be overwritten."""
-        self.rows = self.sampled = 0
-        if W is None:
-            return
-        self.statistics.base += _square(W)
-        if self.statistics.full or index % EVERY == 0:
-            self.sampled = len(W) if self.statistics.full else min(len(W), max(1, PROBE // max(1, W.shape[1])))
-        self.rows = len(W) if self.whole else self.sampled
-        if self.kept is None or len(self.kept) < self.rows:
-            self.kept = W.new_empty(max(self.rows, len(W) if self.whole else 0), W.shape[1])
-        self.kept[: self.rows].copy_(W[: self.rows])
-
-    def after(self, new: Tensor, out: Tensor) -> None:
-        """Compare the changed block, and what was stored of it, with what was kept."""
-        if not self.rows or self.kept is None:
-            return
-        statistics, some = self.statistics, self.sampled
-        kept = self.kept[: self.rows]
-        if some:
-            written = out[:some].to(device=new.device, dtype=new.dtype, copy=True)  # a copy even where out is float64 itself
-            statistics.sampled += written.numel()
-            statistics.same += int((written == kept[:some]).sum())
-            statistics.sampled_error += _square(written.sub_(new[:some]))
-        difference = kept.sub_(new[: self.rows])
-        if some:
-            statistics.sampled_change += _square(difference[:some])
-        if self.whole:
-            statistics.change = (statistics.change or 0.0) + _square(difference)
 
 
 def cast_blocks(ref: Ref, target: Spec, block: int, seen: Seen) -> Iterator[Buffer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratools.errors import FormatError, UsageError
-from loratools.tensorfile import FLOATS, Buffer, InMemory, Ref, Spec
+from loratools.refs import FLOATS, Buffer, InMemory, Ref, Spec
 
 if TYPE_CHECKING:
     import torch

@@ -6,25 +6,25 @@ Specification: https://github.com/huggingface/safetensors#format; `tensorfile` r
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
 from loratools.errors import FormatError
-from loratools.tensorfile import BITS, Buffer, Spec, parse_header
+from loratools.flushing import Flushing
+from loratools.header import build_header, parse_header
+from loratools.refs import Buffer, Spec
 
 
 class TensorWriter:
     """A safetensors file written as a stream: the header at once, then each tensor's blocks, in any order and from any thread.
 
-    `close` syncs to disk, and raises if a tensor is missing. The file keeps the order of `specs` and gets the mode the umask gives;
-    `header` is one that already says where they lie, to be written as it is.
+    What is written goes to the disk meanwhile; `close` waits for it, and raises if a tensor is missing. The file keeps the order of
+    `specs` and gets the mode the umask gives; `header` is one that already says where they lie, to be written as it is.
     """
 
     def __init__(
@@ -36,14 +36,25 @@ class TensorWriter:
         else:
             end = sum(spec.nbytes for spec in self.specs.values())
             self._offsets = {name: begin for name, (_, begin) in parse_header(header, end)[0].items()}
-        self.header_sha256 = hashlib.sha256(header).hexdigest()
         self.digests: dict[str, str] = {}
         self._lock, self._told = threading.Lock(), False
         self.size = 8 + len(header) + end
         self._start = 8 + len(header)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._flushing = Flushing(self._fd)
         _reserve(self._fd, self.size)
+        self._put_header(header)
+
+    def _put_header(self, header: bytes) -> None:
+        self.header_sha256 = hashlib.sha256(header).hexdigest()
         _write_at(self._fd, memoryview(struct.pack("<Q", len(header)) + header), 0)
+
+    def restate(self, metadata: Mapping[str, str]) -> None:
+        """Write the header once more with other metadata, of the same length: where only the tensors' bytes tell what it says."""
+        header, _, _ = build_header(self.specs, metadata)
+        if 8 + len(header) != self._start:
+            raise FormatError("a header of another length", file=self.path, found=len(header), expected=self._start - 8)
+        self._put_header(header)
 
     def write(self, name: str, blocks: Iterable[Buffer]) -> str:
         """Write one tensor from its blocks in order; returns the BLAKE3 of its bytes, in hex."""
@@ -55,6 +66,7 @@ class TensorWriter:
                 raise FormatError("more bytes than its spec has", file=self.path, tensor=name, expected=self.specs[name])
             digest.update(view)
             _write_at(self._fd, view, offset)
+            self._flushing.wrote(len(view))
             offset += len(view)
         if offset != end:
             raise FormatError("fewer bytes than its spec has", file=self.path, tensor=name, found=f"{end - offset} too few")
@@ -69,12 +81,17 @@ class TensorWriter:
         if ready:
             call()
 
-    def close(self) -> None:
-        """Sync to disk and close, once; raises FormatError if a tensor was never written."""
+    def close(self, *, sync: bool = True) -> None:
+        """Sync to disk and close, once; raises FormatError if a tensor was never written.
+
+        Without `sync` the last bytes are left to whoever makes the file visible, `output.whole`.
+        """
         with self._lock:
             if self._fd < 0:
                 return
-            os.fsync(self._fd)
+            self._flushing.finish()
+            if sync:
+                os.fsync(self._fd)
             os.close(self._fd)
             self._fd = -1
         missing = self.specs.keys() - self.digests.keys()
@@ -84,27 +101,9 @@ class TensorWriter:
     def abandon(self) -> None:
         """Close without syncing, after a failure."""
         if self._fd >= 0:
+            self._flushing.stop()
             os.close(self._fd)
             self._fd = -1
-
-
-def build_header(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
-    """The header's bytes, padded to a multiple of 8 as safetensors pads it, each tensor's offset, and where the data ends."""
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offsets, end = {}, 0
-    for name, spec in specs.items():
-        if name == "__metadata__":
-            raise FormatError("a tensor cannot have this name", tensor=name)
-        offsets[name] = end
-        end += spec.nbytes
-        table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offsets[name], end]}
-    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    return header + b" " * (-len(header) % 8), offsets, end
-
-
-def canonical(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """The order the safetensors library writes: wider dtypes first, so that every tensor is aligned, then by name."""
-    return dict(sorted(specs.items(), key=lambda item: (-list(BITS).index(item[1].dtype), item[0])))
 
 
 def _reserve(fd: int, size: int) -> None:

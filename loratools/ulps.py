@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratools.tensorfile import BITS, Buffer, Spec
+from loratools.refs import BITS, Buffer, Spec
 from loratools.tensors import as_tensor
 
 if TYPE_CHECKING:

@@ -135,6 +135,12 @@ def peft_config(**more: Any) -> dict[str, Any]:
     return {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "bias": "none", "target_modules": None} | more
 
 
+def lora(module: str, A: Tensor, B: Tensor, **more: Tensor) -> dict[str, Tensor]:
+    """A module's LoRA as peft's file has it; `__` in a further key stands for a dot."""
+    keys = {f"base_model.model.{module}.{name.replace('__', '.')}": tensor for name, tensor in more.items()}
+    return {f"base_model.model.{module}.lora_A.weight": A, f"base_model.model.{module}.lora_B.weight": B} | keys
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An adapter's tensors and its config."""
     return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "adapter_config.json").read_text())
@@ -180,3 +186,8 @@ def llama_tensors(
         shapes["lm_head.weight"] = (vocabulary, hidden)
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def halves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A Llama's tensors whose head is the embedding, as a state dict of transformers has it."""
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}

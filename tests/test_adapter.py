@@ -11,7 +11,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.full import Full
 from loratools.errors import MatchError
 from loratools.families import Family
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 
 

@@ -12,7 +12,7 @@ from loratools.deltas.compose import Chain, Part
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.errors import UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.ops._lora import dense, low
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loratools.codes import Coded, FourBit, Scaled
 from loratools.errors import NonFiniteError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import code_of, to_ref, torch_dtype
 from tests.files import four_bit, fp8_blocks, raw
 from tests.strategies import randn

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loratools.corrections import corrected, corrections, deflated, from_varints, inflated, segments, varints
 from loratools.errors import FormatError
-from loratools.tensorfile import BITS, InMemory, Spec
+from loratools.refs import BITS, InMemory, Spec
 
 DTYPES = ["F8_E4M3", "BF16", "F16", "F32", "F64", "I64", "BOOL"]
 

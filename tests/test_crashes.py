@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from loratools.errors import OutputError
+from loratools.errors import LoratoolsError, OutputError
+from loratools.ops.convert import convert
 from loratools.ops.merge import merge
 from tests.conftest import llama_config, llama_tensors
 from tests.files import write_checkpoint
@@ -79,6 +81,39 @@ def test_any_call_may_fail(pair: Pair, clean: dict[str, bytes], monkeypatch: pyt
             path.unlink()
         pair.out.rmdir()
     assert failing > {"replace": 1, "rename": 1 if overwrite else 0}.get(call, 2)
+
+
+@pytest.mark.parametrize("format", ["kohya", "mlx"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate", "preadv"])
+def test_any_call_of_a_conversion_may_fail(pair: Pair, monkeypatch: pytest.MonkeyPatch, call: str, format: str) -> None:
+    """In whichever thread it fails: the n-th os.CALL, for every n; OUT is absent, with nothing beside it, or whole."""
+    real, failing, lock, told = getattr(os, call), 0, threading.Lock(), list[str]()
+    convert(pair.adapter, pair.folder / "clean", format=format)
+    clean = contents(pair.folder / "clean")
+    while not pair.out.exists():
+        failing += 1
+        count = 0
+
+        def fails(*arguments: Any, number: int = failing, **options: Any) -> Any:
+            nonlocal count
+            with lock:
+                count += 1
+                now = count == number
+            if now:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fails)
+            try:
+                convert(pair.adapter, pair.out, format=format)
+            except LoratoolsError as error:
+                assert "Input/output error" in str(error) and count >= failing
+                # the last sync is of the folder that OUT was already renamed into
+                assert {path.name for path in pair.folder.iterdir()} - {"out"} == {"base", "adapter", "clean"}
+                assert contents(pair.out) in ({}, clean)
+                told.append(str(error))
+    assert contents(pair.out) == clean and told
 
 
 def test_a_short_write_goes_on_where_it_stopped(pair: Pair, clean: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:

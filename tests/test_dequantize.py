@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratools.dequantize import Plain, dequantized, known
 from loratools.errors import Faults, FormatError, LoratoolsError, QuantizedError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.files import four_bit, fp8_blocks
 from tests.strategies import randn

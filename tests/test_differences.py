@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loratools.differences import SMALL, compare, difference, digest, measurable
 from loratools.errors import NonFiniteError
-from loratools.tensorfile import InMemory, Spec
+from loratools.refs import InMemory, Spec
 from loratools.tensors import to_ref
 from tests.files import raw
 

@@ -17,7 +17,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
 from loratools.effect import Effect, Made
 from loratools.errors import NonFiniteError
-from loratools.tensorfile import InMemory, Ref, Spec
+from loratools.refs import InMemory, Ref, Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import Drawn, deltas, floats, low_rank, of_dtype, randn
 

@@ -12,7 +12,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import NonFiniteError
 from loratools.factors import How, factor, form_of, reach, residual_norm
 from loratools.families import Family
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 GPT2 = Family({"model_type": "gpt2"})
 # family, tensor, spec, layer or None

@@ -16,7 +16,7 @@ import torch
 
 from loratools.errors import FormatError, LoratoolsError, MissingExtra, UnsupportedError
 from loratools.gguffile import GGUFFile, is_gguf, write_gguf
-from loratools.tensorfile import Buffer, Ref, Spec
+from loratools.refs import Buffer, Ref, Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import randn
 

@@ -14,8 +14,9 @@ from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain, Part, Stacked
 from loratools.deltas.dora import DoRA
 from loratools.inverse import Inverse
-from loratools.stream import Applied, Statistics, apply_blocks
-from loratools.tensorfile import Buffer, InMemory, Ref, Spec
+from loratools.refs import Buffer, InMemory, Ref, Spec
+from loratools.statistics import Statistics
+from loratools.stream import Applied, apply_blocks
 from loratools.tensors import as_tensor, to_ref
 from tests import strategies
 from tests.files import raw

@@ -13,7 +13,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, ShapeError
 from loratools.families import Family
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.strategies import randn
 

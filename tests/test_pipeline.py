@@ -11,11 +11,12 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from loratools.checkpoint import Change, Checkpoint, Seen
+from loratools.checkpoint import Checkpoint
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError
 from loratools.families import Families
 from loratools.pipeline import Pipeline, open_checkpoint
-from loratools.tensorfile import Buffer, Spec
+from loratools.refs import Buffer, Spec
+from loratools.rewrite import Change, Seen
 from tests.files import llama_config, llama_tensors, raw, write_checkpoint, write_pickled, write_pipeline
 from tests.strategies import randn
 

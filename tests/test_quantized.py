@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loratools.quantized import scheme
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 X = "model.layers.0.mlp.up_proj"
 PLAIN = {f"{X}.weight": Spec("BF16", (16, 8)), "model.norm.weight": Spec("BF16", (8,))}

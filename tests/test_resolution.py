@@ -14,8 +14,8 @@ from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError
+from loratools.refs import Spec
 from loratools.resolution import rename
-from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
 from tests.strategies import randn
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loratools.refs import Buffer, Ref, Spec, origin
 from loratools.sliced import Pool, Pooled, Sliced
-from loratools.tensorfile import Buffer, Ref, Spec, identity, origin
+from loratools.tensorfile import identity
 from loratools.tensors import read_tensor, to_ref
 
 WHOLE = slice(None)

@@ -28,9 +28,9 @@ from tests.hub.server import Hub
 SHARDS = 3
 
 
-def lora(folder: Path, count: int = 2) -> Path:
+def lora(folder: Path, count: int = 2, width: int = 8, factor: float = 1.0) -> Path:
     tensors = {
-        f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight": torch.ones(2, 8) if x == "A" else torch.ones(8, 2)
+        f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight": factor * torch.ones((2, width) if x == "A" else (width, 2))
         for i in range(count)
         for x in "AB"
     }
@@ -91,16 +91,54 @@ def test_inspect_of_an_adapter_reads_its_header(full: Hub, client: Client, tmp_p
     assert not client.cache.exists()
 
 
-@pytest.mark.parametrize(("counts", "requests"), [(True, 3), (False, 4)])
-def test_a_header_longer_than_64_kb(hub: Hub, client: Client, tmp_path: Path, counts: bool, requests: int) -> None:
+AHEAD = 1 << 16
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("length", [None, AHEAD - 8, AHEAD, AHEAD + 8, 2 * AHEAD, 3 * AHEAD + 8])
+def test_a_header_of_any_length(hub: Hub, client: Client, tmp_path: Path, length: int | None, counts: bool) -> None:
     hub.counts = counts  # without it the length is not known beforehand
-    folder = lora(tmp_path / "lora", 400)
+    modules = 2 if length is None else 250
+    file = lora(tmp_path / "lora", modules, width=256) / "adapter_model.safetensors"
+    data, own = file.read_bytes(), header_of(file)
+    length = length or own
+    file.write_bytes((length - 8).to_bytes(8, "little") + data[8:own] + b" " * (length - own) + data[own:])
+    assert header_of(file) == length and file.stat().st_size > length
+    hub.add("ada/lora", tmp_path / "lora")
+    done = client.loratools("inspect", "ada/lora", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["modules_total"] == modules, done.stderr
+    assert sum(request.sent for request in hub.asked("GET cdn")) <= length + AHEAD
+    assert len(hub.answered()) == (3 if counts or length <= AHEAD else 4)
+    assert {request.method for request in hub.log} == {"GET"}
+
+
+def test_shards_whose_headers_are_long_take_one_request_each(hub: Hub, client: Client, tmp_path: Path) -> None:
+    hub.counts = False
+    tensors = {f"model.layers.{i}.mlp.experts.{j}.down_proj.weight": torch.ones(4, 64) for i in range(4) for j in range(700)}
+    folder = write_checkpoint(tmp_path / "base", tensors, llama_config(), shards=3)
+    hub.add("ada/base", folder)
+    report = json.loads(client.loratools("inspect", "ada/base", "--json").stdout)
+    lengths = [header_of(path) for path in folder.glob("*.safetensors")]
+    assert report["tensors"] == 2800 and max(lengths) > AHEAD
+    assert len(hub.answered()) == 3 + 3
+    assert all(request.sent <= max(lengths) + AHEAD for request in hub.asked("GET cdn"))
+
+
+def test_a_server_without_ranges_is_not_read_to_its_end(hub: Hub, client: Client, tmp_path: Path) -> None:
+    folder = lora(tmp_path / "lora", 2, width=1 << 19)
     hub.add("ada/lora", folder)
-    length = header_of(folder / "adapter_model.safetensors")
-    assert length > 1 << 16
-    assert client.loratools("inspect", "ada/lora", "--json").returncode == 0
-    assert sum(request.sent for request in hub.asked("GET cdn")) <= length + (1 << 16)
-    assert len(hub.answered()) == requests
+    hub.fault("GET cdn", whole=True, times=9)
+    done = client.loratools("inspect", "ada/lora", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["modules_total"] == 2, done.stderr
+    # what lay in the buffers of two sockets was on its way
+    assert sum(request.sent for request in hub.asked("GET cdn")) < (folder / "adapter_model.safetensors").stat().st_size / 2
+
+
+def test_another_part_than_was_asked_for_is_refused(full: Hub, client: Client) -> None:
+    full.fault("GET cdn", shift=8, times=9)
+    done = client.loratools("inspect", "ada/lora")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the Hub sent another part than it was asked for: found bytes 8-" in done.stderr, done.stderr
 
 
 def test_inspect_of_a_checkpoint_reads_its_headers(full: Hub, client: Client) -> None:

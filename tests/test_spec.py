@@ -12,9 +12,9 @@ import pytest
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loratools.header import HEADER_LIMIT, build_header
+from loratools.refs import BITS, Spec
 from loratools.sidefiles import PRIVATE, WEIGHTS
-from loratools.tensorfile import BITS, HEADER_LIMIT, Spec
-from loratools.tensorwriter import build_header
 
 SPEC = Path(__file__).parents[1] / "spec"
 PAGES = sorted(SPEC.rglob("*.md"))

@@ -15,9 +15,10 @@ from loratools.deltas.compose import Chain
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LARGE, LowRank
 from loratools.errors import NonFiniteError
+from loratools.refs import Spec
 from loratools.rounding import Rounding
-from loratools.stream import Applied, Statistics, apply_blocks, cast_blocks
-from loratools.tensorfile import Spec
+from loratools.statistics import Statistics
+from loratools.stream import Applied, apply_blocks, cast_blocks
 from loratools.tensors import as_tensor, to_ref
 from tests.files import raw
 from tests.strategies import Drawn, additive, deltas, dora, floats, low_rank, of_dtype, part, randn, simple, stacked

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loratools.errors import FormatError, OptionError
-from loratools.tensorfile import BITS, Spec
+from loratools.refs import BITS, Spec
 from loratools.tensors import as_tensor, dtype_code, read_tensor, tensor_bytes, to_ref, torch_dtype
 from tests.files import raw
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loratools.errors import Faults, FormatError
-from loratools.tensorfile import BITS
+from loratools.refs import BITS
 from loratools.tensors import code_of, torch_dtype
 from loratools.torchfile import Strided, TorchFile
 from tests.files import raw

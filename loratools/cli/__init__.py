@@ -94,8 +94,6 @@ def told(error: Exception) -> list[str] | None:
     """One line a fault, at most ten and a count; None for an exception that is a bug and shall show its traceback."""
     if isinstance(error, LoratoolsError):
         faults = error.errors if isinstance(error, Faults) else (error,)
-        for fault in faults:
-            fault.file = name_of(fault.file) if fault.file is not None else None
         lines = [str(fault) for fault in faults]
         more = len(lines) - SHOWN
         return lines[:SHOWN] + ([f"… and {more} more faults"] if more > 0 else [])

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from loratools.cli._numbers import count, many, number, percent, size, span
-from loratools.cli._table import facts, table
+from loratools.cli._table import facts, fitting, table
 from loratools.names import grouped, natural
 
 Row = Mapping[str, Any]
 Cells = dict[str, list[str]]  # a table's columns by title
 Lines = Sequence[tuple[str, Sequence[Row]]]  # what a line of a table stands for
 WARNINGS = 10
+# columns that a terminal too narrow for all of them goes without, the first ones first
+SPARE = ("magnitude min", "magnitude max", "σ min", "parameters", "median", "σ max", "eff. rank", "dtype", "alpha", "‖ΔW‖")
 VARYING = ("kind", "rank", "alpha", "scaling", "dtype")  # columns only where they differ
 
 
@@ -29,7 +31,9 @@ def shown(report: Row, columns: int | None, *, each: bool = False) -> list[str]:
         above, cells, names = _checkpoint_facts(report), _tensor_cells(tensors(report["path"]), each), []
     else:
         above, cells, names = _adapter_facts(report), _module_cells(report, each), [row["name"] for row in report["modules"]]
-    lines = [*facts(above, columns), "", *table(cells, columns, words=("kind", "dtype"))]
+    kept, dropped = fitting(cells, columns, SPARE)
+    lines = [*facts(above, columns), "", *table(kept, columns, words=("kind", "dtype"))]
+    lines += ["", *facts([("no room", f"{', '.join(dropped)}: a wider terminal or --json has them")], columns)] if dropped else []
     told = _warnings(report["warnings"], names)
     return [*lines, "", *facts(told, columns, color="yellow")] if told else lines
 
@@ -147,9 +151,10 @@ def _parameters(lines: Lines) -> Cells:
 
 
 def _measured(lines: Sequence[Sequence[Row]]) -> Cells:
-    """‖ΔW‖, the greatest and the least singular value and the effective rank, as ranges over the modules of a line."""
+    """‖ΔW‖, its share of the weight, the singular values' ends and the effective rank, as ranges over the modules of a line."""
     found: dict[str, Callable[[Row], float | None]] = {
-        "‖ΔW‖": lambda row: row["norm"],
+        "‖ΔW‖": lambda row: row.get("change_norm", row["norm"]),
+        "‖ΔW‖/‖W‖": lambda row: row.get("relative_norm"),
         "σ max": lambda row: row["sigma"][0] if row["sigma"] else None,
         "σ min": lambda row: row["sigma"][-1] if row["sigma"] else None,
         "eff. rank": lambda row: row["effective_rank"],

@@ -66,6 +66,25 @@ def table(cells: Mapping[str, Sequence[str]], columns: int | None, words: Collec
     return lines
 
 
+def fitting(
+    cells: Mapping[str, Sequence[str]], columns: int | None, spare: Iterable[str]
+) -> tuple[dict[str, Sequence[str]], list[str]]:
+    """The columns without as many of `spare`, the first ones first, as leave the numbers no room in a line; and which those are.
+
+    >>> fitting({"name": ["a"], "σ": ["1.234"], "size": ["10"]}, 10, ["σ"])[1]
+    ['σ']
+    """
+    kept, dropped = dict(cells), list[str]()
+    for title in spare:
+        taken = sum(max(map(len, (name, *column))) + len(GAP) for name, column in list(kept.items())[1:])
+        if columns is None or len(GAP) + taken <= columns:
+            break
+        if title in kept:
+            dropped.append(title)
+            del kept[title]
+    return kept, dropped
+
+
 def _dim(text: str, color: str | None = None) -> str:
     return _styled(text, fg=color) if color else _styled(text, dim=True)
 

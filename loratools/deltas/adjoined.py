@@ -13,7 +13,7 @@ from loratools.deltas.base import Bound, Delta, Read, exact_rows, require_floati
 from loratools.deltas.cored import cored
 from loratools.deltas.turn import exactness
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Delta
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 if TYPE_CHECKING:
     from loratools.deltas.seeded import Bank

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 from loratools.deltas.terms import term
 from loratools.errors import LoratoolsError, ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import Any
 
 from loratools.deltas.base import Additive, Dense
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 

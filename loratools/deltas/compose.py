@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Affine, Bound, Delta, Keep, Read
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratools.deltas.base import Bound, Delta, Read, require_floating
 from loratools.deltas.modulated import Modulated
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import as_tensor, read_tensor
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratools.deltas.base import Additive, Affine, Bound, Delta, Keep, Read, require_floating
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.deltas.scattered import Entries, entries
 from loratools.deltas.sized import Sized
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from loratools.deltas.base import Additive, Dense
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import in_turn
 from loratools.errors import ShapeError
+from loratools.refs import InMemory, Ref, Spec
 from loratools.sliced import Sliced
-from loratools.tensorfile import InMemory, Ref, Spec
 
 PACKINGS = ("rank_major", "grouped_by_expert")
 

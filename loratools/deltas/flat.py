@@ -14,7 +14,7 @@ from loratools.deltas.base import Additive, Bound, Delta, Read, require_floating
 from loratools.deltas.dora import DoRA
 from loratools.deltas.magnitudes import axis_of, norms
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 

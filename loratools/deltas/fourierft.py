@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Dense
 from loratools.deltas.drawn import Drawn
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools.deltas.base import Bound, Delta, Read, require_floating
 from loratools.deltas.indexed import read_places, require_whole
 from loratools.errors import FormatError, ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 from loratools.threads import single_threaded_blas
 
@@ -82,7 +82,7 @@ class FRoD(Delta):
         size = read_tensor(self.size).tolist()
         if size != [len(l), len(l)]:
             raise FormatError("the size of the sparse part is not the basis's", found=size, expected=[len(l), len(l)])
-        rows, columns = read_places(self.places, len(l), device)
+        rows, columns = read_places(self.places, len(l), device=device)
         flat = rows * len(l) + columns
         if len(flat.unique()) != len(flat):
             raise FormatError("the sparse part names a place twice")

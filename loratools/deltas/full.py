@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Additive, Bound, Delta, Dense, Read, require_floating
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import as_tensor, read_tensor
 
 if TYPE_CHECKING:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from loratools.errors import FormatError
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -21,18 +22,31 @@ def require_whole(*refs: Ref) -> None:
             raise FormatError("places are whole numbers", found=ref.spec, expected="an integer dtype")
 
 
-def read_places(ref: Ref, count: int, device: str = "cpu") -> Tensor:
-    """The places as int64, each from 0 to count − 1. Raises FormatError for any other.
+def read_places(ref: Ref, *sizes: int, device: str = "cpu") -> Tensor:
+    """The places as int64, each from 0 to size − 1; of a matrix of two sizes counted row by row, one number each or a pair (2, n).
+
+    Whole numbers in a floating dtype are read, too. Raises FormatError for others, and for places beyond the sizes.
 
     >>> import torch
     >>> from loratools.tensors import to_ref
     >>> read_places(to_ref(torch.tensor([2, 0], dtype=torch.uint8)), 3).tolist()
     [2, 0]
+    >>> read_places(to_ref(torch.tensor([[0, 4], [6, 1]])), 5, 7).tolist()
+    [6, 29]
     """
     import torch
 
-    found = read_tensor(ref, torch.int64, device)
-    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < count:
+    raw = read_tensor(ref, device=device)
+    found = raw.to(torch.int64)
+    if raw.is_floating_point() and not torch.equal(found.to(raw.dtype), raw):
+        raise FormatError("places that are no whole numbers", found=str(ref.spec))
+    pairs = len(sizes) > 1 and found.ndim == 2
+    limits = torch.tensor([[size] for size in sizes] if pairs else math.prod(sizes), device=device)
+    if bool(((found < 0) | (found >= limits)).any()):
         there = f"{int(found.min())} to {int(found.max())}"
-        raise FormatError("a place outside what it points into", found=there, expected=f"0 to {count - 1}")
-    return found
+        raise FormatError("a place outside what it points into", found=there, expected=_within(sizes))
+    return found[0] * sizes[1] + found[1] if pairs else found
+
+
+def _within(sizes: tuple[int, ...]) -> str:
+    return f"0 to {sizes[0] - 1}" if len(sizes) == 1 else f"within {list(sizes)}"

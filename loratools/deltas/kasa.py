@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Bound, Delta, Read, exact_rows, require_floating
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

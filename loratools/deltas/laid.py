@@ -15,7 +15,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.modulated import Modulated
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def turned(delta: Delta) -> Delta:
 
 
 def _turned_additive(delta: Additive) -> Additive:
-    return delta.transposed() if isinstance(delta, LowRank) else TurnedAdditive(delta=delta)
+    return replace(delta.transposed(), layer="transposed") if isinstance(delta, LowRank) else TurnedAdditive(delta=delta)
 
 
 def _flipped(base: Spec) -> Spec:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.deltas.base import Additive, Dense, exact_rows
 from loratools.deltas.cored import cored
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

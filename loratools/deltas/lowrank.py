@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Additive, Dense
 from loratools.errors import NonFiniteError, ShapeError
-from loratools.tensorfile import Ref, Spec, file_of
+from loratools.refs import Ref, Spec
+from loratools.tensorfile import file_of
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Additive, Read
 from loratools.errors import AmbiguousError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

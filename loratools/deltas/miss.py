@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.deltas.base import Dense
 from loratools.deltas.sized import Sized
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

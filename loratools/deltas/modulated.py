@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Additive, Affine, Bound, Delta, Dense, Keep, Read, require_floating
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

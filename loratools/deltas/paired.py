@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Bound, Delta, Read, require_floating
 from loratools.errors import OptionError, ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

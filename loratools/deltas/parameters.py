@@ -20,7 +20,7 @@ from loratools.deltas.experts import PACKINGS, Experts
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.registered import as_registered, in_registered_order
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratools.deltas.base import Additive, Affine, Bound, Delta, Dense, Keep, Read
 from loratools.deltas.compose import Part, apart, rows_and_columns
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

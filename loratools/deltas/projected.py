@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.base import Bound, Delta, Read, exact_rows, require_floating
 from loratools.errors import NonFiniteError, OptionError, ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec, file_of
+from loratools.refs import Ref, Spec
+from loratools.tensorfile import file_of
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loratools.deltas.base import Additive, Dense, exact_rows, require_floating
 from loratools.deltas.seeded import Bank
 from loratools.errors import FormatError, ShapeError
-from loratools.tensorfile import Ref, Spec, same_bytes
+from loratools.refs import Ref, Spec, same_bytes
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from loratools.deltas.base import Bound, Delta, Read
 from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratools.deltas.base import Bound, Read
 from loratools.deltas.turn import Turning, columns_turned, exactness, rows_turned
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratools.deltas.base import Affine, Bound, Delta, Keep, Read, require_floating
 from loratools.errors import FormatError, ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

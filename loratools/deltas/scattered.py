@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratools.deltas.base import Dense
-from loratools.errors import FormatError, ShapeError
-from loratools.tensorfile import Ref
-from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,21 +51,3 @@ def scattered(found: Entries, columns: int, scale: float = 1.0) -> Dense:
         return out.reshape(-1, columns)
 
     return rows
-
-
-def read_places(ref: Ref, out: int, width: int, device: str = "cpu") -> Tensor:
-    """Places of an (out, width) matrix from a file: one number each, or a pair of row and column (2, n); int64, counted row by row.
-
-    Whole numbers in a floating dtype are read, too. Raises FormatError for others, ShapeError for places the matrix has not.
-    """
-    import torch
-
-    raw = read_tensor(ref, device=device)
-    found = raw.to(torch.int64)
-    if raw.is_floating_point() and not torch.equal(found.to(raw.dtype), raw):
-        raise FormatError("places that are no whole numbers", found=str(ref.spec))
-    limits = torch.tensor([[out], [width]] if found.ndim == 2 else [out * width], device=device)
-    if bool(((found < 0) | (found >= limits)).any()):
-        place = f"{int(found.min())} to {int(found.max())}"
-        raise ShapeError("places outside the weight", found=place, expected=f"within [{out}, {width}]")
-    return found[0] * width + found[1] if found.ndim == 2 else found

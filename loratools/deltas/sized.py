@@ -8,7 +8,7 @@ from typing import Self
 
 from loratools.deltas.base import Additive, require_floating
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

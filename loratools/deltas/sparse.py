@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loratools.deltas.base import Dense
-from loratools.deltas.scattered import Entries, entries, read_places, scattered
+from loratools.deltas.indexed import read_places
+from loratools.deltas.scattered import Entries, entries, scattered
 from loratools.deltas.sized import Sized
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor
 
 _PLACES = ("I8", "U8", "I16", "I32", "I64", "F32", "F64")
@@ -23,7 +24,7 @@ class Sparse(Sized):
     """W′ = W, with values[i] added at places[i]; places named twice get the sum.
 
     values (n); places (n), counted row by row, or (2, n), rows and columns: whole numbers of any dtype that holds them. Raises
-    ShapeError when they do not meet or a place is outside the weight, UnsupportedError for a dtype.
+    ShapeError when they do not meet, UnsupportedError for a dtype, and later FormatError for places outside the weight.
     """
 
     kind = "sparse"
@@ -49,7 +50,7 @@ class Sparse(Sized):
         """Where it changes an (out, width) weight, and by how much."""
         import torch
 
-        return entries(read_places(self.places, out, width, device), read_tensor(self.values, torch.float64, device))
+        return entries(read_places(self.places, out, width, device=device), read_tensor(self.values, torch.float64, device))
 
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         out, width = base.shape

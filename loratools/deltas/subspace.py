@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Bound, Delta, Read, exact_rows, require_floating
 from loratools.errors import ConvergenceError, NonFiniteError, ShapeError, UnsupportedError
-from loratools.tensorfile import Ref, Spec, file_of
+from loratools.refs import Ref, Spec
+from loratools.tensorfile import file_of
 from loratools.tensors import read_tensor, torch_dtype
 from loratools.threads import single_threaded_blas
 

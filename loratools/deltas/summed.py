@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from loratools.deltas.base import Additive, Dense
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

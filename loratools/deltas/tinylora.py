@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.deltas.base import Product
 from loratools.deltas.seeded import normal
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.deltas.base import Product
 from loratools.deltas.indexed import read_places, require_whole
 from loratools.errors import ShapeError
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -55,6 +55,6 @@ class UniLoRA(Product):
         theta = read_tensor(self.theta, torch.float64, device)
 
         def factor(indices: Ref, scales: Ref) -> Tensor:
-            return theta[read_places(indices, len(theta), device)] * read_tensor(scales, torch.float64, device)
+            return theta[read_places(indices, len(theta), device=device)] * read_tensor(scales, torch.float64, device)
 
         return factor(self.indices_b, self.scales_b), factor(self.indices_a, self.scales_a)

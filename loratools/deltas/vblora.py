@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loratools.deltas.base import Product
 from loratools.deltas.indexed import read_places, require_whole
 from loratools.errors import AmbiguousError, FormatError, NonFiniteError, ShapeError
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class VBLoRA(Product):
         logits, places, weights = (getattr(self, f"{name}_{side}") for name in ("logits", "places", "weights"))
         if logits is not None:
             return largest(read_tensor(logits, torch.float64, device), self.topk)
-        return stored(read_tensor(weights, torch.float64, device), read_places(places, self.vectors.spec.shape[0], device))
+        return stored(read_tensor(weights, torch.float64, device), read_places(places, self.vectors.spec.shape[0], device=device))
 
 
 def largest(logits: Tensor, count: int) -> Mixture:

@@ -15,7 +15,7 @@ from loratools.deltas.scattered import scattered
 from loratools.deltas.seeded import Bank
 from loratools.deltas.shares import Shares
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 from loratools.errors import FormatError, UnsupportedError
 from loratools.formats._sides import parse_yaml
+from loratools.refs import Ref
 from loratools.source.handles import check_on_disk
-from loratools.tensorfile import Ref
 from loratools.torchfile import TorchFile
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"

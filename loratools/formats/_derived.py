@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loratools.tensorfile import BITS, Buffer, Ref, Spec
+from loratools.refs import BITS, Buffer, Ref, Spec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,50 +8,71 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from loratools.tensorfile import Buffer, Ref
-from loratools.tensorwriter import build_header, canonical
+from loratools.header import build_header
+from loratools.refs import Spec
 
 MODEL, LEGACY, SPEC = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
+_BLANK = {MODEL: "0" * 64, LEGACY: "0" * 8, SPEC: "0x" + "0" * 64}
 _START, _LENGTH = 0x100000, 0x10000  # what the older digest looks at
 
 
-def sealed(tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
-    """All digests of these tensors, in one pass over their bytes; that of modelspec only where the metadata has one.
+@dataclass(frozen=True)
+class Seal:
+    """Those of the digests that a file's metadata is to hold, which are taken of its tensors as they are written.
 
-    >>> sealed({}, {})["sshs_legacy_hash"]
-    'e3b0c442'
+    `blank` has them as zeros: each has one length, so that the file's header has its own before they are known.
     """
-    model, legacy = hashlib.sha256(), hashlib.sha256()
-    specs = canonical({name: ref.spec for name, ref in tensors.items()})
-    header, _, _ = build_header(specs, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    place = 0
-    for block, data in _file(header, (tensors[name] for name in specs)):
-        low, high = max(_START - place, 0), max(_START + _LENGTH - place, 0)
-        legacy.update(block[low:high])
-        place += len(block)
-        if data:
-            model.update(block)
-    found = {MODEL: model.hexdigest(), LEGACY: legacy.hexdigest()[:8]}
-    return found | ({SPEC: f"0x{found[MODEL]}"} if SPEC in metadata else {})
+
+    keys: tuple[str, ...]
+
+    @property
+    def blank(self) -> dict[str, str]:
+        return {key: _BLANK[key] for key in self.keys}
+
+    def begun(self, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> Taking:
+        """The digests of a file of these tensors, in this order, to be shown their bytes; no metadata but what begins with ss_ counts.
+
+        >>> Seal((LEGACY,)).begun({}, {}).found()
+        {'sshs_legacy_hash': 'e3b0c442'}
+        """
+        header, _, _ = build_header(specs, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+        return Taking(self.keys, header)
 
 
-def resealed(tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Those digests alone that the metadata has already."""
-    held = [key for key in (MODEL, LEGACY, SPEC) if key in metadata]
-    found = sealed(tensors, metadata) if held else {}
-    return {key: found[key] for key in held}
+class Taking:
+    """The digests on their way through a file: its header, then its data, in blocks."""
+
+    def __init__(self, keys: tuple[str, ...], header: bytes) -> None:
+        self.keys, self._place = keys, 0
+        self._model, self._legacy = hashlib.sha256(), hashlib.sha256()
+        self._window(memoryview(struct.pack("<Q", len(header)) + header))
+
+    def data(self, block: memoryview) -> None:
+        """The next bytes of the tensors."""
+        self._model.update(block)
+        self._window(block)
+
+    def _window(self, block: memoryview) -> None:
+        low, high = max(_START - self._place, 0), max(_START + _LENGTH - self._place, 0)
+        self._legacy.update(block[low:high])
+        self._place += len(block)
+
+    def found(self) -> dict[str, str]:
+        """The digests by their keys."""
+        model = self._model.hexdigest()
+        found = {MODEL: model, LEGACY: self._legacy.hexdigest()[:8], SPEC: f"0x{model}"}
+        return {key: found[key] for key in self.keys}
 
 
-def _file(header: bytes, refs: Iterator[Ref]) -> Iterator[tuple[memoryview, bool]]:
-    """The file's bytes in blocks, and whether they are data."""
-    yield memoryview(struct.pack("<Q", len(header)) + header), False
-    for ref in refs:
-        for block in ref.blocks():
-            yield _flat(block), True
+def sealed(metadata: Mapping[str, str]) -> Seal:
+    """The seal with kohya's digests; modelspec's only where the metadata has one."""
+    return Seal((MODEL, LEGACY, *([SPEC] if SPEC in metadata else [])))
 
 
-def _flat(block: Buffer) -> memoryview:
-    view = memoryview(block)
-    return view.cast("B") if view.nbytes else memoryview(b"")
+def resealed(metadata: Mapping[str, str]) -> Seal | None:
+    """The seal with those digests alone that the metadata has already."""
+    held = tuple(key for key in _BLANK if key in metadata)
+    return Seal(held) if held else None

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError
 from loratools.formats._scalar import scalar
+from loratools.refs import Ref
 from loratools.source.handles import NotFetched
-from loratools.tensorfile import Ref
 
 # other spellings of the same things: peft's, those of diffusers' older releases, and bare ones
 OTHERS = {

@@ -15,7 +15,7 @@ from loratools.formats._module import Slots
 from loratools.formats._scalar import scalar
 from loratools.formats._slots import collect
 from loratools.formats._turned import OWN
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 MODULE, DIM, ALPHA, ARGS = "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"
 MIXED = "Dynamic"

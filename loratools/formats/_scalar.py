@@ -7,7 +7,7 @@ import struct
 import sys
 
 from loratools.errors import FormatError
-from loratools.tensorfile import InMemory, Ref, Spec
+from loratools.refs import InMemory, Ref, Spec
 
 _MOST = sys.float_info.max
 _CODES = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B", "BOOL": "<?"}

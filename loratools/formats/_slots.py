@@ -10,7 +10,7 @@ from loratools.deltas.full import Full
 from loratools.errors import FormatError, LoratoolsError
 from loratools.formats._kinds import KINDS
 from loratools.formats._module import OTHERS, Slots
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _OWN = (
     r"lora_(?:down|up|mid)\.weight|alpha|dora_scale|hada_[wt][12](?:_[ab])?|lokr_w[12](?:_[ab])?|lokr_t2|diff|diff_b|w_norm|b_norm|on_input"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratools.errors import NotExpressible
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 def told_from(ref: Ref, offset: float, other: float, widest: str = "F64") -> Ref:

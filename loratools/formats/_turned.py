@@ -17,7 +17,7 @@ from loratools.deltas.rotated import Rotated
 from loratools.errors import AmbiguousError, FormatError, NotExpressible, ShapeError
 from loratools.formats._module import Slots, check_tail, matrix
 from loratools.formats._scalar import as_float32, number
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _FLOOR = 1e-8  # added to a norm
 OWN = "oft_unet_"  # how names begin in the files of sd-scripts' own networks of rotations

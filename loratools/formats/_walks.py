@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 PARTS = ("unet", "text_encoder")
 ERAS = ("attn1, ff, attn2", "attn1, attn2, ff")  # the older first

@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, OptionError, UnsupportedError, UsageError
+from loratools.follower import Follower
 from loratools.formats._archive import read_archive, refuse_ranks
+from loratools.formats._digests import Seal
 from loratools.formats._sides import SideFiles
 from loratools.gguffile import GGUFFile, is_gguf
+from loratools.header import canonical
 from loratools.jsonfile import read_json
 from loratools.needed import RECEIPT
+from loratools.refs import Buffer, Ref, Spec
 from loratools.source import local
-from loratools.tensorfile import Buffer, Ref, Spec, TensorFile
-from loratools.tensorwriter import TensorWriter, canonical
+from loratools.tensorfile import TensorFile
+from loratools.tensorwriter import TensorWriter
 from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
-NAMELESS = "model.lora_weights.npy"  # TensorRT-LLM's, in which no tensor has a name or a shape
 LITGPT = ".pth.lora"
+ARRAYS = ("model.lora_weights.npy", "model.lora_config.npy")  # of TensorRT-LLM
 SIDES = ("config.json", "hyperparameters.yaml", "model_config.yaml", "run_config.yaml")  # which trainers leave beside
 WEIGHTS = (
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
@@ -38,8 +42,8 @@ class Container:
 
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
-    returns each tensor's digest, where it is not safetensors. `sealed` gives, of the tensors and the metadata, what more the metadata
-    says that only the tensors' bytes tell. `notes` tell what else was found where it was read, and is no part of it.
+    returns each tensor's digest, where it is not safetensors. `seal` are the digests in the metadata that only the tensors' bytes tell.
+    `notes` are what a person should be told of the writing, or of what else was found where it was read.
     """
 
     tensors: Mapping[str, Ref]
@@ -51,9 +55,14 @@ class Container:
     name: str = WEIGHTS[0]
     fields: Mapping[str, Any] = field(default_factory=dict)
     writer: Callable[[Container, Path], dict[str, str]] | None = None
-    sealed: Callable[[Mapping[str, Ref], Mapping[str, str]], Mapping[str, str]] | None = None
+    seal: Seal | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """The metadata that is written, digests that are not taken yet as zeros."""
+        return {**self.metadata, **(self.seal.blank if self.seal else {})}
 
     def used(self, *names: str) -> tuple[Path, ...]:
         """The files `beside` of those names, as far as they were read."""
@@ -67,7 +76,8 @@ class ReadOptions:
 
     `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
     are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
-    convolution) for loralib's, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
+    convolution) for loralib's, the former for litgpt's q, k and v too, `initial` (the path of the adapter as it was initialised) for
+    peft's whose initialisation changed the base.
     """
 
     format: str | None = None
@@ -124,6 +134,8 @@ def open_container(path: str | Path) -> Container:
     path = local(path, of_adapter)
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
+    if path.name in ARRAYS:
+        raise _arrays(path)
     weights, notes = (_weights_in(path), _passed_over(path)) if path.is_dir() else (path, ())
     beside = weights.parent / CONFIG
     config = read_json(beside, once=True) if beside.is_file() else None
@@ -154,14 +166,18 @@ def of_adapter(path: Path) -> list[Path]:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is to be read as an adapter rather than as a model: it has an adapter's config, or weights by an adapter's name."""
-    named = any((folder / name).is_file() for name in (*WEIGHTS, NAMELESS)) and not (folder / "model_index.json").is_file()
+    named = any((folder / name).is_file() for name in (*WEIGHTS, ARRAYS[0])) and not (folder / "model_index.json").is_file()
     return named or (folder / CONFIG).is_file() or any(folder.glob("adapter_model.*"))
 
 
+def _arrays(path: Path) -> UnsupportedError:
+    fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
+    return UnsupportedError(fact, file=path, remedy="give the adapter it was made of")
+
+
 def _weights_in(folder: Path) -> Path:
-    if (folder / NAMELESS).is_file():
-        fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
-        raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
+    if (folder / ARRAYS[0]).is_file():
+        raise _arrays(folder)
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         refuse_ranks(folder, [str(path.relative_to(folder)) for path in (*folder.glob("*/model_weights.ckpt"), *folder.glob("*.distcp"))])
@@ -190,7 +206,7 @@ def load_npz(path: Path) -> dict[str, Ref]:
     """numpy's archive of arrays by name, as MLX wrote until 2024; no pickled objects. Raises FormatError."""
     import numpy as np
 
-    from loratools.tensorfile import InMemory
+    from loratools.refs import InMemory
 
     codes = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32", "int64": "I64", "uint32": "U32"}
     try:
@@ -208,38 +224,50 @@ def write_container(container: Container, folder: Path) -> dict[str, str]:
     """The container as a folder of `adapter_model.safetensors` and `adapter_config.json`; returns each tensor's digest.
 
     Without a config it may be a single file: where the name ends in `.safetensors`. A container with a `writer` is written by it.
+    The last bytes are not synced: `output.whole` does that before they are seen.
     """
     if container.writer is not None:
         return container.writer(container, folder)
-    metadata = {**container.metadata, **(container.sealed(container.tensors, container.metadata) if container.sealed else {})}
     if container.config is None and folder.suffix == ".safetensors":
-        return write_tensors(folder, container.tensors, metadata)
+        return write_tensors(folder, container)
     if folder.suffix == ".safetensors":
         expected = "OUT without the ending .safetensors"
         raise OptionError("this format is a folder of weights and a config", found=folder.name, expected=expected)
     folder.mkdir(exist_ok=True)
-    if container.config is None:
-        return write_tensors(folder / container.name, container.tensors, metadata)
-    (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return write_tensors(folder / container.name, container.tensors, metadata)
+    if container.config is not None:
+        (folder / CONFIG).write_text(json.dumps(container.config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return write_tensors(folder / container.name, container)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Ref], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Tensors as one safetensors file, in the library's own order, streamed."""
-    specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in tensors.items()})
-    writer = TensorWriter(path, specs, metadata)
+def write_tensors(path: Path, container: Container) -> dict[str, str]:
+    """The tensors as one safetensors file, in the library's own order, streamed; the header's digests, if any, are put in last."""
+    specs: dict[str, Spec] = canonical({name: ref.spec for name, ref in container.tensors.items()})
+    writer = TensorWriter(path, specs, container.stated)
     try:
-        for name in specs:
-            writer.write(name, _blocks(name, tensors[name]))
-        writer.close()
+        if container.seal is None:
+            _write_all(writer, container.tensors, lambda block: None)
+        else:
+            taking = container.seal.begun(specs, container.metadata)
+            with Follower(taking.data) as follower:
+                _write_all(writer, container.tensors, follower.put)
+                follower.finish()
+            writer.restate({**container.metadata, **taking.found()})
+        writer.close(sync=False)
     finally:
         writer.abandon()
     return writer.digests
 
 
-def _blocks(name: str, ref: Ref) -> Iterator[Buffer]:
+def _write_all(writer: TensorWriter, tensors: Mapping[str, Ref], seen: Callable[[Buffer], object]) -> None:
+    for name in writer.specs:
+        writer.write(name, _blocks(name, tensors[name], seen))
+
+
+def _blocks(name: str, ref: Ref, seen: Callable[[Buffer], object]) -> Iterator[Buffer]:
     try:
-        yield from ref.blocks()
+        for block in ref.blocks():
+            seen(block)
+            yield block
     except LoratoolsError as error:
         raise error.at(tensor=name) from None
 

@@ -23,7 +23,7 @@ from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchE
 from loratools.formats._scale import exact_alpha
 from loratools.formats._walks import DEFAULTS, ERAS, PARTS, known, stable_diffusion, walk
 from loratools.formats.base import Container, ReadOptions
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 NAME = "cloneofsimo"
 MARKS = (":up", ":down")

@@ -24,7 +24,7 @@ from loratools.formats.base import Container, ReadOptions
 from loratools.formats.gguf_names import ARCHITECTURES, HEADS, SHARED, Heads, Names, architecture, heads_of, stated_heads
 from loratools.formats.gguf_rows import Member, halved, waiting
 from loratools.gguffile import Dequantized
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 NAME = "gguf"
 TYPE, KIND, ARCHITECTURE, ALPHA = "general.type", "adapter.type", "general.architecture", "adapter.lora.alpha"

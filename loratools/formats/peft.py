@@ -22,7 +22,7 @@ from loratools.formats.peft_lora import read_lora
 from loratools.formats.peft_method import read
 from loratools.formats.peft_methods import method_of
 from loratools.formats.peft_targets import Targets
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 NAME = "peft"
 

@@ -31,6 +31,8 @@ USED = (
     "kasa_config", "velora_config", "monteclora_config", "enable_lora", "merge_weights", "trainable_token_indices",
 )  # fmt: skip
 CARRIED = (*TRAINING, "task_type", "fan_in_fan_out", "ensure_weight_tying", "peft_version", "init_lora_weights")
+# read by the codec, and of use to the one that writes it again
+_KEPT = (*CARRIED, "kasa_config", "target_parameters")
 # initialisations that move a part of the base into the first factors; of the first two the base tells which
 MOVING = ("pissa", "olora", "pissa_niter_N", "corda", "lora_ga")
 
@@ -104,7 +106,7 @@ def parse(config: Mapping[str, Any], *, alpha: float | None = None, initial: boo
 
 
 def _targets(values: Values) -> dict[str, Any]:
-    found = targets_of(values, own_biases="lora_only", carried=CARRIED)
+    found = targets_of(values, own_biases="lora_only", carried=_KEPT)
     if found["target"] is None and given(values.config.get("target_parameters")):
         found["target"] = ()  # peft then adapts these parameters and no modules
     return found

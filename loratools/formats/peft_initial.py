@@ -20,10 +20,10 @@ from loratools.deltas.residual import Residual
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError, raise_all
 from loratools.formats._derived import Joined
 from loratools.formats._scale import exact_alpha
-from loratools.tensorfile import same_bytes
+from loratools.refs import same_bytes
 
 if TYPE_CHECKING:
-    from loratools.tensorfile import Ref
+    from loratools.refs import Ref
 
 Pair = dict[str, Delta]
 

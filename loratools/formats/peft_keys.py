@@ -17,7 +17,7 @@ from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
 from loratools.families import of_head, of_vocabulary
 from loratools.formats.base import Container, nearest
 from loratools.formats.peft_targets import Targets
-from loratools.tensorfile import Ref, same_bytes
+from loratools.refs import Ref, same_bytes
 
 ROOT = "base_model.model."
 SAVED = "loratools.saved"  # metadata: JSON list of all whole tensors, some of which `bias` and `modules_to_save` cannot name

@@ -26,7 +26,7 @@ from loratools.formats.peft_method import Found
 from loratools.formats.peft_notes import unused
 from loratools.formats.peft_tokens import take_tokens
 from loratools.formats.peft_variants import Plain
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 def read_lora(container: Container, options: ReadOptions) -> Found:

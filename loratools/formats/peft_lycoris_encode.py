@@ -16,7 +16,7 @@ from loratools.deltas.lokr import LoKr
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._scale import exact_alpha
 from loratools.formats.peft_writing import Modules, Writing, Written, patterned, shortest
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 _REMEDY = "convert it first: --kind lora, or --format loratools keeps it"
 

@@ -15,7 +15,7 @@ from loratools.deltas.rows import Rows
 from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
 from loratools.formats.peft_keys import Module, Sorted
 from loratools.formats.peft_values import Values, given, short
-from loratools.tensorfile import same_bytes
+from loratools.refs import same_bytes
 
 SLOT = "trainable_tokens_delta"
 MARKER = "token_adapter.trainable_tokens_delta"

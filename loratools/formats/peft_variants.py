@@ -14,7 +14,7 @@ from loratools.errors import FormatError, ShapeError, UnsupportedError
 from loratools.formats._derived import repeated, rows_apart, spread_blocks
 from loratools.formats.peft_keys import Module
 from loratools.formats.peft_values import Values, given, short
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 SETTINGS = ("use_dora", "use_qalora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "enable_lora")
 _AFTER_02 = ("use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "ensure_weight_tying", "trainable_token_indices")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.errors import OptionError
+from loratools.layers import _fused
 from loratools.layers._conv import LoRAConv2d
 from loratools.layers._embedding import LoRAEmbedding
 from loratools.layers._linear import LoRALinear
@@ -72,8 +73,12 @@ class DoRALayer(LoRALayer):
 def scaled(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     """gain∘z + bias over the last axis, in z's dtype.
 
-    In 16 bits it is z + (gain − 1)∘z: a gain near 1 would lose its digits in the rounding, gain − 1 keeps them.
+    On a CUDA device it is made in float32 and rounded once. Elsewhere in 16 bits it is z + (gain − 1)∘z: a gain near 1 would lose its
+    digits in the rounding, gain − 1 keeps them.
     """
+    plain = gain.dim() == 1 and (bias is None or not bias.requires_grad)
+    if plain and _fused.usable(z, gain, *(() if bias is None else (bias,))):
+        return _fused.gained(z, gain, bias)
     if z.dtype in (torch.bfloat16, torch.float16):
         y = torch.addcmul(z, z, (gain - 1).to(z.dtype))
         return y if bias is None else y.add_(bias)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loratools.layers import _fused
 from loratools.layers.base import widest
 
 LOST = 0.01  # below twice this share of ‖w‖² a row has lost two of its seven digits and is computed densely
@@ -36,6 +37,8 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 @torch.no_grad()
 def _row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     with torch.autocast(W.device.type, enabled=False):
+        if _fused.usable(W, A, B, rank=len(A)):
+            return _fused.row_norms(W, A, B, scaling)
         wide = torch.promote_types(W.dtype, torch.float32)
         inner = _product_dtype(W, wide)
         A, B = A.to(inner), B.to(inner)

@@ -242,6 +242,11 @@ def add_up(base: Tensor, hidden: Tensor, B: Tensor, scaling: float) -> Tensor:
     multiplied and added in their own dtype, and the sum is rounded once.
     """
     if hidden.dtype == base.dtype:
-        base.view(-1, base.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), B.to(hidden.dtype).T, alpha=scaling)
+        flat, factors = base.view(-1, base.shape[-1]), (hidden.reshape(-1, hidden.shape[-1]), B.to(hidden.dtype).T)
+        device = base.device.type
+        alike = not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == base.dtype
+        if torch.is_grad_enabled() and (base.requires_grad or hidden.requires_grad) and alike:
+            return torch.addmm(flat, *factors, alpha=scaling).view(base.shape)  # in place, backward would copy the view's base twice
+        flat.addmm_(*factors, alpha=scaling)
         return base
     return torch.add(base, linear(hidden, B), alpha=scaling).to(base.dtype)

@@ -22,7 +22,7 @@ from loratools.layers._dora import DoRALayer
 from loratools.layers._linear import is_conv1d
 from loratools.layers.base import LoRALayer
 from loratools.layers.inject import layer_for, replace_modules, trainable
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 
 

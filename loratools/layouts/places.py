@@ -15,8 +15,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parts import joined
 from loratools.errors import LoratoolsError, MatchError, UnsupportedError
 from loratools.layouts.rules import Place
+from loratools.refs import Ref, Spec
 from loratools.sliced import Pool, Pooled, Sliced
-from loratools.tensorfile import Ref, Spec
 
 
 @dataclass(frozen=True)

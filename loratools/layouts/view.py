@@ -16,7 +16,7 @@ from loratools.deltas.parameters import OnParameter
 from loratools.errors import AmbiguousError, LoratoolsError, UnsupportedError
 from loratools.layouts.places import Fused, Same, Where, Within, collected, inside, put, shown
 from loratools.layouts.rules import Layouts, Place, Refused
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a component of a name: the 1 of w1 is none
 Aligned = tuple[dict[str, str], list[str]]  # names of the adapter to names of the view, and what to say of it

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from loratools.deltas.residual import INITS
 from loratools.errors import UnsupportedError
 from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import ReadOptions, write_container
-from loratools.output import whole
+from loratools.output import sync_tree, whole
 from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
 from loratools.sidefiles import file_entry
 from loratools.tensorfile import TensorFile
 from loratools.tensors import read_tensor
+from loratools.threads import Background
 
 SAME = 2.0**-50  # two ways to compute one scaling differ by a few units in the last place
 
@@ -115,10 +118,10 @@ def format_of(given: str | None, adapter: Adapter) -> str:
 def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target: Path, format: str, *, sha256: bool) -> dict[str, Any]:
     """The adapter and its receipt at `target`, whole or not at all; returns the receipt."""
     encoded = encode(adapter, format)
+    receipt.notes = [*receipt.notes, *encoded.notes]
     with whole(target) as place:
         receipt.digests = write_container(encoded, place)
-        receipt.inputs += [row for one in inputs for row in adapter_inputs(one)]
-        receipt.outputs = output_rows(place)
+        fill_files(receipt, place, inputs)
         receipt.history = [entry for one in inputs for entry in adapter_history(one)]
         if sha256:
             add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
@@ -127,9 +130,17 @@ def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target:
     return receipt.as_json()
 
 
-def output_rows(place: Path) -> list[dict[str, Any]]:
-    """A row for each file of an output, before its receipt is written."""
-    return [_output(path) for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
+def fill_files(receipt: Receipt, place: Path, inputs: Iterable[Adapter] = ()) -> None:
+    """The receipt's rows of the files at an output, before it is written itself, and of the adapters that went in.
+
+    Both are digested side by side, while what was written goes to the disk.
+    """
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    with Background() as syncing, ThreadPoolExecutor(1) as beside:
+        syncing.start(partial(sync_tree, place))
+        given = beside.submit(lambda: [row for one in inputs for row in adapter_inputs(one)])
+        receipt.outputs = [_output(path) for path in files]
+        receipt.inputs += given.result()
 
 
 def _output(path: Path) -> dict[str, Any]:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools import threads
-from loratools.checkpoint import Change, Checkpoint, Seen
+from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Additive, Delta
 from loratools.errors import NotInvertible, UsageError
 from loratools.formats import load
 from loratools.output import whole
-from loratools.plan import Plan, changes_of, make_plan, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
-from loratools.stream import Statistics
-from loratools.tensorfile import Buffer, Spec
+from loratools.refs import Buffer, Spec
+from loratools.rewrite import Change, Seen
+from loratools.statistics import Statistics
 from loratools.tensors import as_tensor, torch_dtype
 
 if TYPE_CHECKING:

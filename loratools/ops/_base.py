@@ -16,7 +16,7 @@ from loratools.formats.reading import Reading
 from loratools.pipeline import open_checkpoint
 from loratools.plan import supplied
 from loratools.receipt import checkpoint_input
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 class Base:

@@ -19,7 +19,7 @@ from loratools.errors import LoratoolsError, NotExpressible, OptionError, Unsupp
 from loratools.factors import Factored, How, factor, form_of, reach
 from loratools.families import Family
 from loratools.ops._convert_options import Options
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 Job: TypeAlias = "Callable[[], Converted]"
 TOO_FAR = "no rank stays within --max-error or --energy"

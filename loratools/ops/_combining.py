@@ -21,7 +21,7 @@ from loratools.ops._combine_options import Options
 from loratools.ops._core_sum import summed
 from loratools.ops._dense_sum import factored, whole
 from loratools.ops._meeting import Terms, own_layer, rank_needed, routes
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor, to_ref, torch_dtype
 
 Progress = Callable[[int, int], None]  # of the changes that are made dense, bytes done and in all

@@ -14,7 +14,7 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import Unsettled
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import UnsupportedError
-from loratools.tensorfile import Ref, Spec, same_bytes
+from loratools.refs import Ref, Spec, same_bytes
 from loratools.tensors import read_tensor
 
 if TYPE_CHECKING:

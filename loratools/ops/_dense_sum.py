@@ -18,7 +18,7 @@ from loratools.differences import SMALL
 from loratools.errors import NonFiniteError, OptionError, UnsupportedError
 from loratools.factors import Factored, How, factor, reach
 from loratools.ops._combine_options import WAYS, Options
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor

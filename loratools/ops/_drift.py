@@ -12,8 +12,8 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.laid import TurnedAdditive
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.magnitudes import AXES, Norms, axis_of, clear, drift, fits, moves, named, norms
-from loratools.errors import AmbiguousError
-from loratools.tensorfile import Ref, Spec
+from loratools.errors import AmbiguousError, NonFiniteError
+from loratools.refs import Ref, Spec
 
 if TYPE_CHECKING:
     from loratools.effect import Effect
@@ -44,7 +44,10 @@ def moved(delta: Delta, weight: Ref | None) -> Moved:
     from loratools.tensors import read_tensor
 
     spec = Spec("F64", weight.spec.shape)
-    found = norms(spec, reader(weight, delta.matrix(spec)[1]), delta.direction)
+    try:
+        found = norms(spec, reader(weight, delta.matrix(spec)[1]), delta.direction)
+    except NonFiniteError as error:
+        return Moved({}, [f"its magnitudes are not told beside the base's norms: {error.fact}"], [])
     m = read_tensor(delta.magnitude, torch.float64).reshape(-1)
     readings, warnings = fits(m, found), list[str]()
     axis = delta.axis if isinstance(delta, DoRA) else None

@@ -22,7 +22,7 @@ from loratools.formats import FORMATS, encode
 from loratools.formats.base import Container, ReadOptions
 from loratools.ops._extract_options import Options
 from loratools.ops._pair import Pair
-from loratools.tensorfile import BITS
+from loratools.refs import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from loratools.changes import Changes
 from loratools.deltas.base import Delta
 from loratools.errors import LoratoolsError, UnsupportedError
 from loratools.ops._base import Base
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import read_tensor
 
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parameters import OnParameter
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError, raise_all
 from loratools.ops._combine_options import WAYS, Options
-from loratools.tensorfile import Ref, Spec, same_bytes
+from loratools.refs import Ref, Spec, same_bytes
 
 
 class Term(NamedTuple):

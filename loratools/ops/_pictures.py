@@ -8,24 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.changes import reader
 from loratools.compress import hollow, widest
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
-from loratools.effect import square
 from loratools.errors import LoratoolsError, OptionError
 from loratools.formats import encode
 from loratools.formats.base import Container
 from loratools.ops._algebra import format_of, low_of, with_low
+from loratools.ops._beside import change_norm
 from loratools.ops._budget_plot import Curve, Plan, Spectrum, curve
-from loratools.ops._comparing import norm_of
 from loratools.ops._extraction import Extraction
 from loratools.ops._heatmap import Panel
 from loratools.ops._page import Page
 from loratools.ops._resizing import following, squares
 from loratools.ops._size import file_bytes
-from loratools.tensorfile import BITS, Ref
+from loratools.refs import BITS
 
 SPREAD = 30.0  # the largest value beside the smallest from which a scale is logarithmic
 DECADES = 1e-4  # of the largest value, where a logarithmic scale begins at the latest
@@ -36,19 +34,16 @@ Row = Mapping[str, Any]
 
 
 def adapter_page(
-    title: str, adapter: Adapter, joined: Mapping[str, Delta], weights: Mapping[str, Ref], rows: Mapping[str, Row],
-    drift: Mapping[str, Sequence[float]],
+    title: str, adapter: Adapter, joined: Mapping[str, Delta], rows: Mapping[str, Row], drift: Mapping[str, Sequence[float]], *,
+    on_base: bool = False,
 ) -> Page:  # fmt: skip
-    """The page of an adapter as it was read, `joined` to the names of a base whose `weights` may be read, and of inspect's rows."""
+    """The page of an adapter as it was read, `joined` to a base's names, of inspect's rows, which tell shares of the weights `on_base`."""
     names = [name for name, delta in joined.items() if not isinstance(delta, Full) and len(rows[name]["shape"]) != 1]
-    norms = {name: _norm(joined[name], weights.get(name), rows[name]) for name in names}
     ranks = {name: row["effective_rank"] for name, row in rows.items()}
-    if weights:
-        sizes = {name: _length(weights[name]) for name in names if name in weights and norms[name] is not None}
-        told = {name: norm / sizes[name] if norm is not None and sizes.get(name) else None for name, norm in norms.items()}
-        first = scaled("Change beside the weight", "‖ΔW‖ / ‖W‖", told)
+    if on_base:
+        first = scaled("Change beside the weight", "‖ΔW‖ / ‖W‖", {name: rows[name]["relative_norm"] for name in names})
     else:
-        first = scaled("Change of each module", "‖ΔW‖", norms)
+        first = scaled("Change of each module", "‖ΔW‖", {name: change_norm(joined[name], None, rows[name]) for name in names})
     heats = [first]
     if any(ranks.get(name) is not None for name in names):
         most = max([row["rank"] or 1 for row in rows.values()], default=1)
@@ -56,23 +51,8 @@ def adapter_page(
     spectra = {name: row["sigma"] for name, row in rows.items() if row["sigma"] and row["sigma"][0] > 0}
     page = Page(title, _told(rows), names, heats, spectra=spectra, curve=_adapter_curve(adapter), drift=drift)
     if page.empty:
-        raise OptionError("--plot, and no module has a measure to draw", remedy=None if weights else "--base may give one")
+        raise OptionError("--plot, and no module has a measure to draw", remedy=None if on_base else "--base may give one")
     return page
-
-
-def _norm(delta: Delta, weight: Ref | None, row: Row) -> float | None:
-    """‖W′ − W‖, or ‖ΔW‖ of what is a difference; None where there is none that is a number."""
-    known = row["norm"]
-    if known is None or (weight is not None and delta.kind != "lora"):
-        known = norm_of(delta, weight)
-    return known if known is not None and math.isfinite(known) else None
-
-
-def _length(weight: Ref) -> float:
-    """‖W‖, a block of rows at a time."""
-    columns = weight.spec.matrix[1]
-    rows = max(1, (1 << 18) // max(1, columns))
-    return math.sqrt(math.fsum(square(block) for _, block in reader(weight, columns)(rows)))
 
 
 def _told(rows: Mapping[str, Row]) -> str:

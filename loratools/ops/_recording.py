@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from loratools import threads
 from loratools.adapter import Adapter
-from loratools.checkpoint import Change, Checkpoint, Rewritten
+from loratools.checkpoint import Checkpoint
 from loratools.corrections import corrections, deflated
 from loratools.errors import OptionError
 from loratools.inverse import Inverse
 from loratools.plan import Plan
 from loratools.receipt import adapter_inputs, receipt_path
 from loratools.record import Spool, record_path
+from loratools.refs import BITS, InMemory, Ref, Spec
+from loratools.rewrite import Change, Rewritten
 from loratools.sidefiles import file_entry
 from loratools.source.handles import name_of
 from loratools.stream import BLOCK, Applied
-from loratools.tensorfile import BITS, InMemory, Ref, Spec, TensorFile
+from loratools.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from torch import Tensor

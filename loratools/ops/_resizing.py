@@ -16,7 +16,7 @@ from loratools.factors import Factored
 from loratools.formats.base import Container
 from loratools.ops._algebra import bias_of
 from loratools.ops._size import file_bytes, parse_size
-from loratools.tensorfile import BITS
+from loratools.refs import BITS
 from loratools.tensors import dtype_code
 
 if TYPE_CHECKING:

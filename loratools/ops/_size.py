@@ -12,9 +12,9 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError, UsageError
 from loratools.formats.base import Container
+from loratools.header import build_header, canonical
 from loratools.linalg.ranks import DENSE, Module, budget
-from loratools.tensorfile import BITS, InMemory, Spec
-from loratools.tensorwriter import build_header, canonical
+from loratools.refs import BITS, InMemory, Spec
 
 __all__ = ["DENSE", "Budget", "Candidate", "file_bytes", "parse_size"]
 
@@ -39,7 +39,7 @@ def file_bytes(container: Container) -> int:
     """The size of the safetensors file that holds a container's tensors, its header counted. Raises OptionError for other files."""
     if container.writer is not None:
         raise OptionError("--size is counted for safetensors alone", remedy="choose ranks by --rank, --energy or --max-error")
-    header, _, end = build_header(canonical({name: ref.spec for name, ref in container.tensors.items()}), container.metadata)
+    header, _, end = build_header(canonical({name: ref.spec for name, ref in container.tensors.items()}), container.stated)
     return 8 + len(header) + end
 
 

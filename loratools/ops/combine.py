@@ -27,9 +27,9 @@ from loratools.ops._combine_options import DEFAULTS, checked
 from loratools.ops._combining import Combination
 from loratools.ops._meeting import Term, Terms
 from loratools.output import check_output
-from loratools.plan import split_strength
+from loratools.planning import split_strength
 from loratools.receipt import Receipt
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 
 
 @reads

@@ -20,7 +20,7 @@ from loratools.deltas.full import Replacement
 from loratools.errors import OptionError
 from loratools.formats import encode
 from loratools.formats.base import write_container
-from loratools.ops._algebra import output_rows
+from loratools.ops._algebra import fill_files
 from loratools.ops._extract_options import Options
 from loratools.ops._extraction import Extraction, Progress
 from loratools.ops._figure import checked
@@ -88,7 +88,7 @@ def extract(
     with whole(target) as place:
         receipt.digests = write_container(encode(adapter, format), place)
         _fill(receipt, work, adapter)
-        receipt.outputs = output_rows(place)
+        fill_files(receipt, place)
         if sha256:
             add_sha256(receipt.outputs, place if place.is_dir() else place.parent)
             add_sha256(receipt.inputs, None)

@@ -6,10 +6,9 @@ Parameters are elements of the tensors on disk, and the share of the base is pef
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -18,7 +17,7 @@ from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
-from loratools.deltas.full import Full, Replacement
+from loratools.deltas.full import Full
 from loratools.errors import FormatError, OptionError
 from loratools.facts import facts_of, low_rank
 from loratools.families import Family
@@ -28,15 +27,14 @@ from loratools.formats.base import CONFIG, is_adapter, open_container, read_opti
 from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
 from loratools.ops._figure import checked
+from loratools.ops._oddities import as_a_whole, faulty_values, odd_scaling, scan, settings, unfetched
 from loratools.pipeline import open_checkpoint
+from loratools.refs import Ref
 from loratools.source import headers
 from loratools.source.handles import size_at
-from loratools.tensorfile import FLOATS, Ref, Spec
-from loratools.weightfiles import SINGLE, is_index
+from loratools.weightfiles import PIPELINE, SINGLE, holds_model, is_index
 
-LARGE = 64  # a scaling beyond the habits of any trainer (alpha 256 at rank 8 is 32): most often an alpha read as a scale
 _ADAPTER_KEY = re.compile(r"lora_|\.lora\.|hada_w|lokr_w|oft_|dora_scale|^unet:\d+:|^w_[ab]_\d")
-_LOCAL = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[/\\]")
 
 
 @reads
@@ -47,6 +45,7 @@ def inspect(
     values: bool = False,
     spectra: bool = False,
     plot: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
     **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """What a file or folder holds, as plain JSON values; spec/cli.md names the fields.
@@ -54,9 +53,9 @@ def inspect(
     Only headers are read, without torch, unless `values` (zero factors, non-finite values) or `spectra` (singular values and norms,
     which implies `values`) ask for the data. `base` joins the adapter's names and shapes with a checkpoint's; of a DoRA it is read,
     to tell how far the magnitudes moved from the base's norms and which norms they fit. `plot` draws to a .png, .svg or .pdf file, as
-    spec/pictures.md tells, and implies `spectra`; with `base` every weight that the adapter changes is read for it. Raises what
-    reading raises, OptionError for `base`, `spectra` or `plot` on a checkpoint and for a picture of nothing, MissingExtra without
-    matplotlib.
+    spec/pictures.md tells, and implies `spectra`. With `spectra` and `base` every weight that the adapter changes is read, to tell
+    each change's share of it; `progress` is told (bytes of them done, bytes in all). Raises what reading raises, OptionError for
+    `base`, `spectra` or `plot` on a checkpoint and for a picture of nothing, MissingExtra without matplotlib.
 
     >>> inspect("adapter/", base="base/")["trainable_percent"]  # doctest: +SKIP
     0.06
@@ -64,13 +63,14 @@ def inspect(
     target = None if plot is None else checked(plot, paths(reading, [path], base))
     values, spectra = values or target is not None, spectra or target is not None
     with headers(path) as place:
-        report = _told(path if values or spectra else place, place, base, values, spectra, target, reading)
+        report = _told(path if values or spectra else place, place, base, values, spectra, target, progress, reading)
     return report | {"path": str(path)}
 
 
 def _told(
-    path: str | Path, seen: Path, base: str | Path | None, values: bool, spectra: bool, target: Path | None, reading: Reading
-) -> dict[str, Any]:
+    path: str | Path, seen: Path, base: str | Path | None, values: bool, spectra: bool, target: Path | None,
+    progress: Callable[[int, int], None] | None, reading: Reading,
+) -> dict[str, Any]:  # fmt: skip
     """The report on what lies at `path`; `seen` is where its headers can be read, as those of `base`."""
     if not seen.exists():
         raise FormatError("no such file or folder", file=seen)
@@ -84,13 +84,13 @@ def _told(
     globs = Family({}, tuple(reading["embedding"]), tuple(reading["transposed"]))
     with nullcontext(base) if base is None or values or spectra else headers(base) as below:
         checkpoint = open_checkpoint(below) if below is not None else None
-        return _adapter(adapter, seen, checkpoint, globs, values, spectra, target)
+        return _adapter(adapter, seen, checkpoint, globs, values, spectra, target, progress)
 
 
 def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
-        return is_adapter(path)
+        return is_adapter(path) or holds_folders(path)
     if path.name in SINGLE or is_index(path.name):
         return False
     if path.suffix == ".json":
@@ -100,13 +100,19 @@ def holds_adapter(path: Path) -> bool:
     return any(row.detect(container) for row in FORMATS) or marked > len(container.tensors) / 2
 
 
+def holds_folders(path: Path) -> bool:
+    """Whether it is no model, and adapters lie in its folders, one of which must be named."""
+    return any(path.glob(f"*/{CONFIG}")) and not (path / PIPELINE).is_file() and not holds_model(path)
+
+
 # -- an adapter
 
 
 def _adapter(
-    adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None
-) -> dict[str, Any]:
-    warnings = _as_a_whole(adapter) + _unfetched(adapter)
+    adapter: Adapter, path: Path, base: Checkpoint | None, family: Family, values: bool, spectra: bool, target: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:  # fmt: skip
+    warnings = as_a_whole(adapter) + unfetched(adapter)
     weights: Mapping[str, Ref] = {}
     asked, drift = adapter, dict[str, list[float]]()
     if base is not None:
@@ -115,11 +121,11 @@ def _adapter(
     warnings += adapter.notes
     rows = {name: facts_of(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
-        warnings += [f"{name}: {text}" for text in _oddities(delta)]
+        warnings += [f"{name}: {text}" for text in odd_scaling(delta)]
         if adapter.pending is not None:  # rows in an order that waits for the base: no norm and no singular value is of it
             delta = delta.map(as_stored)
         if values or spectra:
-            warnings += [f"{name}: {text}" for text in _faulty_values(delta)]
+            warnings += [f"{name}: {text}" for text in faulty_values(delta)]
         if spectra:
             rows[name] |= _spectrum(delta)
         if base is not None and not base.quantization:
@@ -127,14 +133,17 @@ def _adapter(
             rows[name] |= found.told
             warnings += [f"{name}: {text}" for text in found.odd]
             drift |= {name: found.each} if found.each else {}
+    if spectra and base is not None:
+        norms, odd = _beside(adapter, base, weights, rows, progress)
+        rows, warnings = {name: row | norms[name] for name, row in rows.items()}, warnings + odd
     if target is not None:
-        _draw(target, str(path), asked, adapter, base, weights, rows, drift)
+        _draw(target, str(path), asked, adapter, rows, drift, on_base=base is not None and not base.quantization)
     base_parameters = sum(spec.numel for spec in base.specs.values()) if base is not None else None
     return {
         "path": str(path),
         "format": adapter.format,
         "kinds": dict(Counter(row["kind"] for row in rows.values())),
-        "base_model": _settings(adapter).get("base_model_name_or_path"),
+        "base_model": settings(adapter).get("base_model_name_or_path"),
         "modules": list(rows.values()),
         "modules_total": len(rows),
         "parameters": adapter.parameters,
@@ -147,21 +156,26 @@ def _adapter(
     }
 
 
-def _draw(
-    target: Path, title: str, asked: Adapter, joined: Adapter, base: Checkpoint | None, weights: Mapping[str, Ref],
-    rows: Mapping[str, Any], drift: Mapping[str, list[float]],
-) -> None:  # fmt: skip
-    """The picture of an adapter, and of its weights where a base has them in numbers."""
-    from loratools.ops._page import draw
-    from loratools.ops._pictures import adapter_page
+def _beside(
+    adapter: Adapter, base: Checkpoint, weights: Mapping[str, Ref], rows: Mapping[str, Any], progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, dict[str, float | None]], list[str]]:
+    """Norms of the changes and of the weights, and what kept them from being taken; of a quantised base no weight is read."""
+    from loratools.ops._beside import UNKNOWN, beside
     from loratools.plan import supplied
 
-    deltas: Mapping[str, Delta] = joined
-    if base is not None and not base.quantization:
-        deltas = {name: supplied(name, delta, base) for name, delta in joined.items()}
-    else:
-        weights = {}
-    draw(target, adapter_page(title, asked, deltas, weights, rows, drift))
+    if base.quantization:
+        return {name: dict(UNKNOWN) for name in adapter}, []
+    return beside({name: supplied(name, delta, base) for name, delta in adapter.items()}, weights, rows, progress)
+
+
+def _draw(
+    target: Path, title: str, asked: Adapter, joined: Adapter, rows: Mapping[str, Any], drift: Mapping[str, list[float]], *, on_base: bool
+) -> None:
+    """The picture of an adapter; its changes are shares of the weights where a base has these in numbers."""
+    from loratools.ops._page import draw
+    from loratools.ops._pictures import adapter_page
+
+    draw(target, adapter_page(title, asked, joined, rows, drift, on_base=on_base))
 
 
 def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter, dict[str, Ref], list[str]]:
@@ -183,77 +197,6 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
 
 def _refused(base: Checkpoint) -> str:
     return "merge takes it with --dequantize alone" if base.dequantizable else "merge refuses it"
-
-
-def _settings(adapter: Adapter) -> Mapping[str, Any]:
-    found = adapter.metadata.get(adapter.format or "", {})
-    return found if isinstance(found, Mapping) else {}
-
-
-# -- warnings, from headers
-
-
-def _as_a_whole(adapter: Adapter) -> list[str]:
-    warnings = []
-    stated = _settings(adapter).get("base_model_name_or_path")
-    if isinstance(stated, str) and _LOCAL.match(stated) and not Path(stated).exists():
-        warnings.append("its base is named by a path on another machine")
-    whole = {name: delta.nbytes for name, delta in adapter.items() if isinstance(delta, Replacement)}
-    share = sum(whole.values()) / (sum(delta.nbytes for delta in adapter.values()) or 1)
-    if share > 0.5 and len(whole) < len(adapter):
-        warnings.append(f"{share:.0%} of its bytes are tensors saved whole, most of them {max(whole, key=whole.__getitem__)}")
-    if adapter.passengers:
-        warnings.append(f"{len(adapter.passengers)} tensors change no weight: {', '.join(list(adapter.passengers)[:3])}")
-    return warnings
-
-
-def _unfetched(adapter: Adapter) -> list[str]:
-    lacking = [name for name, delta in adapter.items() if math.isnan(delta.facts().get("alpha") or 0)]
-    told = "lie beyond the header that was fetched, so they and the scaling are unknown: --values reads them"
-    return [f"the alphas of {len(lacking)} of {len(adapter)} modules {told}"] if lacking else []
-
-
-def _oddities(delta: Delta) -> Iterator[str]:
-    low = low_rank(delta)
-    if low is None:
-        return
-    if low.alpha == 0:
-        yield "alpha is 0, so it changes nothing" if delta is low else "alpha is 0, so its factors change nothing"
-    elif low.scaling < 0:
-        yield f"the scaling is negative ({low.scaling:g}): what was trained is subtracted"
-    elif low.scaling > LARGE:
-        yield f"the scaling is very large ({low.scaling:g}): is its alpha a scale that was not divided by the rank?"
-    rows, columns = Spec("F32", low.shape()).matrix
-    if low.rank > min(rows, columns):
-        yield f"rank {low.rank} is more than a {rows} × {columns} weight can have"
-
-
-# -- warnings and measures, from the data
-
-
-def _faulty_values(delta: Delta) -> Iterator[str]:
-    for place, ref in delta.refs().items():
-        wrong, zero = scan(ref)
-        if wrong:
-            yield f"{place} has {wrong} non-finite value{'s' if wrong > 1 else ''}"
-        elif zero and place.rpartition(".")[2] in ("A", "B", "magnitude"):
-            yield f"{place} is zero, so it changes nothing: was it trained?" if place in "AB" else f"{place} is zero"
-
-
-def scan(ref: Ref) -> tuple[int, bool]:
-    """How many values of a tensor are inf or nan, and whether all are zero; a block at a time."""
-    import torch
-
-    from loratools.tensors import as_tensor, torch_dtype
-
-    wrong, zero, width = 0, True, torch_dtype(ref.spec.dtype).itemsize
-    for block in ref.blocks():
-        data = bytearray(block)
-        found = as_tensor(data, Spec(ref.spec.dtype, (len(data) // width,)))
-        found = found if ref.spec.dtype in FLOATS else found.to(torch.float32)
-        wrong += int((~torch.isfinite(found)).sum())
-        zero = zero and not found.any()
-    return wrong, zero
 
 
 def _spectrum(delta: Delta) -> dict[str, Any]:

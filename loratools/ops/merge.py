@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from loratools import threads
 from loratools.adapter import Adapter
-from loratools.checkpoint import Change, Checkpoint, Rewritten
+from loratools.checkpoint import Checkpoint
 from loratools.errors import OptionError, UsageError
 from loratools.formats import load
 from loratools.formats.base import read_options
@@ -21,11 +21,13 @@ from loratools.formats.reading import DEFAULTS, Reading, arguments, paths, reads
 from loratools.ops._recording import Recording, check_recordable
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
-from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, add_sha256, checkpoint_input, history_of, receipt_path
 from loratools.record import record_path
+from loratools.rewrite import Change, Rewritten
 from loratools.sidefiles import file_entry
-from loratools.stream import Statistics
+from loratools.statistics import Statistics
 from loratools.tensors import dtype_code
 
 # the words that decide what an adapter means, kept with a record so that it can be read again

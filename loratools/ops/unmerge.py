@@ -6,38 +6,31 @@ What the record does not hold is computed: W = round(W′/a − d), corrected wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
 from loratools import threads as pool
-from loratools.adapter import Adapter
-from loratools.checkpoint import Checkpoint, weights_entry
 from loratools.corrections import corrected, inflated, segments
-from loratools.errors import FormatError, LoratoolsError, MatchError, OptionError, UsageError
-from loratools.families import Family
-from loratools.formats import load
-from loratools.formats.base import read_options
+from loratools.digests import weights_entry
+from loratools.errors import FormatError, LoratoolsError, OptionError, UsageError
 from loratools.inverse import Inverse
-from loratools.jsonfile import read_json
 from loratools.needed import of_model
 from loratools.ops._approximate import approximate as subtract
+from loratools.ops._recalled import Recalled, place_of
 from loratools.ops._recording import Factors, wide
 from loratools.output import check_output, whole
 from loratools.pipeline import open_checkpoint
-from loratools.plan import Plan, make_plan, split_renames, split_strength
 from loratools.receipt import Receipt, adapter_inputs, checkpoint_input, history_of, receipt_path
 from loratools.record import Record, record_path
+from loratools.refs import Buffer
 from loratools.sidefiles import copy, file_entry
 from loratools.source import local
-from loratools.source.handles import name_of
-from loratools.source.place import SCHEME
 from loratools.stream import BLOCK, Applied
-from loratools.tensorfile import Buffer, Ref, Spec, parse_header
 from loratools.tensorwriter import TensorWriter
 
 
@@ -65,7 +58,7 @@ def unmerge(
     24
     """
     listed = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    target = check_output(out, overwrite=overwrite, inputs=[merged, *(_place(item) for item in listed)])
+    target = check_output(out, overwrite=overwrite, inputs=[merged, *(place_of(item) for item in listed)])
     arguments = {"merged": str(merged), "adapters": [str(item) for item in listed], "out": str(out), "approximate": approximate}
     receipt = Receipt("unmerge", arguments | {"overwrite": overwrite, "threads": threads})
     count = threads or pool.default_threads()
@@ -80,8 +73,8 @@ def unmerge(
             return subtract(checkpoint, target, listed, receipt, count)
         remedy = "merge with --reversible, or give --approximate and each --adapter to subtract them"
         raise FormatError("no record to undo a merge by", file=path, remedy=remedy)
-    undoing = Undoing(checkpoint, Record(path), listed)
-    check_output(out, overwrite=overwrite, inputs=[file for adapter, _ in undoing.loaded for file in adapter.files])
+    undoing = Undoing(Recalled(checkpoint, Record(path), listed))
+    check_output(out, overwrite=overwrite, inputs=[file for adapter, _ in undoing.merge.loaded for file in adapter.files])
     with whole(target) as place, pool.single_threaded_blas():
         undoing.write(place, receipt, count)
         receipt.history = history_of(checkpoint)
@@ -96,151 +89,28 @@ def _files(path: Path) -> list[Path]:
 
 
 @dataclass
-class _Described(Mapping[str, Ref]):
-    """The base as its headers and config tell it: what a plan asks of a checkpoint."""
-
-    path: Path
-    specs: dict[str, Spec]
-    config: dict[str, Any]
-    refs: Mapping[str, Ref]
-    quantization: str | None = None
-    dequantizable: bool = False
-    single: bool = False
-    shared: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def parts(self) -> dict[str, _Described]:
-        return {"": self}
-
-    def family(self, embeddings: tuple[str, ...] = (), transposed: tuple[str, ...] = ()) -> Family:
-        return Family(self.config, embeddings, transposed)
-
-    def __getitem__(self, name: str) -> Ref:
-        return self.refs[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-
-@dataclass
-class _Found:
-    """An adapter at a path, with the digests of its files."""
-
-    path: str
-    adapter: Adapter
-    used: bool = False
-
-    @cached_property
-    def digests(self) -> list[str]:
-        return [row["blake3"] for row in adapter_inputs(self.adapter)]
-
-
-@dataclass
 class Undoing:
-    """One record at work: what it says of the base, the plan of the merge again, and the base's files written from it."""
+    """The base's files, written from what a merge recalls, every byte held against its record."""
 
-    merged: Checkpoint
-    record: Record
-    adapters: Sequence[str | Path]
+    merge: Recalled
     block: int = BLOCK
     read: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.table = self.record.table
-        self.headers = {entry["name"]: b"".join(inflated(self.record.blob(f"header/{entry['name']}"))) for entry in self.table["files"]}
-        self.parsed = {
-            entry["name"]: parse_header(self.headers[entry["name"]], entry["bytes"] - 8 - len(self.headers[entry["name"]]))
-            for entry in self.table["files"]
-        }
-        self.specs = {name: spec for entries, _ in self.parsed.values() for name, (spec, _) in entries.items()}
-        self._check_files()
-        self.loaded = self._adapters() if self._needed else []
-
-    @property
-    def _needed(self) -> bool:
-        """Whether anything has to be computed: what is stored whole needs no adapter."""
-        return any(name.startswith("differences/") for name in self.table["blobs"]) or bool(self.adapters)
-
-    def _check_files(self) -> None:
-        """The output has the files, tensors and headers that the merge wrote, and no file's name leads out of its folder."""
-        for name in (*self.parsed, *(entry["path"] for entry in self.table["beside"]), *self.table["restored"]):
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise FormatError("a file's name that leads out of its folder", file=self.record.path, found=repr(name))
-        said = [entry["header_sha256"] for entry in self.table["files"]]
-        for file, digest in zip(self.merged.files.values(), said, strict=False):
-            if file.header_sha256 != digest:
-                raise FormatError("its header is not the one that the merge wrote", file=file.path)
-        if len(said) != len(self.merged.files) or self.table["single"] != self.merged.single:
-            raise FormatError("not the files that the merge wrote", file=self.merged.path, found=", ".join(self.merged.files))
-
-    # -- the merge again
-
-    def _adapters(self) -> list[tuple[Adapter, float]]:
-        """The recorded adapters with their strengths: those given, or the ones at their paths, of the very bytes that were merged."""
-        given = [_Found(item, self._load(item)) for item in (str(_place(item)) for item in self.adapters)]
-        found = [(self._recorded(entry, given), entry["strength"]) for entry in self.table["adapters"]]
-        for item in given:
-            if not item.used:
-                raise MatchError("not an adapter that was merged", file=item.path, expected=_names(self.table["adapters"]))
-        return found
-
-    def _load(self, place: str) -> Adapter:
-        return load(place, options=read_options(self.table["options"]))
-
-    def _recorded(self, entry: Mapping[str, Any], given: list[_Found]) -> Adapter:
-        said = [file["blake3"] for file in entry["files"]]
-        for item in given:
-            if item.digests == said:
-                item.used = True
-                return item.adapter
-        remedy = "give the adapter as it was merged with --adapter"
-        if not entry["path"].startswith(SCHEME) and not Path(entry["path"]).exists():
-            raise MatchError("the adapter that was merged is not where it was", file=entry["path"], remedy=remedy)
-        there = _Found(entry["path"], self._load(entry["path"]))
-        if there.digests != said:
-            files = (*there.adapter.files, *there.adapter.initial)
-            other = [name_of(file) for file, one, two in zip(files, there.digests, said, strict=False) if one != two]
-            found = f"other bytes in {', '.join(other) or 'its files'}"
-            raise MatchError("not the adapter that was merged", file=entry["path"], found=found, remedy=remedy)
-        return there.adapter
-
-    @cached_property
-    def plan(self) -> Plan:
-        options = self.table["options"]
-        refs = {name: self.merged[name] for name in self.specs}
-        described = _Described(Path(self.table["path"]), self.specs, self._config(), refs)
-        return make_plan(
-            cast("Checkpoint", described), self.loaded, untie=options["untie"], renames=split_renames(options["rename"]),
-            allow_unmatched=options["allow_unmatched"], transposed=tuple(options["transposed"]), embeddings=tuple(options["embedding"]),
-        )  # fmt: skip
-
-    def _config(self) -> dict[str, Any]:
-        import json
-
-        if self.merged.single:
-            return dict(self.table["config"])
-        if "file/config.json" in self.table["restored"]:
-            return dict(json.loads(b"".join(inflated(self.record.blob("file/config.json")))))
-        path = self.merged.folder / "config.json"
-        return read_json(path) if path.is_file() else {}
-
-    # -- writing
+        self.merged, self.record, self.table = self.merge.merged, self.merge.record, self.merge.record.table
 
     def write(self, place: Path, receipt: Receipt, workers: int) -> None:
         """The base's weight files at `place`, every byte held against the record."""
         single = self.merged.single
-        if self.loaded:
-            self.plan  # noqa: B018  made before threads ask for it
+        if self.merge.loaded:
+            self.merge.plan  # noqa: B018  made before threads ask for it
         if not single:
             place.mkdir()
         writers = {}
         try:
-            for name, (entries, _) in self.parsed.items():
+            for name, (entries, _) in self.merge.parsed.items():
                 specs = {key: spec for key, (spec, _) in entries.items()}
-                writers[name] = TensorWriter(place if single else place / name, specs, header=self.headers[name])
+                writers[name] = TensorWriter(place if single else place / name, specs, header=self.merge.headers[name])
             jobs = [partial(self._tensor, writer, name) for writer in writers.values() for name in writer.specs]
             jobs += [partial(self._added, name) for name in self.table["added"]]
             pool.run_all(jobs, workers)
@@ -252,11 +122,11 @@ class Undoing:
         for writer in writers.values():
             receipt.outputs.append(weights_entry(writer.path.name, writer.size, writer.header_sha256, writer.digests))
             receipt.digests |= writer.digests
-        changed = sorted(name for name in self.specs if self._changed(name))
+        changed = sorted(name for name in self.merge.specs if self._changed(name))
         receipt.tensors = [{"name": name, "kind": self.table["tensors"][name]["kind"]} for name in changed]
         receipt.expected = receipt.applied = self.table["expected"]
         receipt.inputs = [checkpoint_input(self.merged, "merged", self.read)]
-        receipt.inputs += [row for adapter, _ in self.loaded for row in adapter_inputs(adapter)]
+        receipt.inputs += [row for adapter, _ in self.merge.loaded for row in adapter_inputs(adapter)]
         receipt.notes = [f"removed: {name}, which the merge added" for name in sorted(self.table["added"])]
         receipt.notes += [f"not given back, the merge left it out: {name}" for name in self.table["left_out"]]
 
@@ -294,7 +164,7 @@ class Undoing:
     def _blocks(self, name: str, seen: Any) -> Iterator[Buffer]:
         """The base's bytes; all of the merged tensor's pass through `seen`, in order."""
         merged, blobs = self.merged[name], self.table["blobs"]
-        if f"differences/{name}" in blobs and merged.spec.shape == self.specs[name].shape:
+        if f"differences/{name}" in blobs and merged.spec.shape == self.merge.specs[name].shape:
             yield from self._predicted(name, seen)
             return
         for block in merged.blocks():
@@ -307,9 +177,9 @@ class Undoing:
             yield from inflated(self.record.blob(f"whole/{name}"))
 
     def _predicted(self, name: str, seen: Any) -> Iterator[Buffer]:
-        base, merged = self.specs[name], self.merged[name]
+        base, merged = self.merge.specs[name], self.merged[name]
         data = self.record.blob(f"factors/{name}").read() if f"factors/{name}" in self.table["blobs"] else b""
-        applied = Applied(None, merged.spec, tuple(self.plan.changes.get(name, ()) if self.loaded else ()), "cpu", self.block)
+        applied = Applied(None, merged.spec, tuple(self.merge.plan.changes.get(name, ()) if self.merge.loaded else ()), "cpu", self.block)
         inverse = Inverse(applied, base, merged, Factors(wide(base), bytearray(data), given=True))
         predicted = inverse.bind()
         kept = segments(self.record.blob(f"differences/{name}").read())
@@ -339,11 +209,3 @@ class Undoing:
             receipt.write(ours["receipt"])
         else:
             receipt.notes.append("the receipt beside it is the one that it had before")
-
-
-def _place(item: str | Path) -> str | Path:
-    return cast("str | Path", split_strength(item)[0])  # no adapter in memory goes in, so none comes out
-
-
-def _names(entries: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(entry["path"] for entry in entries)

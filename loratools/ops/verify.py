@@ -18,19 +18,22 @@ from blake3 import blake3
 
 from loratools import threads as pool
 from loratools.adapter import Adapter
-from loratools.checkpoint import Change, Checkpoint, combined_digest
+from loratools.checkpoint import Checkpoint
+from loratools.digests import combined_digest
 from loratools.errors import FormatError, UsageError
 from loratools.formats import load
-from loratools.formats.base import NAMELESS, is_adapter, of_adapter, open_container, read_options
+from loratools.formats.base import ARRAYS, is_adapter, of_adapter, open_container, read_options
 from loratools.gguffile import is_gguf
 from loratools.needed import of_model
 from loratools.pipeline import open_checkpoint
-from loratools.plan import Plan, changes_of, make_plan, split_renames, split_strength
+from loratools.plan import Plan, changes_of
+from loratools.planning import make_plan, split_renames, split_strength
 from loratools.receipt import receipt_path
+from loratools.refs import Ref, Spec
+from loratools.rewrite import Change
 from loratools.sidefiles import file_entry
 from loratools.source import local
 from loratools.source.handles import name_of, read_whole
-from loratools.tensorfile import Ref, Spec
 from loratools.tensors import dtype_code, read_tensor
 from loratools.ulps import distance
 from loratools.weightfiles import PIPELINE
@@ -97,7 +100,7 @@ def read_receipt(path: Path) -> dict[str, Any] | None:
 
 
 def _check_digests(path: Path, receipt: Mapping[str, Any], report: dict[str, Any], count: int) -> None:
-    nameless = (path / NAMELESS).is_file()  # whose files alone can be compared
+    nameless = (path / ARRAYS[0]).is_file()  # whose files alone can be compared
     tensors, said = ({}, {}) if nameless else (_tensors(path), receipt["digests"])
     faults: list[str] = report["faults"]
     shown = name_of(path)

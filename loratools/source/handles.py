@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
-from loratools.errors import FormatError, SourceError
+from loratools.errors import FormatError, SourceError, name_files_by
 
 
 class Source(ABC):
@@ -121,12 +121,15 @@ def lacking(folder: Path) -> list[str]:
 
 
 def name_of(path: str | Path) -> str:
-    """What a path is called in a receipt: the repository, commit and file it was downloaded from, or itself."""
+    """What a path is called in receipts and messages: the repository, commit and file it was downloaded from, or itself."""
     for root in (Path(path), *Path(path).parents):
         if (name := _NAMES.get(os.fspath(root))) is not None:
             inner = Path(path).relative_to(root).as_posix()
             return name if inner == "." else f"hf://{name}/{inner}"
     return str(path)
+
+
+name_files_by(name_of)
 
 
 def path_of(name: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, SourceError
-from loratools.source.remote import again, transport
+from loratools.source.remote import again, transport, without_token
 
 README = "README.md"
 LICENSE = ("license", "license_name", "license_link")
@@ -62,7 +62,8 @@ class Hub:
             except RepositoryNotFoundError:
                 return None
             names = tuple(file.rfilename for file in info.siblings or ())
-            return State(info.sha, bool(info.private), self._readme(self.repo, info), names)
+            text = self._readme(self.repo, info)
+            return State(info.sha, bool(info.private), None if text is None else _strict(text), names)
         return None
 
     def of_model(self, model: str) -> tuple[dict[str, str], int | None, bool]:
@@ -74,13 +75,13 @@ class Hub:
                 info = again(lambda: self.api.model_info(model))
                 license = licensed(front_of(info.card_data)) if info.card_data is not None else {}
                 if not license and info.card_data is None and (text := self._readme(model, info)) is not None:
-                    license = licensed(front(text))
+                    license = licensed(front(text.decode("utf-8", "replace")))
                 return license, info.safetensors.total if info.safetensors is not None else None, True
             except RepositoryNotFoundError:
                 self.notes.append(f"the Hub has no model {model} that this token may see")
         return {}, None, False
 
-    def _readme(self, model: str, info: Any) -> str | None:
+    def _readme(self, model: str, info: Any) -> bytes | None:
         from huggingface_hub.errors import GatedRepoError
 
         if not any(file.rfilename == README for file in info.siblings or ()):
@@ -90,7 +91,7 @@ class Hub:
         except GatedRepoError:
             self.notes.append(f"{model} is gated, and its card cannot be read with this token")
             return None
-        return Path(path).read_bytes().decode("utf-8", "replace")
+        return Path(path).read_bytes()
 
     def publish(self, files: Mapping[str, Path | bytes], card: str, message: str, private: bool, there: State | None) -> str:
         """One commit of all files; the repository is created first. Returns the commit."""
@@ -98,14 +99,16 @@ class Hub:
 
         with refusals(self.repo):
             try:
-                ModelCard(card, ignore_metadata_errors=True).validate()
+                again(ModelCard(card, ignore_metadata_errors=True).validate)
             except ValueError as error:
                 raise FormatError("the Hub refuses the card", file=README, found=line(error), remedy="mend its front matter") from None
             if there is None:
-                self.api.create_repo(self.repo, private=private or None, exist_ok=True)
+                again(lambda: self.api.create_repo(self.repo, private=private or None, exist_ok=True))
             adds = [CommitOperationAdd(name, data if isinstance(data, bytes) else str(data)) for name, data in sorted(files.items())]
             parent = there.sha if there is not None else None
-            return str(self.api.create_commit(self.repo, adds, commit_message=message, parent_commit=parent).oid)
+            # a commit that failed in another way may have come into being, and a second one would not be told from somebody else's
+            made = again(lambda: self.api.create_commit(self.repo, adds, commit_message=message, parent_commit=parent), only=(429,))
+            return str(made.oid)
 
     @contextmanager
     def _asking(self, place: str) -> Iterator[None]:
@@ -145,6 +148,14 @@ def refusals(repo: str) -> Iterator[None]:
         raise SourceError("the Hub cannot be reached", file=repo, found=found, remedy=f"is there a network? {_AGAIN}") from None
 
 
+def _strict(text: bytes) -> str:
+    """A card that is kept, whose prose must not be changed by being read."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise FormatError("the repository's card is no UTF-8", file=README, remedy="save it as UTF-8, or delete it there") from None
+
+
 _AGAIN = "run it again: large files that arrived are not sent twice"
 
 
@@ -171,15 +182,12 @@ def _refused(error: Any, repo: str) -> SourceError:
 
 def line(error: object) -> str:
     """An error's text on one short line, without the token."""
-    from huggingface_hub import get_token
-
     text = str(error)
     try:
         text = "; ".join(str(row["message"]) for row in json.loads(text.partition("\n")[2] or text)["errors"])
     except (ValueError, TypeError, KeyError):
         text = " ".join(text.split())
-    token = get_token()
-    return (text.replace(token, "…") if token else text)[:300]
+    return without_token(text)[:300]
 
 
 @contextmanager

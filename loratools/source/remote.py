@@ -103,7 +103,16 @@ class Repository:
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)
+            if response.status_code == 206 and _first(response) != start:
+                told = response.headers.get("Content-Range")
+                raise SourceError("the Hub sent another part than it was asked for", found=told, expected=headers.get("Range"))
             yield (start if response.status_code == 206 else 0), response.iter_raw()
+
+
+def _first(response: Any) -> int | None:
+    """Where the part begins that an answer of 206 holds."""
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    return int(found[1]) if found is not None else None
 
 
 def transport() -> Any:
@@ -113,13 +122,14 @@ def transport() -> Any:
     return importlib.import_module(HTTPError.__module__.partition(".")[0])
 
 
-def again(call: Callable[[], T]) -> T:
-    """What the call returns, tried a few times more where it fails in passing."""
+def again(call: Callable[[], T], only: tuple[int, ...] | None = None) -> T:
+    """What the call returns, tried a few times more where it fails in passing; `only` for answers of these statuses, if given."""
     for pause in PAUSES:
         try:
             return call()
         except Exception as error:
-            if not in_passing(error):
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if not in_passing(error) or (only is not None and status not in only):
                 raise
             time.sleep(waiting(error, pause))
     return call()
@@ -162,7 +172,7 @@ def refusals(place: Place) -> Iterator[None]:
         raise SourceError(fact, file=str(place), found=_endpoint(), remedy="try again, or raise HF_HUB_DOWNLOAD_TIMEOUT") from None
     except (http.HTTPError, ConnectionError) as error:
         fact, remedy = "the Hub cannot be reached", "is there a network? HF_HUB_OFFLINE=1 uses what is in the cache"
-        raise SourceError(fact, file=str(place), found=f"{_endpoint()} ({error})", remedy=remedy) from None
+        raise SourceError(fact, file=str(place), found=without_token(f"{_endpoint()} ({error})"), remedy=remedy) from None
     except HFValidationError as error:
         raise SourceError("not a repository's name", file=str(place), found=str(error).partition(".")[0]) from None
 
@@ -190,7 +200,15 @@ def refused(error: Any, place: Place) -> SourceError:
         return SourceError("the Hub wants fewer requests (429)", file=str(place), remedy=f"try again in some minutes; or {login}")
     if status >= 500:
         return SourceError(f"the Hub fails ({status})", file=str(place), remedy="try again later")
-    return SourceError(f"the Hub refuses ({status})", file=str(place), found=error.server_message)
+    return SourceError(f"the Hub refuses ({status})", file=str(place), found=without_token(error.server_message or "") or None)
+
+
+def without_token(text: str) -> str:
+    """A text that came from afar, and in which the token does not belong."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "…") if token else text
 
 
 def _endpoint() -> str:

@@ -20,7 +20,8 @@ from loratools.formats.base import CONFIG, WEIGHTS, read_options
 from loratools.formats.reading import Reading
 from loratools.jsonfile import read_json
 from loratools.needed import of_model
-from loratools.ops.inspect import inspect, scan
+from loratools.ops._oddities import scan
+from loratools.ops.inspect import inspect
 from loratools.ops.verify import verify
 from loratools.pipeline import open_checkpoint
 from loratools.receipt import receipt_path

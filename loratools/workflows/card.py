@@ -21,7 +21,8 @@ from loratools.workflows.targets import target_of
 BEGIN = "<!-- loratools: from here to its end this is written by `loratools push`, and written anew by the next -->"
 END = "<!-- loratools: end -->"
 _FRONT = re.compile(r"\s*---[ \t]*(?:\r\n|\r|\n)(?:([\S\s]*?)(?:\r\n|\r|\n))??---[ \t]*(?:\r\n|\n|$)")  # as the Hub's own client reads it
-_BLOCK = re.compile(re.escape(BEGIN[: BEGIN.index(":") + 1]) + r" from [^\n]*?-->[\S\s]*?" + re.escape(END))
+_BEGINS = BEGIN[: BEGIN.index(":")] + ": from "
+_BLOCK = re.compile(re.escape(_BEGINS) + r"[^\n]*?-->[\S\s]*?" + re.escape(END))
 SHOWN = 3  # places named for one limit
 
 
@@ -53,7 +54,8 @@ def written(facts: Facts, existing: str | None = None, kept: Mapping[str, Any] |
     Raises FormatError for front matter whose keys do not stand on lines of their own, and for a block that begins and does not end.
     """
     before = (existing or "").removeprefix("\ufeff")
-    newline = "\r\n" if "\r\n" in before else "\n"
+    ended = re.search(r"\r?\n", before.lstrip("\r\n"))
+    newline = ended[0] if ended is not None else "\n"
     lines, body = split(before)
     stray = [key for key in kept or {} if key not in top_keys(lines)]
     if stray:
@@ -70,7 +72,7 @@ def split(text: str) -> tuple[list[str], str]:
     found = _FRONT.match(text)
     if found is None:
         return [], text
-    return (found[1] or "").splitlines(), text[found.end() :]
+    return re.split(r"\r\n|\r|\n", found[1]) if found[1] else [], text[found.end() :]
 
 
 def metadata(facts: Facts, kept: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:
@@ -118,14 +120,16 @@ def _tags(facts: Facts, kept: object) -> list[str] | None:
 
 
 def _placed(body: str, block: str, newline: str, facts: Facts) -> str:
-    """The prose with the block in its place, or at its end."""
-    if BEGIN.partition(":")[0] + ": from " in body:
-        if (found := _BLOCK.search(body)) is None:
-            raise FormatError("loratools' block begins and does not end", file="README.md", expected=END, remedy="delete its beginning")
-        return body[: found.start()] + block + body[found.end() :]
+    """The prose, byte for byte, with the block in its place or at its end; of several blocks the first is written, the others go."""
+    begins, found = body.count(_BEGINS), list(_BLOCK.finditer(body))
+    if len(found) != begins or any(one[0].count(_BEGINS) > 1 for one in found):
+        raise FormatError("loratools' block begins and does not end", file="README.md", expected=END, remedy="delete its beginning")
+    if found:
+        first, rest = found[0], body[found[0].end() :]
+        return body[: first.start()] + block + _BLOCK.sub("", rest)
     if not body.strip():
         body = f"{newline}# {entities(facts.repo.rpartition('/')[2])}{newline}"
-    return body.rstrip() + newline * 2 + block + newline
+    return body + newline * (1 if body.endswith(("\n", "\r")) else 2) + block + newline
 
 
 def _body(facts: Facts) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 from loratools import __version__
 from loratools import threads as workers
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, LoratoolsError, OptionError, raise_all
+from loratools.errors import FormatError, OptionError, raise_all
 from loratools.formats import load
 from loratools.formats.base import read_options
 from loratools.formats.reading import Reading, paths, reads
@@ -23,6 +23,8 @@ from loratools.ops._heatmap import grid
 from loratools.ops._layers import place_of
 from loratools.ops.inspect import holds_adapter
 from loratools.output import check_output, whole
+from loratools.source.handles import name_of
+from loratools.source.place import SCHEME
 from loratools.workflows._report.findings import findings
 from loratools.workflows._report.measured import measured, touched
 from loratools.workflows._report.page import page
@@ -59,7 +61,9 @@ def report(
     if target.is_dir():
         raise OptionError("a report is one file", file=target, remedy="give a name such as -o report.html")
     on = None if base is None else Base(base, reading)
-    known = resolved([load(path, options=read_options(reading)) for path in given], on)
+    loaded = [load(path, options=read_options(reading)) for path in given]
+    _check_once(given, [os.path.realpath(adapter.path or path) for path, adapter in zip(given, loaded, strict=True)])
+    known = resolved(loaded, on)
     data = _data(given, known, on, reading, threads, progress)
     title = " and ".join(row["label"] for row in data["adapters"])
     text = page(data, f"{title} – loratools report")
@@ -69,18 +73,22 @@ def report(
 
 
 def _check(given: Sequence[str | Path]) -> None:
-    faults: list[LoratoolsError] = []
     if not given:
         raise OptionError("a report is of one adapter or more")
-    real = Counter(os.path.realpath(path) for path in given)
-    for path in dict.fromkeys(given):
-        if not Path(path).exists():
-            continue  # reading it tells whether it is a repository's
-        if real[os.path.realpath(path)] > 1:
-            faults.append(OptionError("given twice", file=path))
-        elif not holds_adapter(Path(path)):
-            faults.append(FormatError("a report is of adapters, and this is a checkpoint", file=path, remedy="give it with --base"))
+    _check_once(given, [os.path.realpath(path) for path in given])
+    faults = [
+        FormatError("a report is of adapters, and this is a checkpoint", file=path, remedy="give it with --base")
+        for path in given
+        if Path(path).exists() and not holds_adapter(Path(path))  # what is not here, reading will tell of
+    ]
     raise_all(faults)
+
+
+def _check_once(given: Sequence[str | Path], real: Sequence[str]) -> None:
+    """Raise for an adapter that is given twice; `real` is where each lies."""
+    times = Counter(real)
+    twice = dict.fromkeys(path for path, place in zip(given, real, strict=True) if times[place] > 1)
+    raise_all([OptionError("given twice", file=path) for path in twice])
 
 
 def _data(
@@ -105,7 +113,7 @@ def _data(
     down, across, cells = grid(names)
     return {
         "loratools": __version__,
-        "base": None if on is None else str(on.checkpoint.path),
+        "base": None if on is None else name_of(on.checkpoint.path),
         "names": names,
         "grid": {"rows": down, "columns": _without_common(across), "cells": [cells[name] for name in names]},
         "adapters": rows,
@@ -118,16 +126,25 @@ def labels(given: Sequence[str | Path]) -> list[str]:
 
     >>> labels([Path("a/style.safetensors"), Path("x/lora"), Path("y/lora")])
     ['style.safetensors', 'x/lora', 'y/lora']
+    >>> labels(["hf://ada/many/x", "hf://ada/many/y/x"])
+    ['many/x', 'y/x']
     """
-    parts = [Path(os.path.realpath(path)).parts for path in given]
+    parts = [_parts(path) for path in given]
     depth = [1] * len(parts)
     while True:
         found = ["/".join(part[-length:]) for part, length in zip(parts, depth, strict=True)]
-        unclear = [index for index, name in enumerate(found) if found.count(name) > 1]
+        unclear = [index for index, name in enumerate(found) if found.count(name) > 1 and depth[index] < len(parts[index])]
         if not unclear:
             return found
         for index in unclear:
             depth[index] += 1
+
+
+def _parts(path: str | Path) -> tuple[str, ...]:
+    """What a path is made of, a repository's without its scheme."""
+    if Path(path).exists():
+        return Path(os.path.realpath(path)).parts
+    return tuple(str(path).removeprefix(SCHEME).split("/"))
 
 
 def ordered(names: Any) -> list[str]:

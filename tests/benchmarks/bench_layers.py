@@ -22,6 +22,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -115,6 +116,15 @@ def peak(run: Callable[[], None], before: list[Tensor], cuda: bool) -> float:
     return live.peak / 2**20
 
 
+def busy(run: Callable[[], None]) -> float:
+    """Milliseconds that a CUDA device is at work in one step, whatever waits for its launches."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(5):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in found.key_averages()) / 5e3
+
+
 def measure(device: str, dtype: torch.dtype, size: int, tokens: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     cuda = device.startswith("cuda")
     torch.manual_seed(0)
@@ -141,7 +151,8 @@ def measure(device: str, dtype: torch.dtype, size: int, tokens: tuple[int, int],
             rows.append(
                 {
                     "layer": "DoRALinear" if dora else "LoRALinear", "pass": "forward+backward" if backward else "forward",
-                    "ms": medians, "faster": medians["peft"] / medians["loratools"], "MiB": memory, "difference": difference,
+                    "ms": medians, "busy": {name: busy(run) for name, run in runs.items()} if cuda else None,
+                    "faster": medians["peft"] / medians["loratools"], "MiB": memory, "difference": difference,
                 }
             )  # fmt: skip
     return rows
@@ -163,14 +174,16 @@ def main() -> None:
         print(json.dumps({"device": place, "torch": torch.__version__, "peft": peft.__version__, "size": size, "rows": found}, indent=2))
         return
     print(f"{size}×{size}, rank {RANK}, batch {tokens[0]}×{tokens[1]}; {place}; torch {torch.__version__}, peft {peft.__version__}")
-    print("| dtype | layer | pass | loratools ms | peft ms | faster | loratools MiB | peft MiB | outputs differ by |")
-    print("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    print("| dtype | layer | pass | loratools ms | peft ms | faster | loratools MiB | peft MiB | outputs differ by |", end="")
+    print(" loratools GPU ms | peft GPU ms |" if cuda else "")
+    print("|---|---|---|--:|--:|--:|--:|--:|--:|" + ("--:|--:|" if cuda else ""))
     for dtype, rows in found.items():
         for row in rows:
             ms, memory = row["ms"], row["MiB"]
             print(
                 f"| {dtype} | {row['layer']} | {row['pass']} | {ms['loratools']:.2f} | {ms['peft']:.2f} | {row['faster']:.2f} × "
                 f"| {memory['loratools']:.0f} | {memory['peft']:.0f} | {row['difference']:.1e} |"
+                + (f" {row['busy']['loratools']:.2f} | {row['busy']['peft']:.2f} |" if cuda else "")
             )
 
 

@@ -187,6 +187,35 @@ def test_the_map_is_walked_with_arrow_keys(look: Callable[..., Look]) -> None:
     assert page.locator("#detail-title").inner_text() == places[-1]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_on_a_phone_many_layers_run_down_the_page(look: Callable[..., Look], scheme: str) -> None:
+    found = look("many", width=390, scheme=scheme)
+    page = found.page
+    assert page.evaluate("(box => box.scrollWidth - box.clientWidth)(document.querySelector('#map .scroll'))") == 0
+    labels = page.locator("#heatmap svg text")
+    tops = [labels.get_by_text(str(layer), exact=True).bounding_box() for layer in (0, 50, 99)]
+    assert tops[0]["y"] < tops[1]["y"] < tops[2]["y"] and len({round(box["x"] + box["width"]) for box in tops}) == 1
+    assert [labels.get_by_text(name, exact=True).count() for name in ("q_proj", "k_proj", "self_attn.q_proj")] == [1, 1, 0]
+    page.locator("#heatmap").focus()
+    said = []
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp"):
+        page.keyboard.press(key)
+        said.append(page.locator("#map [role=status]").inner_text())
+    rows = page.evaluate("JSON.parse(document.getElementById('data').textContent).grid.rows")
+    for text, (layer, row) in zip(said, ((0, 0), (1, 0), (1, 1), (0, 1)), strict=True):
+        assert text.startswith(f"model.layers.{layer}.{rows[row]}"), said
+    page.keyboard.press("Enter")
+    assert page.locator("#detail-title").inner_text() == f"model.layers.0.{rows[1]}"
+
+
+def test_a_turned_map_turns_back_on_a_wide_screen(look: Callable[..., Look]) -> None:
+    page = look("many", width=390).page
+    assert page.locator("#heatmap.turned").count() == 1
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.wait_for_selector("#heatmap:not(.turned)")
+    assert page.evaluate("(box => box.scrollWidth - box.clientWidth)(document.querySelector('#map .scroll'))") == 0
+
+
 def test_the_dialog_goes_on_back_and_away(look: Callable[..., Look]) -> None:
     page = look("one").page
     page.get_by_label("Filter").first.fill("layers.0 attn")
@@ -261,13 +290,9 @@ def test_four_hundred_modules_are_soon_there(look: Callable[..., Look], of: dict
 
 
 def take_pictures(room: Path) -> None:
-    """The page at three widths, light and dark, in as few colours as keep its look."""
-    import io
-
-    from PIL import Image
-
-    path = pages(room, layers=16)["both"]
-    text = path.read_text(encoding="utf-8").replace(f"{room}/", "")  # where it was made is nothing to show
+    """The page at three widths, light and dark, and the map of 400 modules on a phone, in as few colours as keep their look."""
+    made = pages(room, layers=16)
+    text = made["both"].read_text(encoding="utf-8").replace(f"{room}/", "")  # where it was made is nothing to show
     shown = room / "shown.html"
     shown.write_text(text, encoding="utf-8")
     PICTURES.mkdir(exist_ok=True)
@@ -275,9 +300,18 @@ def take_pictures(room: Path) -> None:
         for width in WIDTHS:
             for scheme in SCHEMES:
                 page = Look(browser, shown, width=width, scheme=scheme).page
-                picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-                picture.quantize(COLOURS, dither=Image.Dither.NONE).save(PICTURES / f"report-{width}-{scheme}.png", optimize=True)
+                keep(page.screenshot(full_page=True), f"report-{width}-{scheme}.png")
                 page.close()
+        keep(Look(browser, made["many"], width=390).page.locator("#map").screenshot(), "report-390-many.png")
+
+
+def keep(taken: bytes, name: str) -> None:
+    import io
+
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(taken)).convert("RGB")
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(PICTURES / name, optimize=True)
 
 
 if __name__ == "__main__":

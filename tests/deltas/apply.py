@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from loratools.deltas.base import Delta
-from loratools.stream import Applied, Statistics, apply_blocks
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
+from loratools.statistics import Statistics
+from loratools.stream import Applied, apply_blocks
 from loratools.tensors import as_tensor, to_ref
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratools.deltas.adjoined import Adjoined
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loratools.deltas.c3a import C3A
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds

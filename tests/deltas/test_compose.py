@@ -10,7 +10,7 @@ from loratools.deltas.compose import Chain, Part, Stacked
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import Turned
 from loratools.errors import LoratoolsError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import low_rank, randn

@@ -10,7 +10,7 @@ from loratools.deltas import coupled
 from loratools.deltas.coupled import Coupled
 from loratools.deltas.modulated import Modulated, Spread
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn

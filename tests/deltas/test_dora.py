@@ -12,7 +12,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.strategies import dora, low_rank, randn, seeds
 

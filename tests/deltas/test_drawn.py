@@ -10,7 +10,7 @@ from peft.tuners.fourierft.layer import FourierFTLinear
 from loratools.deltas.drawn import places
 from loratools.deltas.fourierft import FourierFT
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 
 

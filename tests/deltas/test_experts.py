@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratools.deltas.experts import Experts
 from loratools.errors import NonFiniteError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import randn
 

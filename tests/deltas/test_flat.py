@@ -11,7 +11,7 @@ from loratools.deltas.flat import FlatDoRA
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.deltas.test_magnitudes import reader, spread

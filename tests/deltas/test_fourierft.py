@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loratools.deltas.drawn import places
 from loratools.deltas.fourierft import FourierFT
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratools.deltas.frod import FRoD
 from loratools.errors import FormatError, ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds

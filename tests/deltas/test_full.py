@@ -7,7 +7,7 @@ import torch
 
 from loratools.deltas.full import Full, Replacement
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.strategies import randn
 

@@ -15,7 +15,7 @@ from loratools.deltas.vera import VeRA
 from loratools.errors import AmbiguousError, MatchError, ShapeError
 from loratools.families import Family
 from loratools.orientation import settle
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import low_rank, randn

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NonFiniteError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.files import raw
 from tests.strategies import low_rank, randn, seeds

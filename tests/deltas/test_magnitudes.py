@@ -14,7 +14,7 @@ from torch import Tensor
 from loratools.deltas.base import Read
 from loratools.deltas.magnitudes import Fit, Norms, axis_of, clear, drift, fits, named, norms
 from loratools.errors import AmbiguousError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from tests.strategies import low_rank, randn, seeds
 
 

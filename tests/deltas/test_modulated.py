@@ -11,7 +11,7 @@ from loratools.deltas.loha import LoHa
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.modulated import Modulated, Spread
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import low_rank, randn

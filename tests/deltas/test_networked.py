@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from loratools.deltas.networked import KNOWN, OWN_PARAMETERS, Networked
 from loratools.errors import ShapeError, UnsupportedError
 from loratools.linalg.activations import ACTIVATIONS
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn

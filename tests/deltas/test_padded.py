@@ -12,7 +12,7 @@ from loratools import merge
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.padded import Padded
 from loratools.errors import LoratoolsError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.files import read_checkpoint, write_checkpoint
 from tests.strategies import randn

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loratools.deltas.paired import Paired
 from loratools.errors import OptionError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds

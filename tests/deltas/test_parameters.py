@@ -11,7 +11,7 @@ from loratools.deltas.experts import Experts
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.parameters import Choice, OnParameter, moved, names_of, settle_parameters
 from loratools.errors import AmbiguousError, Faults, LoratoolsError, MatchError, ShapeError, raise_all
-from loratools.tensorfile import InMemory, Spec
+from loratools.refs import InMemory, Spec
 
 M = "model.layers.0.mlp.experts"
 E, H, I = 4, 16, 12  # noqa: E741

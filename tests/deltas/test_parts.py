@@ -15,7 +15,7 @@ from loratools.deltas.compose import Part
 from loratools.deltas.full import Full
 from loratools.deltas.parts import Joined, Parts, joined
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.strategies import Drawn, dora, low_rank, randn
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from loratools.deltas.randlora import RandLoRA
 from loratools.deltas.seeded import Bases
 from loratools.errors import FormatError, ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds

@@ -14,7 +14,7 @@ from loratools.deltas.laid import turned
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.residual import FAR, INITS, Residual
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn

@@ -7,7 +7,7 @@ import torch
 
 from loratools.deltas.scaled import Scaled
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn

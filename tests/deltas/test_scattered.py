@@ -1,15 +1,12 @@
-"""Numbers at places of a matrix: by index_put in float64, places from files in all dtypes they come in."""
+"""Numbers at places of a matrix: by index_put in float64."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratools.deltas.scattered import entries, read_places, scattered
-from loratools.errors import FormatError, ShapeError
-from loratools.tensors import to_ref
+from loratools.deltas.scattered import entries, scattered
 from tests.strategies import randn, seeds
 
 
@@ -20,21 +17,3 @@ def test_places_named_twice_get_the_sum(chosen: list[int], seed: int) -> None:
     dense = scattered(entries(places, values), 7, 2.0)
     assert torch.allclose(dense(slice(0, 5)), expected, rtol=1e-14, atol=1e-14)
     assert torch.equal(torch.cat([dense(slice(row, row + 1)) for row in range(5)]), dense(slice(0, 5)))
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float32, torch.float64])
-def test_places_of_a_file(dtype: torch.dtype) -> None:
-    assert read_places(to_ref(torch.tensor([[0, 4], [6, 1]], dtype=dtype)), 5, 7).tolist() == [6, 29]
-    assert read_places(to_ref(torch.tensor([34, 0], dtype=dtype)), 5, 7).tolist() == [34, 0]
-
-
-@pytest.mark.parametrize("bad", [[35], [-1], [[5], [0]], [[0], [7]], [[-1], [0]], [[0], [-1]]])
-def test_places_outside_the_weight(bad: list[int]) -> None:
-    with pytest.raises(ShapeError, match=r"places outside the weight: found .*, expected within \[5, 7\]"):
-        read_places(to_ref(torch.tensor(bad)), 5, 7)
-
-
-@pytest.mark.parametrize("bad", [1.5, float("nan"), float("inf")])
-def test_places_that_are_no_whole_numbers(bad: float) -> None:
-    with pytest.raises(FormatError, match="no whole numbers"):
-        read_places(to_ref(torch.tensor([1.0, bad])), 5, 7)

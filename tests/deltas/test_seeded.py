@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from loratools.deltas.seeded import Bases, Projections, normal
 from loratools.deltas.vera import VeRA
 from loratools.errors import UnsupportedError
+from loratools.refs import Spec
 from loratools.resolution import with_banks
-from loratools.tensorfile import Spec
 from loratools.tensors import to_ref
 from loratools.threads import single_threaded_blas
 from tests.strategies import randn

@@ -7,7 +7,7 @@ import torch
 
 from loratools.deltas.miss import MiSS
 from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loratools.deltas.sparse import Sparse
-from loratools.errors import ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.errors import FormatError, ShapeError, UnsupportedError
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds
@@ -38,5 +38,5 @@ def test_what_does_not_fit() -> None:
     delta = made(torch.ones(6), torch.arange(6))
     assert delta.fits(Spec("F32", (2, 3))) and not delta.fits(Spec("F32", (1, 5))) and not delta.fits(Spec("F32", (2, 3, 1)))
     assert not delta.fits(Spec("I32", (2, 3))) and delta.shape() == ()
-    with pytest.raises(ShapeError, match="places outside the weight"):
+    with pytest.raises(FormatError, match="a place outside what it points into"):
         applied(made(torch.ones(1), torch.tensor([6])), torch.zeros(2, 3))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loratools.deltas.subspace import Subspace
 from loratools.errors import NonFiniteError, ShapeError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn

@@ -11,7 +11,7 @@ from loratools.deltas.miss import MiSS
 from loratools.deltas.sparse import Sparse
 from loratools.deltas.summed import Sum
 from loratools.errors import ShapeError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn

@@ -14,7 +14,7 @@ from loratools.deltas.shares import Shares
 from loratools.deltas.waveft import WaveFT
 from loratools.errors import OptionError, ShapeError
 from loratools.linalg.wavelets import names
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.deltas.apply import applied, blocks_agree
 from tests.strategies import randn, seeds

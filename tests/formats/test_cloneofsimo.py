@@ -19,7 +19,7 @@ from loratools.errors import AmbiguousError, LoratoolsError, MatchError, NotExpr
 from loratools.formats import encode, load
 from loratools.formats._walks import ERAS, stable_diffusion, walk
 from loratools.formats.base import ReadOptions
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from tests.files import raw, read_checkpoint, write_checkpoint
 from tests.strategies import randn
 

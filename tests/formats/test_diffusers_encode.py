@@ -18,7 +18,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible
 from loratools.formats.diffusers import decode, detect
 from loratools.formats.diffusers_encode import encode
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
 from loratools.tensors import to_ref
 from tests.formats.test_spelt import low, refs, same
 from tests.strategies import randn, seeds

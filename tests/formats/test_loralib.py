@@ -20,7 +20,7 @@ from loratools.errors import AmbiguousError, Faults, FormatError, LoratoolsError
 from loratools.formats import FORMATS
 from loratools.formats.base import Container, ReadOptions, open_container
 from loratools.formats.loralib import decode, detect, encode
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.files import raw
 

@@ -9,7 +9,7 @@ import pytest
 
 from loratools.formats._network import network
 from loratools.formats._scalar import number
-from loratools.tensorfile import InMemory, Ref, Spec
+from loratools.refs import InMemory, Ref, Spec
 
 
 def low(name: str, rank: int, alpha: float, *kernel: int) -> dict[str, Ref]:

@@ -18,7 +18,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError
 from loratools.formats import load, save
 from loratools.formats.base import ReadOptions
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor
 from tests.files import peft_config, write_adapter
 from tests.strategies import randn

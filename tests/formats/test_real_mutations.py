@@ -15,7 +15,7 @@ from loratools.errors import LoratoolsError
 from loratools.formats import FORMATS
 from loratools.formats.base import Container, ReadOptions, open_container
 from loratools.formats.peft_config import TRAINING
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 DATA = Path(__file__).parent.parent / "data"
 REAL = {

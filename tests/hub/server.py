@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.hub.repositories import LARGE, Commit, File, Repository, User, card_faults, elements, files_of
 
+PIECE = 1 << 16
 REPO = r"(?P<repo>[^/]+/[^/]+?|[^/]+?)"
 
 
@@ -59,6 +60,7 @@ class Fault:
     corrupt: bool = False  # turn the bits of the body's last byte
     delay: float = 0.0  # seconds before anything is answered
     whole: bool = False  # take no notice of Range
+    shift: int = 0  # answer a Range by the part so many bytes further on
 
 
 class Refusal(Exception):
@@ -203,6 +205,8 @@ class Answer(BaseHTTPRequestHandler):
         fault = self.fault if faulty else None
         asked = self.headers.get("Range")
         if status == 200 and asked and "Accept-Ranges" in headers and not (fault and fault.whole):
+            shift = fault.shift if fault is not None else 0
+            asked = re.sub(r"\d+", lambda found: str(int(found[0]) + shift), asked)
             status, body, headers = ranged(asked, body, headers)
         if fault is not None and fault.corrupt and body:
             body = body[:-1] + bytes([body[-1] ^ 0xFF])
@@ -218,8 +222,9 @@ class Answer(BaseHTTPRequestHandler):
             return
         dropped = fault is not None and fault.drop is not None and self.command == "GET"
         sent = body[: fault.drop] if dropped and fault is not None else body
-        self.wfile.write(sent)
-        self.request_seen.sent = len(sent)
+        for place in range(0, len(sent), PIECE):  # a client that has closed the connection is noticed between two
+            self.wfile.write(sent[place : place + PIECE])
+            self.request_seen.sent += len(sent[place : place + PIECE])
         if dropped:
             self.wfile.flush()
             self.cut()

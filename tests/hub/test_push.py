@@ -182,12 +182,92 @@ def test_refusals_are_one_line_each_with_a_remedy(hub: Hub, ada: Client, made: P
         (["TOKEN=hf_reader", *words], "", None, "ada/style: the token has no right to write there (403): found Forbidden: you must"),
     ]
     for _, match, status, _ in cases:
-        if status is not None:
-            hub.fault(match, status=status)
+        if status is not None:  # what may pass is tried three times more
+            hub.fault(match, status=status, times=4 if status in (429, 500, 503) else 1)
     for ran, (_, _, _, said) in zip(run(ada, *(words for words, *_ in cases)), cases, strict=True):
         lines = [line for line in ran.err.splitlines() if not line.startswith("Note: ")]
         assert ran.code == 1 and ran.out == "" and len(lines) == 1 and said in lines[0], (ran, said)
     assert set(hub.repositories["ada/style"].files) == {".gitattributes"}
+
+
+def test_what_passes_is_waited_for(hub: Hub, ada: Client, made: Path) -> None:
+    later = {"Retry-After": "0"}
+    for match in ("GET /api/models/ada/base", "POST /api/validate-yaml", "POST /api/repos/create"):
+        hub.fault(match, status=503)
+        hub.fault(match, status=429, headers=later)
+    for match in ("preupload", "POST /api/models/ada/style/commit"):
+        hub.fault(match, status=429, headers=later)
+    hub.fault("PUT cdn/upload", status=500)
+    (ran,) = run(ada, [made / "adapter", "ada/style", "--base-model", "ada/base"])
+    assert ran.code == 0, ran.err
+    assert all(fault.times == 0 for fault in hub.faults)
+    assert len([one for one in hub.repositories["ada/style"].commits.values() if one.parent is not None]) == 1
+    hub.add("ada/base", hub.repositories["ada/base"].files)
+    hub.fault("POST /api/models/ada/style/commit", status=502)  # it may have come into being: it is not sent again
+    (ran,) = run(ada, [made / "merged", "ada/style", "--base-model", "ada/base"])
+    assert ran.code == 1 and "the Hub fails (502); try later; run it again" in ran.err
+    assert len(hub.asked("POST /api/models/ada/style/commit")) == 3
+
+
+def test_a_dry_run_lists_what_then_goes_up(hub: Hub, ada: Client, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "one" / name).write_bytes((made / "adapter" / name).read_bytes())
+    things = {"ada/a": made / "adapter", "ada/m": made / "merged", "ada/f": tmp_path / "one/adapter_model.safetensors"}
+    words = [[path, repo, "--base-model", "ada/base", "--json"] for repo, path in things.items()]
+    for dry, done, repo in zip(run(ada, *([*line, "--dry-run"] for line in words)), run(ada, *words), things, strict=True):
+        before, after = json.loads(dry.out), json.loads(done.out)
+        assert before["commit"] is None and after["commit"] is not None
+        assert before["dry_run"] and {key: value for key, value in before.items() if key not in ("commit", "dry_run")} == {
+            key: value for key, value in after.items() if key not in ("commit", "dry_run")
+        }
+        there = hub.repositories[repo].files
+        assert {row["path"]: row["bytes"] for row in before["files"]} == {
+            name: len(data) for name, data in there.items() if name != ".gitattributes"
+        }
+        assert there["README.md"].decode() == before["card"]
+
+
+def test_a_token_that_comes_back_is_not_told(hub: Hub, ada: Client, made: Path) -> None:
+    told = {"X-Error-Message": f"the token {TOKEN} is no good", "X-Request-Id": "1"}
+    hub.fault("POST /api/repos/create", status=400, headers=told)
+    hub.fault("POST /api/repos/create", status=403, headers=told)
+    hub.add("ada/adapter", made / "adapter")
+    words = [made / "adapter", "ada/style", "--base-model", "ada/base"]
+    for ran in run(ada, words, words):
+        assert ran.code == 1 and "the token … is no good" in ran.err  # `run` itself looks for the token
+    hub.fault("GET /api/models/ada/adapter", status=418, headers=told, times=9)
+    done = ada.loratools("inspect", "ada/adapter")
+    assert done.returncode == 1 and "the token … is no good" in done.stderr
+    done = ada.python("""
+        import loratools
+        try:
+            loratools.inspect("ada/adapter")
+        except Exception as error:
+            print(error, repr(error), error.args, vars(error))
+    """)
+    assert done.returncode == 0 and TOKEN not in done.stdout + done.stderr and "no good" in done.stdout, done.stderr
+
+
+def test_the_token_is_in_no_log_and_no_file(hub: Hub, ada: Client, made: Path) -> None:
+    hub.add("ada/adapter", made / "adapter")
+    done = ada.python(f"""
+        import logging, loratools
+        logging.basicConfig(level=1)
+        loratools.push({str(made / "adapter")!r}, "ada/style", base_model="ada/base")
+        loratools.merge({str(made / "base")!r}, "ada/adapter", {str(ada.home / "merged")!r})
+    """)
+    assert done.returncode == 0 and "HTTP Request: POST" in done.stderr and TOKEN not in done.stdout + done.stderr, done.stderr
+    assert (ada.home / "merged/loratools.json").is_file()
+    files = [path for path in ada.home.rglob("*") if path.is_file()] + [made / "adapter/loratools.json"]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in files)
+
+
+def test_a_card_on_the_hub_that_is_no_utf_8_is_not_damaged(hub: Hub, ada: Client, made: Path) -> None:
+    hub.add("ada/style", {"README.md": b"---\nlicense: mit\n---\n# caf\xe9\n"})
+    (ran,) = run(ada, [made / "adapter", "ada/style", "--base-model", "ada/base"])
+    assert ran.code == 1 and "README.md: the repository's card is no UTF-8; save it as UTF-8, or delete it there" in ran.err
+    assert hub.repositories["ada/style"].files["README.md"].endswith(b"caf\xe9\n")
 
 
 def test_no_network_and_offline(hub: Hub, ada: Client, made: Path) -> None:

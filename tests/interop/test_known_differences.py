@@ -35,7 +35,7 @@ from loratools.deltas.base import Additive
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
 from loratools.errors import AmbiguousError, FormatError, MatchError, NonFiniteError, UnsupportedError
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.files import peft_config, read_adapter, read_checkpoint, write_adapter, write_checkpoint
 

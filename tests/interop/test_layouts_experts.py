@@ -272,12 +272,12 @@ def test_a_kind_that_cannot_be_taken_apart_is_refused(tmp_path: Path) -> None:
     from loratools.deltas.scaled import Scaled
     from loratools.errors import UnsupportedError
     from loratools.families import Family
-    from loratools.tensorfile import Spec
+    from loratools.refs import Spec
     from loratools.tensors import to_ref
 
     base = {f"mlp.experts.{index}.{name}.weight": Spec("F32", (3, 4)) for index in range(2) for name in ("gate_proj", "up_proj")}
     scaled = Adapter({"mlp.experts.gate_up_proj": Scaled(l=to_ref(torch.ones(2)))})
-    with pytest.raises(UnsupportedError, match="gate_up_proj: an (IA)³ delta on a stack that the base stores matrix by matrix"):
+    with pytest.raises(UnsupportedError, match=r"gate_up_proj: an \(IA\)³ delta on a stack that the base stores matrix by matrix"):
         scaled.resolve(base, Family({"model_type": "qwen3_moe"}))
 
 

@@ -20,7 +20,7 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError
 from loratools.layers import LoRALayer, adapter_from, attach, freeze, inject, layer_for, layer_of, plain_layer
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
 from tests.files import raw
 from tests.layers.cases import KINDS, changed, dense, inputs, layer, plain, plain_output

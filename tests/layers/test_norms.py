@@ -58,7 +58,9 @@ def test_zero_rows_and_zero_factors(device: str) -> None:
     W, A, B = (tensor.to(device) for tensor in case(2))
     W[3] = 0
     B.zero_()
-    assert torch.equal(row_norms(W, A, B, 1.0), torch.linalg.vector_norm(W, dim=1)), "exactly ‖w‖ before training"
+    found, own = row_norms(W, A, B, 1.0), torch.linalg.vector_norm(W, dim=1)
+    assert found[3] == 0
+    assert torch.equal(found, own) or (device == "cuda" and torch.allclose(found, own, rtol=2e-7, atol=0)), "‖w‖ before training"
 
 
 @pytest.mark.parametrize("block", [1, 60, 1 << 22])

@@ -14,7 +14,7 @@ from loratools.deltas.scaled import Scaled
 from loratools.errors import MatchError, UnsupportedError
 from loratools.layouts.places import Fused, Same, Where, Within, collected, inside, put
 from loratools.layouts.rules import Place
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import low_rank, randn
 

@@ -14,7 +14,7 @@ from loratools.errors import AmbiguousError, LoratoolsError, MatchError, Unsuppo
 from loratools.layouts.places import Fused, Same, Within
 from loratools.layouts.rules import Fusion, Group, Layout, Layouts, Other, Rename, Rule
 from loratools.layouts.view import View, view_of
-from loratools.tensorfile import InMemory, Spec
+from loratools.refs import InMemory, Spec
 
 S = Spec("F32", (6, 4))
 STACKS = (

@@ -21,7 +21,7 @@ from loratools.errors import LoratoolsError, MatchError, NotExpressible, OptionE
 from loratools.formats import load
 from loratools.ops.combine import combine
 from loratools.ops.merge import merge
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.files import llama_config, read_checkpoint, write_checkpoint
 from tests.ops._lora import SHAPES, checked, dense, low, rows_of

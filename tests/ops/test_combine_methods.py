@@ -23,7 +23,7 @@ from loratools.formats import load
 from loratools.linalg.merging import at_random, by_rank
 from loratools.ops._dense_sum import key_of
 from loratools.ops.combine import combine
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.ops._lora import SHAPES, adapters, checked, dense, low, rows_of
 

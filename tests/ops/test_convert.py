@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -40,7 +42,8 @@ from loratools.formats import load, save
 from loratools.ops.convert import convert
 from loratools.ops.inspect import inspect
 from loratools.ops.merge import merge
-from loratools.tensorfile import Ref
+from loratools.refs import Ref
+from loratools.tensorfile import TensorFile
 from loratools.tensors import read_tensor, to_ref
 from tests.deltas.apply import applied
 from tests.files import peft_config, raw, read_checkpoint, write_adapter, write_checkpoint
@@ -119,6 +122,25 @@ def test_a_change_of_format_keeps_every_byte(tmp_path_factory: pytest.TempPathFa
         assert isinstance(delta, LowRank)
         factors = (delta.B, delta.A) if delta.layer != "embedding" else (delta.A.T, delta.B.T)
         assert all(bytes(ref.read()) in stored for ref in factors)
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya", "comfyui", "diffusers", "loratools"])
+def test_the_digests_are_of_the_files_as_they_lie(tmp_path: Path, format: str) -> None:
+    """Also where the header tells digests of the tensors, and is written after them; of what went in, and beside writeback."""
+    root = f"base_model.model.{'diffusion_model' if format == 'comfyui' else 'unet'}.mid"
+    tensors = {f"{root}.{n}.lora_A.weight": randn(6, 9 + n, seed=n) for n in range(3)}
+    tensors |= {f"{root}.{n}.lora_B.weight": randn(60_000, 6, seed=n) for n in range(3)}  # more than a block each
+    write_adapter(tmp_path / "a", tensors, peft_config(r=6))
+    receipt = convert(tmp_path / "a", tmp_path / "b", format=format)
+    for rows, folder in ((receipt["inputs"], Path()), (receipt["outputs"], tmp_path / "b")):
+        assert rows
+        for row in rows:
+            data = (folder / row["path"]).read_bytes()
+            assert (row["bytes"], row["blake3"]) == (len(data), blake3(data).hexdigest())
+            header = data[8 : 8 + int.from_bytes(data[:8], "little")] if row["path"].endswith(".safetensors") else None
+            assert row["header_sha256"] == (hashlib.sha256(header).hexdigest() if header is not None else None)
+    (weights,) = (tmp_path / "b").glob("*.safetensors")
+    assert receipt["digests"] == {name: blake3(bytes(ref.read())).hexdigest() for name, ref in TensorFile(weights).items()}
 
 
 def test_the_format_that_was_read_is_the_default(tmp_path: Path) -> None:
@@ -445,7 +467,7 @@ def test_what_only_w_tells_of(tmp_path: Path) -> None:
     l = (1 + randn(14, seed=4)).double()  # noqa: E741
     assert torch.allclose(applied(found["m.weight"], W), W.double() * l.unsqueeze(1), rtol=0, atol=1e-6 * float(W.norm()))
     assert torch.allclose(applied(found["m.bias"], b), b.double() * l, rtol=1e-6)
-    with pytest.raises(UnsupportedError, match=r"m\.weight: an \(IA\)³ delta: what it does to a weight depends on that weight; give --base"):
+    with pytest.raises(UnsupportedError, match=r"m\.weight: an \(IA\)³ delta: what it does to a weight depends on that weight; give --b"):
         convert(Adapter({"m.weight": given["m.weight"]}), tmp_path / "no", kind="lora", rank=2)
 
 
@@ -679,7 +701,7 @@ def test_magnitudes_are_never_dropped(tmp_path: Path, kind: str) -> None:
         ({"threads": 0}, OptionError, "--threads: found 0, expected at least 1"),
         ({"rename": ["a=b"]}, OptionError, "--rename maps names to a base's: found no --base"),
         ({"kind": "dora"}, UnsupportedError, "m.weight: a LoRA delta: the magnitudes of a DoRA are the norms of W + ΔW; give --base"),
-        ({"kind": "dense"}, UnsupportedError, "a LoRA delta: a dense difference has the shape, and the orientation, of the weight; give --base"),
+        ({"kind": "dense"}, UnsupportedError, "a LoRA delta: a dense difference has the shape, and the orientation, of the weight; give"),
         ({"magnitude_axis": "in"}, MatchError, "--magnitude-axis, and no DoRA in it: found lora; --kind dora makes one, along this axis"),
     ],
 )  # fmt: skip

@@ -12,14 +12,13 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from torch import Tensor
 
 import loratools
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, OptionError, ShapeError, UnsupportedError
 from loratools.tensorfile import InFile
 from tests.cli._adapters import environment, llama_adapter
 from tests.conftest import llama_config, llama_tensors
-from tests.files import peft_config, write_adapter, write_checkpoint
+from tests.files import lora, peft_config, write_adapter, write_checkpoint
 
 inspect = loratools.inspect
 ROOT = "base_model.model."
@@ -60,11 +59,6 @@ SPECTRUM = {"norm": number("null"), "effective_rank": number("null"), "sigma": {
 def exactly(properties: dict[str, Any], *optional: str) -> dict[str, Any]:
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-def lora(module: str, A: Tensor, B: Tensor, **more: Tensor) -> dict[str, Tensor]:
-    keys = {f"{ROOT}{module}.{name.replace('__', '.')}": tensor for name, tensor in more.items()}
-    return {f"{ROOT}{module}.lora_A.weight": A, f"{ROOT}{module}.lora_B.weight": B} | keys
 
 
 # -- the report
@@ -175,44 +169,7 @@ def test_no_data_is_read_unless_asked_for(tmp_path: Path, base: Path, monkeypatc
         inspect(adapter, values=True)
 
 
-# -- warnings from headers
-
-
-@pytest.mark.parametrize(
-    ("config", "warning"),
-    [
-        ({"lora_alpha": 0}, "q_proj.weight: alpha is 0, so it changes nothing"),
-        ({"lora_alpha": -2}, "q_proj.weight: the scaling is negative (-1): what was trained is subtracted"),
-        ({"lora_alpha": 512}, "the scaling is very large (256)"),
-        ({"alpha_pattern": {"k_proj": 3}}, "alpha_pattern names k_proj, and the file has nothing there"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "target_modules names o_proj, and the file has nothing there"),
-        ({"modules_to_save": ["score"]}, "modules_to_save names score, and the file has nothing there"),
-        ({"r": None}, "lacks r"),
-        ({"base_model_name_or_path": "/home/trainer/models/tiny"}, "its base is named by a path on another machine"),
-        ({"base_model_name_or_path": "C:\\models\\tiny"}, "its base is named by a path on another machine"),
-    ],
-)
-def test_warns_of(tmp_path: Path, config: dict[str, Any], warning: str) -> None:
-    found = inspect(llama_adapter(tmp_path / "adapter", **config))["warnings"]
-    assert any(warning in text for text in found), found
-
-
-def test_the_tasks_own_heads_are_not_missed(tmp_path: Path) -> None:
-    assert inspect(llama_adapter(tmp_path / "adapter", task_type="SEQ_CLS"))["warnings"] == []
-
-
-def test_warns_of_a_rank_beyond_the_weights(tmp_path: Path) -> None:
-    tensors = lora("q", torch.ones(9, 8), torch.ones(4, 9))
-    report = inspect(write_adapter(tmp_path / "adapter", tensors, peft_config(r=9, target_modules=["q"])))
-    assert report["warnings"] == ["q.weight: rank 9 is more than a 4 × 8 weight can have"]
-
-
-def test_warns_of_a_file_that_is_mostly_saved_whole(tmp_path: Path) -> None:
-    tensors = lora("q", torch.ones(2, 8), torch.ones(4, 2)) | {f"{ROOT}embed_tokens.base_layer.weight": torch.ones(100, 8)}
-    tensors |= {f"{ROOT}embed_tokens.lora_embedding_A": torch.ones(2, 100), f"{ROOT}embed_tokens.lora_embedding_B": torch.ones(8, 2)}
-    tensors |= {f"{ROOT}lm_head.weight": torch.ones(1000, 8)}
-    report = inspect(write_adapter(tmp_path / "adapter", tensors, peft_config(target_modules=["q", "embed_tokens"])))
-    assert any("tensors saved whole, most of them lm_head.weight" in text for text in report["warnings"])
+# -- warnings of a base and of its values
 
 
 def test_warns_of_a_tied_tensor_changed_alone(tmp_path: Path) -> None:
@@ -231,30 +188,6 @@ def test_warns_of_a_quantised_base(tmp_path: Path) -> None:
     adapter = llama_adapter(tmp_path / "adapter")
     assert any("gptq" in text for text in inspect(adapter, base=base)["warnings"])
     assert any("gptq" in text for text in inspect(base)["warnings"])
-
-
-# -- warnings from values
-
-
-@pytest.mark.parametrize(("marker", "place"), [("lora_A", "A"), ("lora_B", "B")])
-def test_warns_of_a_zero_factor(tmp_path: Path, marker: str, place: str) -> None:
-    tensors = lora("q", torch.ones(2, 8), torch.ones(4, 2))
-    tensors[f"{ROOT}q.{marker}.weight"].zero_()
-    adapter = write_adapter(tmp_path / "adapter", tensors, peft_config(target_modules=["q"]))
-    assert inspect(adapter)["warnings"] == []
-    assert inspect(adapter, values=True)["warnings"] == [f"q.weight: {place} is zero, so it changes nothing: was it trained?"]
-    assert inspect(adapter, spectra=True)["modules"][0]["norm"] == 0
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_warns_of_values_that_are_not_finite(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
-    A = torch.ones(2, 600_000, dtype=dtype)  # more than a block of 1 MiB
-    A[0, 0] = A[1, -1] = value
-    adapter = write_adapter(tmp_path / "adapter", lora("q", A, torch.ones(4, 2, dtype=dtype)), peft_config(target_modules=["q"]))
-    assert inspect(adapter, values=True)["warnings"] == ["q.weight: A has 2 non-finite values"]
-    (row,) = inspect(adapter, spectra=True)["modules"]
-    assert (row["norm"], row["sigma"], row["effective_rank"]) == (None, None, None)
 
 
 def test_a_checkpoints_values(tmp_path: Path) -> None:

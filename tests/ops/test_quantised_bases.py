@@ -12,7 +12,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from loratools import extract, inspect, merge, verify
-from loratools.checkpoint import combined_digest
+from loratools.digests import combined_digest
 from loratools.errors import OptionError, QuantizedError
 from tests.files import (
     four_bit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
+from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError
 from loratools.formats import encode
-from loratools.formats.base import Container
+from loratools.formats.base import Container, write_container
+from loratools.header import build_header, canonical
 from loratools.ops._size import DENSE, Budget, Candidate, file_bytes, parse_size
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
 from loratools.tensors import to_ref
-from loratools.tensorwriter import build_header, canonical
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,13 @@ def test_what_is_no_size(text: str | int) -> None:
 def test_only_the_size_of_safetensors_is_counted() -> None:
     with pytest.raises(OptionError, match="--size is counted for safetensors alone"):
         file_bytes(Container({}, writer=lambda container, path: {}))
+
+
+def test_digests_that_are_put_in_last_are_counted(tmp_path: Path) -> None:
+    adapter = Adapter({"lora_unet_x.weight": LowRank(A=to_ref(torch.ones(2, 3)), B=to_ref(torch.ones(4, 2)), alpha=2.0)}, flat=True)
+    container = encode(adapter, "kohya")
+    write_container(container, tmp_path / "x.safetensors")
+    assert file_bytes(container) == (tmp_path / "x.safetensors").stat().st_size
 
 
 def plain(deltas: Mapping[str, Delta]) -> Container:

@@ -18,8 +18,9 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, OptionError
 from loratools.layers.agreement import LIMIT, disagreement
-from loratools.stream import Applied, Statistics, apply_blocks
-from loratools.tensorfile import Spec
+from loratools.refs import Spec
+from loratools.statistics import Statistics
+from loratools.stream import Applied, apply_blocks
 from loratools.tensors import as_tensor, to_ref
 from tests.files import write_adapter, write_checkpoint
 

@@ -105,8 +105,8 @@ def test_a_card_keeps_its_prose_and_its_keys(newline: str) -> None:
         "tags": ["chat", "lora", "loratools"], "base_model": "ada/base", "base_model_relation": "adapter", "library_name": "peft",
     }  # fmt: skip
     assert f"# mine{newline}" in first and first.count("\n") == first.count(newline)
-    prose = before.split("---" + newline)[-1].rstrip()
-    assert f"{newline}---{newline}{prose}{newline * 2}{BEGIN}" in first
+    prose = before.split("---" + newline)[-1]
+    assert f"{newline}---{newline}{prose}{newline}{BEGIN}" in first
     changed = first.replace("# My adapter", "# Better") + f"{newline}And after.{newline}"
     again = written(facts(report=REPORT | {"parameters": 7}), changed, front(first))
     assert again == changed.replace("| 100 |", "| 7 |").replace("`apache-2.0`, as the base's card says", "the base's card tells none")
@@ -128,6 +128,44 @@ def test_cards_that_cannot_be_merged_are_errors() -> None:
         written(facts(), "---\n{license: mit}\n---\nx", {"license": "mit"})
     with pytest.raises(FormatError, match="block begins and does not end: expected <!-- loratools: end -->; delete its beginning"):
         written(facts(), f"prose\n{BEGIN}\nmore")
+
+
+PROSE = [
+    "# Mine\n", "x", "x  \n\n\n", "a\r\nb\n", "\n\n a\tb \n", "a\u2028b\x85c\x0bd\n", "---\nnot: front\n---\n", "<!-- mine -->", f"{END}\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prose", PROSE)
+@pytest.mark.parametrize("head", ["", "---\nlicense: mit\n---\n", "---\r\nlicense: mit\r\n---\r\n", "\ufeff---\nlicense: mit\n---\n"])
+def test_prose_is_kept_byte_for_byte(head: str, prose: str) -> None:
+    if not head and prose.startswith("---"):
+        head = "\n\nBefore.\n"
+    kept = {"license": "mit"} if "license" in head else {}
+    first = written(facts(), head + prose, kept)
+    body = split(first)[1]
+    assert body.startswith(split(head.removeprefix("\ufeff") + prose)[1])
+    after = "And after.\r\n\n  "
+    again = written(facts(report=REPORT | {"parameters": 7}), first + after, front(first))
+    start, end = again.index(BEGIN), again.rindex(END)
+    assert again[:start] == first[: first.index(BEGIN)] and again[end:] == first[first.rindex(END) :] + after
+    assert "| 7 |" in again[start:end]
+    assert written(facts(report=REPORT | {"parameters": 7}), again, front(again)) == again
+
+
+def test_of_several_blocks_one_is_written_and_nothing_else_lost() -> None:
+    block = f"{BEGIN}\nold\n{END}"
+    made = written(facts(), f"---\nlicense: mit\n---\none\n{block}\ntwo\n{block}\nthree\n", {"license": "mit"})
+    assert made.count(BEGIN) == made.count(END) == 1 and "old" not in made
+    assert "\none\n" in made and made.endswith("\ntwo\n\nthree\n")
+    for text in (f"{BEGIN}\nmine\n{block}\n", f"{block}\nmine\n{BEGIN}\n"):  # what stands behind a lost end may be anybody's
+        with pytest.raises(FormatError, match="block begins and does not end"):
+            written(facts(), text)
+
+
+def test_front_matter_keeps_signs_that_are_no_ends_of_lines() -> None:
+    before = '---\nlicense: mit\ntitle: "a\u2028b\x85c"\n---\nx\n'
+    made = written(facts(), before, {"license": "mit", "title": "a\u2028b\x85c"})
+    assert 'title: "a\u2028b\x85c"\n' in made
 
 
 def test_odd_beginnings() -> None:

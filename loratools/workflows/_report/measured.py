@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.changes import reader
 from loratools.compress import as_low, known_of
 from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
@@ -16,18 +15,17 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.terms import term
-from loratools.effect import Effect, square
+from loratools.effect import Effect
 from loratools.errors import LoratoolsError
 from loratools.formats.reading import Reading
 from loratools.ops._base import Base
-from loratools.ops._comparing import norm_of
+from loratools.ops._beside import change_norm
 from loratools.ops.inspect import inspect
 from loratools.receipt import adapter_history
-from loratools.tensorfile import Ref, Spec
+from loratools.refs import Ref, Spec
 
 TOP = 32  # singular values of a module that a page shows
 SMALL = 1 << 22  # elements of a change without factors up to which it is decomposed as a whole
-_ROWS = 1 << 18  # elements of a block of the base
 
 Row = dict[str, Any]
 Told = Callable[[int], None]  # is told how many bytes were done
@@ -40,7 +38,14 @@ def measured(path: str | Path, adapter: Adapter, on: Base | None, reading: Readi
     quotient), `sigma` (the TOP largest singular values of ΔW, of a DoRA its direction's), `sigmas` (how many there are), `why`
     (what kept a norm from being taken) and `unseen` (what kept the singular values from it).
     """
-    found = inspect(path, base=None if on is None else on.checkpoint.path, spectra=True, **reading)
+    done = 0
+
+    def read(so_far: int, _: int) -> None:
+        nonlocal done
+        told(so_far - done)
+        done = so_far
+
+    found = inspect(path, base=None if on is None else on.checkpoint.path, spectra=True, progress=read, **reading)
     written: dict[str, Row] = {}
     receipts = adapter_history(adapter)
     for row in receipts[-1].get("tensors", ()) if receipts else ():
@@ -51,7 +56,6 @@ def measured(path: str | Path, adapter: Adapter, on: Base | None, reading: Readi
         weight = on.weight(row["name"]) if on is not None and row["name"] in on else None
         row |= _measures(row, delta, weight)
         row |= {word: written.get(row["name"], {}).get(word) for word in ("error", "optimal_error")}
-        told(0 if weight is None else weight.spec.nbytes)
     return found | {"notes": list(adapter.notes), "receipts": receipts}
 
 
@@ -61,11 +65,12 @@ def touched(adapter: Adapter, on: Base | None) -> int:
 
 
 def _measures(row: Mapping[str, Any], delta: Delta, weight: Ref | None) -> Row:
-    out: Row = {"weight": None, "share": None, "sigmas": 0, "why": None, "unseen": None, "direction": isinstance(delta, DoRA | Chain)}
+    out: Row = {"sigmas": 0, "why": None, "unseen": None, "direction": isinstance(delta, DoRA | Chain)}
+    out |= {"weight": row.get("weight_norm"), "share": row.get("relative_norm")}
     try:
-        norm, sigma, effective = row["norm"], row["sigma"], row["effective_rank"]
-        if not isinstance(delta, Full) and not isinstance(delta, LowRank):
-            norm = norm_of(delta, weight)
+        norm, sigma, effective = row.get("change_norm"), row["sigma"], row["effective_rank"]
+        if "change_norm" not in row:
+            norm = change_norm(delta, None, row)
         if sigma is None and isinstance(delta, Additive) and not isinstance(delta, Full | LowRank):
             sigma, effective = _spectrum(delta, weight)
         out |= {"norm": norm, "effective_rank": effective}
@@ -75,9 +80,6 @@ def _measures(row: Mapping[str, Any], delta: Delta, weight: Ref | None) -> Row:
             out["unseen"] = _unseen(row, delta)
         if norm is None:
             out["why"] = _why(row, delta, weight)
-        if weight is not None and weight.spec.floating:
-            out["weight"] = _norm(weight)
-            out["share"] = norm / out["weight"] if norm is not None and out["weight"] else None
     except LoratoolsError as error:
         out |= {"norm": None, "sigma": None, "effective_rank": None, "sigmas": 0, "why": str(error)}
     return {**out, **{word: None for word, value in out.items() if isinstance(value, float) and not math.isfinite(value)}}
@@ -119,9 +121,3 @@ def _unseen(row: Mapping[str, Any], delta: Delta) -> str:
     if size > SMALL:
         return f"the change has no factors, and its {size:,} elements are more than the {SMALL:,} that are decomposed whole"
     return "its values are not all finite"
-
-
-def _norm(weight: Ref) -> float:
-    rows, columns = Spec("F64", weight.spec.shape).matrix
-    blocks = reader(weight, columns)(max(1, _ROWS // max(1, columns)))
-    return math.sqrt(math.fsum(square(block) for _, block in blocks)) if rows else 0.0
