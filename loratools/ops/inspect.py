@@ -19,7 +19,8 @@ from loratools.errors import FormatError, OptionError
 from loratools.facts import facts_of
 from loratools.families import Family
 from loratools.formats import FORMATS, load
-from loratools.formats.base import CONFIG, open_container, read_options
+from loratools.formats._pieces import as_stored
+from loratools.formats.base import CONFIG, is_adapter, open_container, read_options
 from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
 from loratools.ops._figure import checked
@@ -87,7 +88,7 @@ def _told(
 def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
-        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*")) or holds_folders(path)
+        return is_adapter(path) or holds_folders(path)
     if path.name in SINGLE or is_index(path.name):
         return False
     if path.suffix == ".json":
@@ -119,6 +120,8 @@ def _adapter(
     rows = {name: facts_of(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
         warnings += [f"{name}: {text}" for text in odd_scaling(delta)]
+        if adapter.pending is not None:  # rows in an order that waits for the base: no norm and no singular value is of it
+            delta = delta.map(as_stored)
         if values or spectra:
             warnings += [f"{name}: {text}" for text in faulty_values(delta)]
         if spectra:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from loratools import convert
+from loratools import convert, merge
 from loratools.errors import LoratoolsError
 from loratools.formats import load
-from tests.files import peft_config, read_checkpoint, write_adapter
+from tests.files import peft_config, read_checkpoint, write_adapter, write_checkpoint
 from tests.interop.trained import assert_same, cases, hugging_face, logits_of, make_base, merged_logits, peft_adapter, recorded
 from tests.strategies import randn
 
@@ -96,3 +96,29 @@ def test_experts_there_and_back(tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     with pytest.raises(LoratoolsError, match="MLX has LoRA on all experts of a stack: found none on expert 2"):
         convert(expert_adapter(tmp_path / "two", 2), tmp_path / "none", format="mlx", base=tmp_path / "base")
+
+
+def test_a_checkpoint_that_mlx_saved_takes_the_same_change(tmp_path: Path) -> None:
+    base, adapter, _ = recorded("mlx", "mixtral-lora")
+    tensors = read_checkpoint(base)
+    stacks: dict[str, Any] = {}
+    for layer in range(2):
+        for part, word in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            names = [f"model.layers.{layer}.block_sparse_moe.experts.{number}.{part}.weight" for number in range(3)]
+            stacks[f"model.layers.{layer}.block_sparse_moe.switch_mlp.{word}.weight"] = torch.stack([tensors.pop(name) for name in names])
+    write_checkpoint(tmp_path / "base", tensors | stacks, {"model_type": "mixtral"})
+    for source, out in ((base, "plain"), (tmp_path / "base", "stacked")):
+        receipt = merge(source, adapter, tmp_path / out)
+        assert receipt["applied"] == receipt["expected"] > 0
+    plain, stacked = read_checkpoint(tmp_path / "plain"), read_checkpoint(tmp_path / "stacked")
+    name = "model.layers.1.block_sparse_moe.{}.weight"
+    for number in range(3):
+        found = stacked[name.format("switch_mlp.down_proj")][number]
+        assert torch.equal(found, plain[name.format(f"experts.{number}.w2")])
+        assert not torch.equal(found, stacks[name.format("switch_mlp.down_proj")][number])
+
+
+def test_a_base_without_experts_is_an_error(tmp_path: Path) -> None:
+    _, adapter, _ = recorded("mlx", "mixtral-lora")
+    with pytest.raises(LoratoolsError, match=r"experts\.0\.w1\.weight: the base has no such weight"):
+        merge(recorded("mlx", "llama-lora")[0], adapter, tmp_path / "out")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratools
 from loratools.adapter import Adapter
@@ -356,6 +356,15 @@ def test_flat_names_need_a_base_for_a_format_with_dots_and_stay_without(tmp_path
         loratools.fit(tmp_path / "k.safetensors", tmp_path / "peft", "peft")
     loratools.fit(tmp_path / "k.safetensors", tmp_path / "peft", "peft", base=unet)
     assert list(load(tmp_path / "peft")) == ["mid.attn.to_q.weight"]
+
+
+def test_textual_inversions_go_apart_whatever_the_names_are(tmp_path: Path) -> None:
+    """They ride along in kohya's files, and there are no names to spell in a file of them alone."""
+    tensors = {"lora_unet_q.lora_down.weight": randn(2, 6, seed=0), "lora_unet_q.lora_up.weight": randn(4, 2, seed=1)}
+    save_file(tensors | {"bundle_emb.token.clip_l": randn(2, 6, seed=2)}, tmp_path / "k.safetensors")
+    loratools.fit(tmp_path / "k.safetensors", tmp_path / "out.safetensors", "kohya")
+    assert list(load(tmp_path / "out.saved.safetensors").passengers) == ["bundle_emb.token.clip_l"]
+    assert list(load(tmp_path / "out.safetensors")) == ["lora_unet_q.weight"]
 
 
 def test_a_narrow_factor_without_room_is_widened(tmp_path: Path) -> None:
