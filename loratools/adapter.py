@@ -115,15 +115,16 @@ class Adapter(Mapping[str, Delta]):
             self, deltas=found.deltas, notes=notes, expects=None, left=found.left, flat=False, numbered=None, model=family.config,
         )  # fmt: skip
 
-    def relaid(self, layout: str | Relayout, base: Mapping[str, Spec] | None = None) -> Adapter:
-        """The same adapter of a diffusion network under the names of a layout: "diffusers", or "original" (BFL, mmdit, LDM).
+    def relaid(self, layout: str | Relayout, base: Mapping[str, Spec] | None = None, *, network: str | None = None) -> Adapter:
+        """The same adapter of a diffusion network under the names of a layout: "diffusers", or "original" (BFL, mmdit, LDM, …).
 
-        No base is needed; the specs of one that has the adapter's names tell what they leave open. Flat names get their dots back.
+        No base is needed; the specs of one that has the adapter's names tell what they leave open, or the `network`, such as "flux". Flat
+        names get their dots back.
         Fused weights are cut and stacked exactly (`layouts.relayout`). Raises, all together: MatchError for names of no known network,
         AmbiguousError for names that two would call differently, NotExpressible for kinds that cannot be cut or stacked.
         """
         try:
-            plan = relayout_of(self.deltas, layout, flat=self.flat, base=base) if isinstance(layout, str) else layout
+            plan = relayout_of(self.deltas, layout, flat=self.flat, base=base, network=network) if isinstance(layout, str) else layout
             deltas = plan.apply(self.deltas)
         except LoratoolsError as error:
             raise error.at(file=self.path) from None

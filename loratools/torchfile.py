@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from loratools.errors import FormatError, LoratoolsError, raise_all
+from loratools.errors import FormatError, LoratoolsError, UnsupportedError, raise_all
 from loratools.refs import BLOCK_BYTES, Buffer, Ref, Spec
 from loratools.source.handles import check_on_disk
 from loratools.tensorfile import WeightFile
@@ -46,6 +46,10 @@ class TorchFile(WeightFile):
             table = {str(place): tensor for place, tensor in enumerate(table)}
         if not isinstance(table, dict) or not table:
             raise FormatError("not a dictionary of tensors", file=self.path, found=type(table).__name__ if table != {} else "an empty one")
+        if "string_to_param" in table:  # AUTOMATIC1111's
+            remedy = "load it into the text encoder, as diffusers' load_textual_inversion does"
+            fact = "a textual inversion: embeddings of tokens, which change no weight of a model"
+            raise UnsupportedError(fact, file=self.path, found=table.get("name"), remedy=remedy)
         refs: dict[str, Ref] = {}
         faults: list[LoratoolsError] = []
         groups: dict[Any, list[str]] = {}

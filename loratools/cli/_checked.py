@@ -41,7 +41,7 @@ def _paragraph(rows: list[Row], partly: bool) -> list[tuple[str, str]]:
         (VERBS[first["kind"]], first["reason"]),
         *(("", place) for place in [*places[:SHOWN], *more]),
         ("", f"{many(len(rows), 'place')}: {_weight(rows, partly)}" if len(rows) > 1 else _weight(rows, partly)),
-        ("", f"read from {source['project']} {source['version']}, {source['file']}"),
+        ("", f"read from {source['project']} {source['version']}, {source['file']}: {source['where']}"),
     ]
 
 
@@ -55,8 +55,10 @@ def _weight(rows: list[Row], partly: bool) -> str:
 
 def _remedy(found: Row, base: str | None) -> str:
     """The command that writes it as the target takes it, or that there is none."""
-    if any(row["fit"] == "none" for row in found["findings"]):
-        return "none that keeps it an adapter: merge it into the base with loratools merge, and run that"
-    needs = any(row["fit"] == "lora" for row in found["findings"])
+    hopeless = [row for row in found["findings"] if row["fit"] == "none"]
+    if hopeless:
+        told = dict.fromkeys(row["remedy"] for row in hopeless if row["remedy"])
+        return "; ".join(told) or "none that keeps it an adapter: merge it into the base with loratools merge, and run that"
+    needs = any(row["fit"] in ("lora", "beside") or row["remedy"] for row in found["findings"])
     more = f" --base {shlex.quote(base)}" if base else " --base BASE" if needs else ""
     return f"loratools fit {shlex.quote(found['path'])} -o OUT --for {found['target']}{more}"

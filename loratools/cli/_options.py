@@ -34,7 +34,9 @@ scale: Option[Any] = click.option("--scale", metavar="WORD", help="What multipli
 scratch_dora: Option[Any] = click.option(
     "--scratch-dora", metavar="WORD", help="Which DoRA a tutorial's square layers are: merged or output."
 )
-enable_lora: Option[Any] = click.option("--enable-lora", metavar="1,0,1", help="The slots of loralib's MergedLinear that are adapted.")
+enable_lora: Option[Any] = click.option(
+    "--enable-lora", metavar="1,0,1", help="Adapted slots of loralib's MergedLinear, or litgpt's q, k, v."
+)
 conv: Option[Any] = click.option(
     "--conv", multiple=True, metavar="GLOB=K", help="loralib's convolutions and their kernel; may be repeated."
 )

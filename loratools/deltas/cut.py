@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.deltas.around import Around
 from loratools.deltas.base import Additive, Delta, Dense
+from loratools.deltas.compose import Part
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
@@ -121,10 +122,10 @@ def stack(parts: Sequence[Delta | None], sizes: Sequence[int]) -> Delta:
 
 def restacked(delta: Delta, rows: int) -> Delta:
     """Changes of stretches of a matrix's rows as one change of all of them, where there is one; any other delta as it is."""
-    if not isinstance(delta, Joined | Parts):
+    if not isinstance(delta, Joined | Parts | Part):
         return delta
     parts, sizes, row = list[Delta | None](), list[int](), 0
-    for part in delta.parts:
+    for part in (delta,) if isinstance(delta, Part) else delta.parts:
         if part.start > row:
             parts.append(None)
             sizes.append(part.start - row)

@@ -70,7 +70,7 @@ def turned(delta: Delta) -> Delta:
 
 
 def _turned_additive(delta: Additive) -> Additive:
-    return delta.transposed() if isinstance(delta, LowRank) else TurnedAdditive(delta=delta)
+    return replace(delta.transposed(), layer="transposed") if isinstance(delta, LowRank) else TurnedAdditive(delta=delta)
 
 
 def _flipped(base: Spec) -> Spec:

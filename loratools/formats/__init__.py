@@ -26,15 +26,17 @@ from loratools.formats import (
     mlx,
     native,
     nemo,
+    nemo_encode,
     peft,
     peft_encode,
     samlora,
+    samlora_encode,
     scratch,
     torchtune,
     trtllm,
     xlabs,
 )
-from loratools.formats._marks import NEEDS, near, shown
+from loratools.formats._marks import NEEDS, inversions, near, shown
 from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
 
 
@@ -57,12 +59,12 @@ FORMATS = (
     Format(mlx.NAME, mlx.detect, mlx.decode, mlx.encode),
     Format(torchtune.NAME, torchtune.detect, torchtune.decode, torchtune.encode),
     Format(litgpt.NAME, litgpt.detect, litgpt.decode, litgpt.encode),
-    Format(nemo.NAME, nemo.detect, nemo.decode, nemo.encode),
+    Format(nemo.NAME, nemo.detect, nemo.decode, nemo_encode.encode),
     Format(trtllm.NAME, trtllm.detect, trtllm.decode, trtllm.encode),
     Format(gguf.NAME, gguf.detect, gguf.decode, gguf_encode.encode),
     Format(scratch.NAME, scratch.detect, scratch.decode, scratch.encode),
     Format(cloneofsimo.NAME, cloneofsimo.detect, cloneofsimo.decode, cloneofsimo_encode.encode),
-    Format(samlora.NAME, samlora.detect, samlora.decode, samlora.encode),
+    Format(samlora.NAME, samlora.detect, samlora.decode, samlora_encode.encode),
     Format(xlabs.NAME, xlabs.detect, xlabs.decode, xlabs.encode),
     Format(native.NAME, native.detect, native.decode, native.encode),
 )
@@ -120,6 +122,10 @@ def _format_of(container: Container, name: str | None) -> Format:
         if row is None:
             raise UsageError("unknown --from", found=name, expected=" or ".join(row.name for row in FORMATS))
         return row
+    if tokens := inversions(container.tensors):
+        fact = "a textual inversion: embeddings of tokens, which change no weight of a model"
+        remedy = "load it into the text encoder, beside the adapter it came with, as diffusers' load_textual_inversion does"
+        raise UnsupportedError(fact, file=container.path, found=nearest(tokens), remedy=remedy)
     found = [row for row in FORMATS if row.detect(container)]
     if len(found) == 1:
         return found[0]

@@ -45,6 +45,8 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
 
     >>> heads_of({"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64})
     Heads(query=8, groups=2, size=8)
+    >>> heads_of({"model_type": "gpt2", "n_head": 12, "n_embd": 768})
+    Heads(query=12, groups=12, size=64)
     """
     text = text_config(config)
     query = text.get("num_attention_heads", text.get("n_head"))
@@ -55,9 +57,9 @@ def heads_of(config: Mapping[str, Any]) -> Heads | None:
     else:
         shared = text.get("num_key_value_heads", text.get("num_kv_heads"))
         groups = query if shared is None else shared
-    size = text.get("head_dim")
-    if size is None and type(query) is int and query > 0 and type(text.get("hidden_size")) is int:
-        size = text["hidden_size"] // query
+    size, hidden = text.get("head_dim"), text.get("hidden_size", text.get("n_embd"))
+    if size is None and type(query) is int and query > 0 and type(hidden) is int:
+        size = hidden // query
     if size is None or not all(type(number) is int for number in (query, groups, size)):
         raise FormatError("config.json: the heads", found=f"{query}, {groups} of {size} rows", expected="whole numbers")
     return Heads(query, groups, size)

@@ -19,8 +19,11 @@ LOOKS = {
     "cloneofsimo": r"\w+:\d+:(up|down)|<.+>",
     "samlora": r"w_[ab]_\d+|fc_\d+in_\d+out",
     "xlabs": r"(.*\.)?(double|single)_blocks\.\d+\.processor\..*",
+    "torchtune": r".*\.(lora_[ab]\.weight|magnitude)",
+    "litgpt": r"transformer\.h\.\d+\.(attn|mlp)\..*\.lora_[AB]|lm_head\.lora_[AB]",
     "nemo": r".*\.adapter(_layer)?\.(.*\.)?(linear_(in|out)\.weight|weight_magnitude)",
     "gguf": r".*\.weight\.lora_[ab]",
+    "trtllm": r"(model\.)?lora_(weights|config)",
 }
 # what a file needs beside such keys before it is one of the format's
 NEEDS = {
@@ -28,8 +31,26 @@ NEEDS = {
     "loralib": "lora_A and lora_B of a module",
     "kohya": "a prefix such as lora_unet_ or lora_te_",
     "mlx": "MLX's adapter_config.json beside it",
+    "torchtune": "lora_a.weight of a module",
+    "litgpt": "lora_A of a module that litgpt's network has",
+    "gguf": "a .gguf file, whose fields tell the architecture",
+    "trtllm": "the adapter that it was made of: it has neither names nor shapes",
     "scratch": "lora.A and lora.B of a module",
 }
+
+
+# tensors of textual inversions: tokens in angle brackets, AUTOMATIC1111's, and SDXL's for its two encoders
+_INVERSION = re.compile(r"<[^<>]+>|emb_params|clip_[lg]|string_to_param\..*")
+
+
+def inversions(keys: Iterable[str]) -> list[str]:
+    """The tokens of a file that holds nothing but textual inversions, none of any other.
+
+    >>> inversions(["<s1>", "<s2>"]), inversions(["<s1>", "q.lora_A"])
+    (['<s1>', '<s2>'], [])
+    """
+    listed = list(keys)
+    return listed if all(_INVERSION.fullmatch(key) for key in listed) else []
 
 
 def near(keys: Iterable[str], names: Iterable[str]) -> list[tuple[str, int]]:

@@ -16,6 +16,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, NotExpressible, ShapeError
 from loratools.formats._derived import Derived, Joined, cells
 from loratools.formats._heads import Rows
+from loratools.formats._refused import KEPT
 from loratools.formats._scale import exact_alpha
 from loratools.refs import Buffer, Ref
 
@@ -55,13 +56,21 @@ class Piece:
         return Piece(self.A, picked(self.B, rows), self.alpha, magnitude)
 
 
-def piece_of(delta: Delta) -> Piece:
-    """A LoRA, or a DoRA along rows, of a linear layer as a piece. Raises NotExpressible for other deltas."""
+def piece_of(delta: Delta, plain: str | None = None) -> Piece:
+    """A LoRA, or a DoRA along rows, of a linear layer as a piece; `plain` tells of formats that have no DoRA that they have none.
+
+    Raises NotExpressible for other deltas.
+    """
     low = delta.direction if isinstance(delta, DoRA) else delta
-    if not isinstance(low, LowRank) or low.layer not in ("linear", "unknown") or len(low.A.spec.shape) != 2:
+    if not isinstance(low, LowRank):
         raise NotExpressible(f"no place for {delta.called} delta, but for LoRA of linear layers", remedy="convert --kind lora first")
+    if low.layer not in ("linear", "unknown") or len(low.A.spec.shape) != 2:
+        lies = "conv" if len(low.A.spec.shape) != 2 else low.layer
+        raise NotExpressible(f"no place for LoRA of a weight that lies as {lies} ones do, but of linear layers", remedy=KEPT)
     if not isinstance(delta, DoRA):
         return Piece(low.A, low.B, _alpha(low))
+    if plain is not None:
+        raise NotExpressible(plain, remedy="convert --kind lora --base")
     if delta.axis != "out":
         raise NotExpressible("DoRA along rows only", remedy="convert --magnitude-axis out --base")
     return Piece(low.A, low.B, _alpha(low), delta.magnitude.reshape(low.B.spec.shape[0]))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from loratools.errors import FormatError, NotExpressible, ShapeError
+from loratools.formats._refused import nothing
 
 ALPHA = "loratools.alpha"  # metadata of files that loratools writes in formats without an alpha
 
@@ -36,12 +37,12 @@ def number(metadata: Mapping[str, str], key: str) -> float | None:
     return value
 
 
-def only(values: Mapping[str, float], why: str) -> float:
-    """The one value all have. Raises NotExpressible, naming two that differ, with the reason that there can be one only."""
+def only(values: Mapping[str, float], why: str, remedy: str) -> float:
+    """The one value all have. Raises NotExpressible, naming two that differ, with the reason that there can be one only, and the way."""
     found = next(iter(values.items()), None)
     if found is None:
-        raise NotExpressible("no low-rank change to write")
+        raise nothing()
     other = next(((name, value) for name, value in values.items() if value != found[1]), None)
     if other is not None:
-        raise NotExpressible(why, tensor=other[0], found=other[1], expected=f"{found[1]}, as {found[0]} has")
+        raise NotExpressible(why, tensor=other[0], found=other[1], expected=f"{found[1]}, as {found[0]} has", remedy=remedy)
     return found[1]

@@ -20,6 +20,7 @@ from loratools.deltas.rotated import Rotated
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
+from loratools.formats._refused import KEPT
 from loratools.formats._scalar import number
 from loratools.formats._scale import exact_alpha
 from loratools.formats._told import told_from
@@ -51,7 +52,8 @@ def spelt_tensors(
                 found = _slots(leaf, delta, lacking, norm=isinstance(beside, Full) and len(beside.diff.spec.shape) == 1)
             met = [suffix for suffix in found if f"{word}.{suffix}" in tensors]
             if met:
-                raise NotExpressible("another module's name is spelt alike", found=f"{word}.{met[0]}")
+                remedy = "--format comfyui or diffusers keeps the dots"
+                raise NotExpressible("another module's name is spelt alike", found=f"{word}.{met[0]}", remedy=remedy)
             tensors |= {f"{word}.{suffix}": ref for suffix, ref in found.items()}
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
@@ -97,7 +99,7 @@ def _slots(leaf: str, delta: Delta, lacking: Mapping[type[Delta], str], *, norm:
     if leaf == "bias" and isinstance(delta, Full):
         return {"b_norm" if norm else "diff_b": plain(delta)}
     if leaf != "weight":
-        raise NotExpressible(f"{delta.called} delta of neither a weight nor a bias")
+        raise NotExpressible(f"{delta.called} delta of neither a weight nor a bias", remedy=KEPT)
     inner = delta.delta if isinstance(delta, Unsettled) and not delta.transposed else delta
     if isinstance(inner, DoRA):
         return _additive(inner.direction) | {"dora_scale": _magnitude(inner)}
@@ -142,8 +144,10 @@ def _additive(delta: Delta) -> dict[str, Ref]:
         return {f"hada_{field}": ref for field, ref in delta.refs().items()} | {"alpha": alpha}
     if isinstance(delta, LoKr):
         return {f"lokr_{field}": ref for field, ref in delta.refs().items()} | {"alpha": _kronecker(delta)}
-    lies = f" ({delta.layer})" if isinstance(delta, LowRank) else ""
-    raise NotExpressible(f"these files cannot say {delta.called} delta{lies}", remedy=_REMEDY)
+    if isinstance(delta, LowRank):
+        fact = f"a LoRA of a weight that lies as {delta.layer} ones do, which these files have only as a whole difference"
+        raise NotExpressible(fact, remedy="convert it first: --kind dense")
+    raise NotExpressible(f"these files cannot say {delta.called} delta", remedy=_REMEDY)
 
 
 def _low(A: Ref, B: Ref, kernel: int, alpha: float) -> dict[str, Ref]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from loratools.deltas.base import Delta
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError, raise_all
 from loratools.formats._heads import REMEDY, Heads, heads_of, rows_of, text_config
 from loratools.formats._pieces import Piece, Waiting, apart, piece_of, together
+from loratools.formats._refused import nothing, passengers
 from loratools.formats.base import Container, ReadOptions
 from loratools.layouts.trainers import Family, Leaf, Row, families, family_of, named
 
@@ -144,44 +145,62 @@ def waiting(module: str, piece: Piece, why: AmbiguousError) -> tuple[str, Delta]
 
 @dataclass(frozen=True)
 class Module:
-    """A trainer's module that is written: its row, its name with its numbers filled in, its pieces by slot."""
+    """A trainer's module that is written: its row, its name with numbers, its pieces by slot and the tensors that they are of."""
 
     row: Row
     name: str
     pieces: dict[int, Piece]
+    tensors: dict[int, str]
 
 
-def modules_of(adapter: Adapter, trainer: str, *, skip: tuple[str, ...] = ()) -> tuple[list[Module], Heads | None, Family]:
-    """An adapter's deltas as modules of a trainer, in order of their names; rows of orders in `skip` are not written.
+def modules_of(
+    adapter: Adapter, trainer: str, *, want: Callable[[Row], bool] = lambda row: True, plain: str | None = None
+) -> tuple[list[Module], Heads | None, Family]:
+    """An adapter's deltas as modules of a trainer, in order of their names; `want` tells which rows of its table are written.
+
+    `plain` is that of `piece_of`.
 
     The model is the base's that it met, else the one its file told, else the only family that has all its names. Raises NotExpressible
     for tensors the trainer has no place for, and where families differ in what they would write, all together.
     """
-    model = Model.of(trainer, adapter.model)
-    faults: list[LoratoolsError] = [NotExpressible(f"{trainer} has no place for it", tensor=name) for name in adapter.passengers]
+    model = _model(adapter, trainer)
+    faults = passengers(adapter, f"{trainer} has")
     family = model.family or _only(adapter, trainer)
-    found: dict[tuple[Row, str], dict[int, Piece]] = {}
+    found: dict[tuple[Row, str], Module] = {}
     for name, delta in adapter.items():
         try:
-            for row, module, slot, piece in _taken(family, name, delta, model.heads, skip):
-                found.setdefault((row, module), {})[slot] = piece
+            for row, module, slot, piece in _taken(family, name, delta, model.heads, want, plain):
+                held = found.setdefault((row, module), Module(row, module, {}, {}))
+                held.pieces[slot], held.tensors[slot] = piece, name
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
     raise_all(faults)
     if not found:
-        raise NotExpressible("no low-rank change to write", file=adapter.path)
-    return [Module(row, name, pieces) for (row, name), pieces in found.items()], model.heads, family
+        raise nothing(adapter.path)
+    return list(found.values()), model.heads, family
+
+
+def _model(adapter: Adapter, trainer: str) -> Model:
+    """The adapter's model, one that the trainer's table has."""
+    kind = text_config(adapter.model).get("model_type")
+    if kind is None or family_of(trainer, kind) is not None:
+        return Model.of(trainer, adapter.model)
+    known = ", ".join(name for family in families(trainer) for name in family.types)
+    fact, remedy = f"how {trainer} names this model's modules is not known here", "--format peft has the names of any model"
+    raise NotExpressible(
+        fact, file=adapter.path, tensor=next(iter(adapter), None), found=kind, expected=f"one of {known}", remedy=remedy
+    )
 
 
 def _taken(
-    family: Family, name: str, delta: Delta, heads: Heads | None, skip: tuple[str, ...]
+    family: Family, name: str, delta: Delta, heads: Heads | None, want: Callable[[Row], bool], plain: str | None
 ) -> list[tuple[Row, str, int, Piece]]:
     leaves = family.leaf(name.removesuffix(".weight")) if name.endswith(".weight") else []
-    leaves = [(row, slot, numbers) for row, slot, numbers in leaves if row.order not in skip]
+    leaves = [(row, slot, numbers) for row, slot, numbers in leaves if want(row)]
     if not leaves:
-        remedy = "is it of another model? --base names it, --kind lora makes LoRA of other kinds"
+        remedy = "is it of another model? --base names it; --format peft or loratools has the others"
         raise NotExpressible(f"{family.trainer} has no LoRA on this tensor of a {family.name}", remedy=remedy)
-    piece, order = piece_of(delta), leaves[0][0].leaves[leaves[0][1]].order
+    piece, order = piece_of(delta, plain), leaves[0][0].leaves[leaves[0][1]].order
     if order == "whole":
         row, slot, numbers = leaves[0]
         return [(row, named(row.module, numbers), slot, piece)]
@@ -198,5 +217,7 @@ def _only(adapter: Adapter, trainer: str) -> Family:
     alike = all([family.leaf(name) for name in names] == [first.leaf(name) for name in names] for family in having)
     if having and not alike:
         fact = f"{trainer} writes models of one naming in several ways, and nothing tells which model it is"
-        raise NotExpressible(fact, file=adapter.path, found=" or ".join(family.name for family in having), remedy="convert --base")
+        name = next(name for name in adapter if len({str(family.leaf(name.removesuffix(".weight"))) for family in having}) > 1)
+        found = " or ".join(family.name for family in having)
+        raise NotExpressible(fact, file=adapter.path, tensor=name, found=found, remedy="convert --base tells it")
     return first

@@ -26,6 +26,7 @@ from loratools.torchfile import PICKLES, TorchFile
 
 CONFIG = "adapter_config.json"
 LITGPT = ".pth.lora"
+ARRAYS = ("model.lora_weights.npy", "model.lora_config.npy")  # of TensorRT-LLM
 SIDES = ("config.json", "hyperparameters.yaml", "model_config.yaml", "run_config.yaml")  # which trainers leave beside
 WEIGHTS = (
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
@@ -40,6 +41,7 @@ class Container:
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
     returns each tensor's digest, where it is not safetensors. `seal` are the digests in the metadata that only the tensors' bytes tell.
+    `notes` are what a person should be told of the writing.
     """
 
     tensors: Mapping[str, Ref]
@@ -53,6 +55,7 @@ class Container:
     writer: Callable[[Container, Path], dict[str, str]] | None = None
     seal: Seal | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def stated(self) -> dict[str, str]:
@@ -71,7 +74,8 @@ class ReadOptions:
 
     `format` is the one to read it in, where several claim it. `scale` ("alpha" or "alpha/r") and `scratch_dora` ("merged" or "output")
     are for the tutorials' files, `enable_lora` (the slots of a MergedLinear) and `kernels` (globs over modules with the kernel of their
-    convolution) for loralib's, `initial` (the path of the adapter as it was initialised) for peft's whose initialisation changed the base.
+    convolution) for loralib's, the former for litgpt's q, k and v too, `initial` (the path of the adapter as it was initialised) for
+    peft's whose initialisation changed the base.
     """
 
     format: str | None = None
@@ -125,6 +129,8 @@ def open_container(path: str | Path) -> Container:
     path = local(path, of_adapter)
     if not path.exists():
         raise FormatError("no such file or folder", file=path)
+    if path.name in ARRAYS:
+        raise _arrays(path)
     weights = _weights_in(path) if path.is_dir() else path
     beside = weights.parent / CONFIG
     config = read_json(beside) if beside.is_file() else None
@@ -151,10 +157,14 @@ def of_adapter(path: Path) -> list[Path]:
     return [weights, *(file for name in names if (file := weights.parent / name).is_file() and file != weights)]
 
 
+def _arrays(path: Path) -> UnsupportedError:
+    fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
+    return UnsupportedError(fact, file=path, remedy="give the adapter it was made of")
+
+
 def _weights_in(folder: Path) -> Path:
-    if (folder / "model.lora_weights.npy").is_file():
-        fact = "TensorRT-LLM's LoRA, which names no tensors and is written, not read"
-        raise UnsupportedError(fact, file=folder, remedy="give the adapter it was made of")
+    if (folder / ARRAYS[0]).is_file():
+        raise _arrays(folder)
     found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if not found:
         refuse_ranks(folder, [str(path.relative_to(folder)) for path in (*folder.glob("*/model_weights.ckpt"), *folder.glob("*.distcp"))])

@@ -9,6 +9,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
+from loratools.formats._refused import KEPT
 from loratools.formats._walks import DEFAULTS, ERAS, PARTS, stable_diffusion, walk
 from loratools.formats.base import Container
 from loratools.formats.cloneofsimo import EMBED, NAME, TOKEN, targets_of
@@ -25,7 +26,7 @@ def encode(adapter: Adapter) -> Container:
     """
     faults: list[LoratoolsError] = []
     strange = [name for name in adapter.passengers if not TOKEN.fullmatch(name)]
-    faults += [NotExpressible("these files have no place for it", tensor=name) for name in strange]
+    faults += [NotExpressible("these files have no place for it", tensor=name, remedy=KEPT) for name in strange]
     lows: dict[str, LowRank] = {}
     for name, delta in adapter.items():
         try:
@@ -50,8 +51,10 @@ def _sayable(name: str, delta: Delta) -> LowRank:
     if name.partition(".")[0].partition(":")[0] not in PARTS or not name.endswith(".weight"):
         expected = " or ".join(f"{part}.…" for part in PARTS)
         raise NotExpressible("lies in no part that these files have", expected=expected, remedy="--format diffusers or kohya has others")
-    if not isinstance(delta, LowRank) or delta.layer in ("embedding", "transposed"):
+    if not isinstance(delta, LowRank):
         raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
+    if delta.layer in ("embedding", "transposed"):
+        raise NotExpressible(f"these files have no LoRA of a weight that lies as {delta.layer} ones do", remedy=KEPT)
     if delta.scaling != 1:
         raise NotExpressible("these files have no alpha: the scaling is 1", found=delta.scaling, remedy="rescale --bake makes it 1")
     return delta

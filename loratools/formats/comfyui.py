@@ -1,10 +1,13 @@
 """ComfyUI and BFL: dotted names under `diffusion_model.` or `text_encoders.`, with kohya's, LyCORIS' or peft's suffixes.
 
-Also whole differences `.diff` and `.diff_b`, replacements `.set_weight`. Without an alpha the scale is 1. Read from ComfyUI
-`comfy/lora.py` and `comfy/weight_adapter/`.
+Also whole differences `.diff` and `.diff_b`, replacements `.set_weight`; BFL's own control LoRAs. Without an alpha the scale is 1. Read
+from ComfyUI `comfy/lora.py`, `comfy/lora_convert.py` and `comfy/weight_adapter/`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from loratools.adapter import Adapter
 from loratools.deltas.adjoined import Adjoined
@@ -15,29 +18,53 @@ from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
 from loratools.flatnames import PARTS
 from loratools.formats._digests import resealed
+from loratools.formats._refused import passengers
 from loratools.formats._slots import SPELLINGS, collect, made
-from loratools.formats._spelt import carried, spelt_tensors
+from loratools.formats._spelt import carried, pack, spelt_tensors
 from loratools.formats.base import Container, ReadOptions
+from loratools.refs import InMemory, Ref, Spec
 
 NAME = "comfyui"
 ROOTS = ("diffusion_model.", "text_encoders.")
 
+_BFL = ("double_blocks.", "single_blocks.")  # with which BFL's own control LoRAs begin, that have no root
 _SD1 = "cond_stage_model.transformer."  # its only text encoder in single-file checkpoints
 
 
 def detect(container: Container) -> bool:
-    """Whether its modules lie under `diffusion_model.` or `text_encoders.` and end as changes of them do."""
+    """Whether its modules lie under `diffusion_model.` or `text_encoders.` and end as changes of them do, or are BFL's own."""
     keys = container.tensors
-    return container.config is None and any(key.startswith(ROOTS) and SPELLINGS.fullmatch(key) for key in keys)
+    return container.config is None and (any(key.startswith(ROOTS) and SPELLINGS.fullmatch(key) for key in keys) or _without_root(keys))
+
+
+def _without_root(keys: Iterable[str]) -> bool:
+    return any(key.startswith(_BFL) and key.endswith(".lora_A.weight") for key in keys)
+
+
+def _rooted(tensors: Mapping[str, Ref]) -> dict[str, tuple[str, Ref]]:
+    """BFL's control LoRAs under ComfyUI's keys, each with its own: scales of norms are whole, and the first layer grows to its A's width.
+
+    Read from ComfyUI `comfy/lora_convert.py`.
+    """
+    found = {f"diffusion_model.{key}{'.set_weight' if key.endswith('_norm.scale') else ''}": (key, ref) for key, ref in tensors.items()}
+    sides = [tensors.get(f"img_in.lora_{side}.weight") for side in "BA"]
+    if sides[0] is not None and sides[1] is not None:
+        size = (sides[0].spec.shape[0], *sides[1].spec.shape[1:])
+        found["diffusion_model.img_in.reshape_weight"] = "img_in.lora_A.weight", InMemory(Spec("I64", (len(size),)), pack(size))
+    return found
 
 
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     """The adapter in such a file, under its own dotted names. Raises FormatError for tensors that are part of no change."""
     options = options or ReadOptions()
     try:
-        modules, others = collect(container.tensors, SPELLINGS)
+        bare = _without_root(container.tensors) and not any(key.startswith(ROOTS) for key in container.tensors)
+        keyed = _rooted(container.tensors) if bare else {key: (key, ref) for key, ref in container.tensors.items()}
+        modules, others = collect({key: ref for key, (_, ref) in keyed.items()}, SPELLINGS)
+        for slots in modules.values():
+            slots.keys = {slot: keyed[key][0] for slot, key in slots.keys.items()}
         deltas, faults = made(modules, lambda module, slots: options.alpha)
-        faults += [FormatError("no tensor of this family", tensor=key) for key in others]
+        faults += [FormatError("no tensor of this family", tensor=keyed[key][0]) for key in others]
         faults += [FormatError("lies under none of the roots", tensor=name) for name in modules if not name.startswith(ROOTS)]
         raise_all(faults)
     except LoratoolsError as error:
@@ -54,12 +81,14 @@ def encode(adapter: Adapter) -> Container:
     Raises NotExpressible for flat names, which only a base gives back their dots, for other parts of a pipeline, and for what the
     suffixes cannot say.
     """
-    faults: list[LoratoolsError] = [NotExpressible("ComfyUI's files have no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "ComfyUI's files have")
     if adapter.flat:
         fact, remedy = "where its name has dots only the base tells", "give the base with --base"
         faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]
     raise_all(faults)
-    tensors = spelt_tensors(adapter, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
+    bare = {name: f"{name}.weight" for name in adapter if not name.endswith((".weight", ".bias"))}  # a parameter that is no module's
+    spelt = replace(adapter, deltas={bare.get(name, name): delta for name, delta in adapter.items()}) if bare else adapter
+    tensors = spelt_tensors(spelt, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
     metadata = carried(adapter)
     return Container(tensors, metadata, seal=resealed(metadata))
 

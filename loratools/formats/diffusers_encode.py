@@ -19,6 +19,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
+from loratools.formats._mixed import mixed
 from loratools.formats._spelt import alpha_of, orientation
 from loratools.formats.base import Container
 from loratools.formats.diffusers import METADATA, NAME, PARTS
@@ -98,11 +99,8 @@ def _take(part: _Part, name: str, delta: Delta) -> None:
 
 def _mixed(prefix: str, part: _Part) -> list[LoratoolsError]:
     """What one config for a whole part cannot say of some of its modules."""
-    faults: list[LoratoolsError] = []
-    bare = [module for module in part.lows if module not in part.magnitudes]
-    if part.magnitudes and bare:
-        fact = "use_dora holds for a whole part, and this module is plain LoRA"
-        faults.append(NotExpressible(fact, tensor=f"{prefix}{bare[0]}.weight"))
+    doras, plain = ([f"{prefix}{name}.weight" for name in part.lows if (name in part.magnitudes) is which] for which in (True, False))
+    faults: list[LoratoolsError] = [*mixed(doras, plain, "use_dora holds for a whole part")]
     bare = [module for module in part.lows if module not in part.biases]
     if part.biases and bare:
         fact = "lora_bias holds for a whole part, and this module has none"

@@ -16,10 +16,14 @@ from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, NotExpressible, OptionError, ShapeError, raise_all
+from loratools.errors import LoratoolsError, NotExpressible, OptionError, ShapeError, UnsupportedError, raise_all
+from loratools.families import Family
+from loratools.formats._experts import apart
 from loratools.formats._heads import text_config
 from loratools.formats._pieces import Waiting
+from loratools.formats._refused import passengers
 from loratools.formats._scale import exact_alpha, only
+from loratools.formats._stack import Stack
 from loratools.formats.base import Container
 from loratools.formats.gguf import ALPHA, ARCHITECTURE, KIND, NAME, TYPE
 from loratools.formats.gguf_names import (
@@ -33,26 +37,27 @@ from loratools.formats.gguf_names import (
     stated_heads,
     tied_head,
 )
-from loratools.formats.gguf_rows import Stack, filled, interleaved
+from loratools.formats.gguf_rows import filled, interleaved
 from loratools.gguffile import write_gguf
 from loratools.refs import Ref
 
 _DTYPES = ("F32", "F16", "BF16")
 _CARRIED = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
+_ROUNDED = "{}: GGUF holds alpha in float32: {!r} became {!r}, a scaling off by a share of {:.1e}; rescale --bake would leave none"
 _BASE = "give convert --base a model with its config.json"
 
 
 def encode(adapter: Adapter) -> Container:
     """The adapter for llama.cpp; the architecture is that of the base it met, or of the GGUF file it came from.
 
-    Raises NotExpressible for what llama.cpp has no tensor or no arithmetic for, or would leave out without a word, UnsupportedError
-    for architectures that are not known here.
+    Raises NotExpressible for what llama.cpp has no tensor or no arithmetic for, or would leave out without a word, and for
+    architectures that are not known here.
     """
     fields = dict(adapter.metadata.get(NAME, {}))
     writing = _Writing.of(adapter, fields)
-    faults: list[LoratoolsError] = [NotExpressible("GGUF has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "GGUF has")
     pairs: dict[str, _Pair] = {}
-    for name, delta in adapter.items():
+    for name, delta in apart(adapter, Family(dict(adapter.model)).types).items():
         try:
             writing.add(pairs, name, _low(delta))
         except LoratoolsError as error:
@@ -60,10 +65,13 @@ def encode(adapter: Adapter) -> Container:
     faults += [fault for pair in pairs.values() for fault in pair.faults()]
     raise_all(faults)
     alpha, rank = _scale(pairs)
+    exact = {name: exact_alpha(low.scaling, rank or low.rank) for pair in pairs.values() for name, low in pair.named.items()}
+    rounded = next(((name, one) for name, one in exact.items() if alpha and one != alpha), None)
+    notes = () if rounded is None else (_ROUNDED.format(*rounded, alpha, abs(alpha / rounded[1] - 1)),)
     said = {ARCHITECTURE: writing.names.row.name, TYPE: "adapter", KIND: "lora", ALPHA: alpha} | writing.heads_said()
     said |= {key: text for key, text in fields.items() if key not in said and isinstance(text, str) and _carried(key)}
     tensors = {f"{name}.{slot}": ref for name, pair in pairs.items() for slot, ref in pair.factors(rank).items()}
-    return Container(tensors, path=adapter.path, fields=said, writer=_write)
+    return Container(tensors, path=adapter.path, fields=said, writer=_write, notes=notes)
 
 
 def _carried(key: str) -> bool:
@@ -86,9 +94,10 @@ def _low(delta: Delta) -> LowRank:
             remedy = "resize --rank R --dtype float32 gives it another"
             raise NotExpressible("a dtype that llama.cpp's LoRA has not", found=found, expected=" or ".join(_DTYPES), remedy=remedy)
         return delta.transposed() if delta.layer == "transposed" else delta
-    what = "a convolution's" if isinstance(delta, LowRank) else delta.called
+    if isinstance(delta, LowRank):
+        raise NotExpressible("llama.cpp has LoRA on matrices, and this is a convolution's", remedy="--format peft or loratools has it")
     remedy = "a matrix's becomes one by convert --kind lora --base BASE"
-    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is {what} change", remedy=remedy)
+    raise NotExpressible(f"llama.cpp has plain LoRA on matrices, and this is {delta.called} change", remedy=remedy)
 
 
 @dataclass
@@ -115,11 +124,13 @@ class _Pair:
         first = next(iter(self.named))
         if lacking:
             what = f"llama.cpp stacks the LoRA of all {self.size} experts, and the adapter has not one of each"
-            return [NotExpressible(what, tensor=first, found=f"none of expert {', '.join(map(str, lacking[:4]))}")]
+            found = f"none of expert {', '.join(map(str, lacking[:4]))}"
+            return [NotExpressible(what, tensor=first, found=found, remedy="--format peft or loratools has LoRA of some")]
         try:
             self.factors(max(low.rank for low in self.lows))
         except ShapeError as error:
-            return [NotExpressible("experts whose factors differ do not stack", tensor=first, found=error.found, expected=error.expected)]
+            fact, remedy = "experts whose factors differ do not stack", "resize --rank R --dtype float32 makes them alike"
+            return [NotExpressible(fact, tensor=first, found=error.found, expected=error.expected, remedy=remedy)]
         return []
 
     def factors(self, rank: int | None) -> dict[str, Ref]:
@@ -144,9 +155,15 @@ class _Writing:
     def of(cls, adapter: Adapter, fields: Mapping[str, Any]) -> _Writing:
         if adapter.model.get("model_type") is None and ARCHITECTURE not in fields:
             fact = "llama.cpp's names are those of an architecture, which only the base's config.json tells"
-            raise NotExpressible(fact, file=adapter.path, remedy=_BASE)
+            raise NotExpressible(fact, file=adapter.path, tensor=next(iter(adapter), None), remedy=_BASE)
         config = adapter.model if adapter.model.get("model_type") is not None else {}
-        row = architecture_of(config) if config else architecture(str(fields[ARCHITECTURE]))
+        try:
+            row = architecture_of(config) if config else architecture(str(fields[ARCHITECTURE]))
+        except UnsupportedError as error:
+            remedy = "--format peft, which convert_lora_to_gguf.py of llama.cpp reads"
+            raise NotExpressible(
+                error.fact, file=adapter.path, tensor=next(iter(adapter), None), found=error.found, expected=error.expected, remedy=remedy
+            ) from None
         return cls(Names(row), heads_of(config) or stated_heads(fields, row.name), config)
 
     def heads_said(self) -> dict[str, int]:
@@ -157,7 +174,8 @@ class _Writing:
     def add(self, pairs: dict[str, _Pair], name: str, low: LowRank) -> None:
         found = self.names.gguf(name)
         if found is None:
-            raise NotExpressible(f"not a tensor of {self.names.row.name} that llama.cpp looks up a LoRA for")
+            remedy = "fit --for llama.cpp splits it off; --format peft or loratools has it"
+            raise NotExpressible(f"not a tensor of {self.names.row.name} that llama.cpp looks up a LoRA for", remedy=remedy)
         target, expert, side = found
         if self.config and target in ("output.weight", "token_embd.weight") and tied_head(self.config):
             fact = "llama.cpp has one tensor for a tied head and its embedding, and would take the LoRA of one for that of both"
@@ -165,7 +183,7 @@ class _Writing:
         if side:
             low = replace(low, B=self._rows(low.B, side))
         if expert is None and target in pairs:
-            raise NotExpressible("two names of one of llama.cpp's tensors", found=target)
+            raise NotExpressible("two names of one of llama.cpp's tensors", found=target, remedy="convert --base finds the model's own")
         pair = pairs.setdefault(target, _Pair(target, {}))
         pair.members[expert or 0] = (name, low)
         if expert is not None:
@@ -176,7 +194,8 @@ class _Writing:
         config = text_config(self.config)
         found = next((config[key] for key in ("num_local_experts", "num_experts") if type(config.get(key)) is int), None)
         if self.config and found is None:
-            raise NotExpressible("an expert's LoRA, and the base's config does not tell how many experts there are")
+            fact = "an expert's LoRA, and the base's config does not tell how many experts there are"
+            raise NotExpressible(fact, remedy=_BASE)
         return seen if found is None else found
 
     def _rows(self, B: Ref, side: str) -> Ref:
@@ -198,7 +217,7 @@ def _scale(pairs: Mapping[str, _Pair]) -> tuple[float, int | None]:
     if len(set(alphas.values())) == 1 and even:
         return next(iter(alphas.values())), None
     scales = {name: low.scaling for name, low in lows.items()}
-    scale = only(scales, "llama.cpp has one alpha for all modules, each divided by its rank: rescale --bake makes all scalings 1")
+    scale = only(scales, "llama.cpp has one alpha for all modules, each divided by its rank", "rescale --bake makes all scalings 1")
     if scale == 1.0:
         return 0.0, None
     rank = max(low.rank for low in lows.values())

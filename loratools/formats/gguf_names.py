@@ -177,7 +177,7 @@ class Names:
             return None
         if found[2] in self.leaves:
             return f"blk.{found[1]}.{self.leaves[found[2]]}.weight", None, self._side(found[2])
-        for stack, template in self.experts.items():
+        for stack, template in (*self.experts.items(), *(zip(_STACKS, _QWEN_EXPERTS, strict=True) if self.experts else ())):
             expert = re.fullmatch(re.escape(template).replace(r"\{\}", r"(\d+)"), found[2])
             if expert:
                 return f"blk.{found[1]}.{stack}.weight", int(expert[1]), None

@@ -7,14 +7,13 @@ Rotary embeddings turn pairs of rows: transformers pairs row i with i + half of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools.errors import AmbiguousError, ShapeError
 from loratools.formats._derived import Derived
 from loratools.formats._pieces import Waiting
-from loratools.refs import BLOCK_BYTES, Buffer, Ref
+from loratools.refs import Buffer, Ref
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,21 +73,3 @@ class Member(Ref):
     def rows(self, start: int, stop: int) -> Buffer:
         step = self.spec.row_bytes()
         return memoryview(self.read()).cast("B")[start * step : stop * step]
-
-
-class Stack(Ref):
-    """Matrices of one shape as one tensor (members, rows, columns), read one after the other."""
-
-    def __init__(self, members: Sequence[Ref]) -> None:
-        first = members[0].spec
-        found = next((ref.spec for ref in members if ref.spec != first), None)
-        if found is not None:
-            raise ShapeError("factors of one stack that differ", found=found, expected=first)
-        self.members, self.spec = tuple(members), replace(first, shape=(len(members), *first.shape))
-
-    def rows(self, start: int, stop: int) -> Buffer:
-        return b"".join(bytes(ref.read()) for ref in self.members[start:stop])
-
-    def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
-        for ref in self.members:
-            yield from ref.blocks(size)

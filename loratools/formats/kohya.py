@@ -13,11 +13,12 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.padded import Padded
-from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_all
+from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
 from loratools.flatnames import PARTS, flatten, spelt, split_prefix
 from loratools.formats._digests import sealed
 from loratools.formats._module import Slots
 from loratools.formats._network import network
+from loratools.formats._refused import KEPT
 from loratools.formats._slots import SUFFIX, collect, made
 from loratools.formats._spelt import carried, spelt_tensors
 from loratools.formats._turned import OWN, own_slots
@@ -49,6 +50,9 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     passengers = {key: ref for key, ref in container.tensors.items() if _PASSENGER.match(key)}
     try:
         modules, others = collect(_spelt({key: ref for key, ref in container.tensors.items() if key not in passengers}))
+        timed = next((key for key in others if key.endswith(".lambda_layer")), None)
+        if timed is not None:
+            raise UnsupportedError("T-LoRA, whose rank depends on the timestep: no one change of a weight", tensor=timed)
         _as_parts(modules)
         deltas, faults = made(modules, lambda module, slots: options.alpha)
         faults += _strays(others, modules)
@@ -95,7 +99,7 @@ def encode(adapter: Adapter) -> Container:
     """
     faults: list[LoratoolsError] = []
     strange = [name for name in adapter.passengers if not _PASSENGER.match(name)]
-    faults += [NotExpressible("kohya's files have no place for it", tensor=name) for name in strange]
+    faults += [NotExpressible("kohya's files have no place for it", tensor=name, remedy=KEPT) for name in strange]
     raise_all(faults)
     stated = carried(adapter)
     indexed = stated.get("ss_network_module") == "networks.oft_flux"
@@ -123,7 +127,7 @@ def _namer(adapter: Adapter) -> Callable[[str], str]:
         word = spelt(module, parts)
         if not module or (word is None and parts):
             fact = "lies in no part of the pipeline, and other modules do" if module else "a tensor of no module"
-            raise NotExpressible(fact, expected=" or ".join(sorted(parts)) or None)
+            raise NotExpressible(fact, expected=" or ".join(sorted(parts)) or None, remedy=KEPT)
         alone = "lora_te" if module.startswith("text_model.") else "lora_unet"  # CLIP's text encoder on its own, else the network
         return word or f"{alone}_{flatten(module)}"
 

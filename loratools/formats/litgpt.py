@@ -18,17 +18,18 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError, raise_all
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, OptionError, ShapeError, raise_all
+from loratools.formats._bare import HYPER, is_litgpt
 from loratools.formats._heads import REMEDY, config_of
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, stacked
+from loratools.formats._refused import BAKE, RESIZE
 from loratools.formats._scale import only
 from loratools.formats._sides import write_yaml
 from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import Container, ReadOptions
-from loratools.formats.litgpt_files import FILE, HYPER, hyperparameters, model_config
+from loratools.formats.litgpt_files import FILE, hyperparameters, model_config
 from loratools.formats.litgpt_qkv import parts_of
-from loratools.layouts.trainers import of_litgpt
 from loratools.refs import Ref
 
 NAME = "litgpt"
@@ -38,8 +39,8 @@ _ONE = "litgpt has one {0} for all modules"
 
 
 def detect(container: Container) -> bool:
-    """Whether it holds bare factors of modules of litgpt's network, and no config of peft's."""
-    return not (container.config and "peft_type" in container.config) and of_litgpt(container.tensors)
+    """Whether it holds bare factors of litgpt's network, by `is_litgpt`, and no config of peft's."""
+    return not (container.config and "peft_type" in container.config) and is_litgpt(container)
 
 
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
@@ -108,8 +109,18 @@ class _Reading(Reading):
             return [Part(row.leaves[0], numbers, Piece(A, B, alpha))]
         if model.heads is None:
             raise AmbiguousError("which rows are those of q, k and v depends on the model's heads, which nothing tells", remedy=REMEDY)
-        slots = parts_of(row.order, A, B, alpha, model.heads, _enabled(hyper), dated=bool(hyper))
+        slots = parts_of(row.order, A, B, alpha, model.heads, self._enabled(hyper), dated=bool(hyper))
         return [Part(row.leaves[slot], numbers, piece) for slot, piece in slots]
+
+    def _enabled(self, hyper: Mapping[str, Any]) -> tuple[bool, ...] | None:
+        """Which of q, k and v are, by the hyperparameters or the options. Raises OptionError where these say another thing."""
+        found = [hyper.get(f"lora_{slot}") for slot in ("query", "key", "value")]
+        told = tuple(bool(flag) for flag in found) if all(isinstance(flag, bool) for flag in found) else None
+        asked = self.options.enable_lora
+        if asked is not None and (len(asked) != 3 or told not in (None, asked)):
+            expected = "a 1 or 0 for each of q, k and v" + ("" if told is None else f", as {HYPER} has them: {_flags(told)}")
+            raise OptionError("--enable-lora", found=_flags(asked), expected=expected)
+        return told or asked
 
     def _alpha(self, B: Ref, hyper: Mapping[str, Any]) -> float:
         rank = B.spec.shape[-1]
@@ -134,9 +145,8 @@ class _Reading(Reading):
         return waiting(module, Piece(A, wide, alpha * blocks), why)
 
 
-def _enabled(hyper: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    found = [hyper.get(f"lora_{slot}") for slot in ("query", "key", "value")]
-    return tuple(bool(flag) for flag in found) if all(isinstance(flag, bool) for flag in found) else None
+def _flags(enabled: tuple[bool, ...]) -> str:
+    return ",".join(str(int(flag)) for flag in enabled)
 
 
 def _modules(tensors: Mapping[str, Ref]) -> dict[str, dict[str, Ref]]:
@@ -164,20 +174,18 @@ def encode(adapter: Adapter) -> Container:
     Raises NotExpressible for other kinds than LoRA, ranks and alphas that differ, layers that have LoRA on different modules, and
     tensors that litgpt has no LoRA on.
     """
-    modules, heads, _ = modules_of(adapter, NAME, skip=("interleaved",))
+    modules, heads, _ = modules_of(adapter, NAME, want=lambda row: row.order != "interleaved", plain="litgpt has no DoRA")
     tensors: dict[str, Ref] = {}
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
     for module in modules:
         pieces = [module.pieces[slot] for slot in sorted(module.pieces)]
         for slot, piece in module.pieces.items():
-            ranks[f"{module.name} {slot}"], alphas[f"{module.name} {slot}"] = float(piece.rank), piece.alpha
-            if piece.magnitude is not None:
-                raise NotExpressible("litgpt has no DoRA", tensor=module.name, remedy="convert --kind lora --base")
+            ranks[module.tensors[slot]], alphas[module.tensors[slot]] = float(piece.rank), piece.alpha
         A, B = stacked([piece.A for piece in pieces]), stacked([piece.B for piece in pieces])
         tensors |= {f"{module.name}.lora_A": A, f"{module.name}.lora_B": B}
-    rank = int(only(ranks, _ONE.format("rank") + ": resize --rank makes it one"))
-    alpha = only(alphas, _ONE.format("alpha") + ": rescale --bake makes it one")
+    rank = int(only(ranks, _ONE.format("rank"), RESIZE))
+    alpha = only(alphas, _ONE.format("alpha"), BAKE)
     hyper = hyperparameters(adapter, rank, alpha, modules, heads)
 
     def beside(folder: Path) -> None:

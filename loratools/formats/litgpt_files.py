@@ -10,8 +10,9 @@ from loratools.adapter import Adapter
 from loratools.errors import FormatError, NotExpressible
 from loratools.formats._heads import Heads
 from loratools.formats._trainer import Module
+from loratools.layouts.trainers import template_of
 
-FILE, HYPER = "lit_model.pth.lora", "hyperparameters.yaml"
+FILE = "lit_model.pth.lora"
 _OWN = "loratools_"  # keys of hyperparameters.yaml that litgpt passes over
 _HEADS = ("n_head", "n_query_groups", "head_size")
 # what a config's name begins with, in the order of litgpt's convert_lit_checkpoint.py, and the model_type of such models
@@ -51,27 +52,35 @@ def _heads(query: object, groups: object, size: object) -> Heads | None:
 
 def hyperparameters(adapter: Adapter, rank: int, alpha: float, modules: Sequence[Module], heads: Heads | None) -> dict[str, Any]:
     """hyperparameters.yaml of what is written. Raises NotExpressible where blocks have LoRA on different modules."""
-    slots: dict[str, set[tuple[int, ...]]] = {}
-    counts: dict[str, int] = {}
+    kinds: dict[str, list[Module]] = {}
     for module in modules:
-        kind = re.sub(r"\d+", "{}", module.name)
-        slots.setdefault(kind, set()).add(tuple(sorted(module.pieces)))
-        counts[kind] = counts.get(kind, 0) + 1
-    blocks = {kind: count for kind, count in counts.items() if kind.startswith("transformer.") and ".experts." not in kind}
-    if any(len(found) > 1 for found in slots.values()) or len(set(blocks.values())) > 1:
-        found = ", ".join(f"{count} {kind.removeprefix('transformer.h.{}.')}" for kind, count in blocks.items())
-        raise NotExpressible("litgpt has LoRA on the same modules of every block", file=adapter.path, found=found)
-    fused = next((next(iter(found)) for kind, found in slots.items() if kind.endswith(".attn.qkv")), ())
+        kinds.setdefault(template_of(module.name), []).append(module)
+    _check_even(adapter, kinds)
+    fused = next((tuple(found[0].pieces) for kind, found in kinds.items() if kind.endswith(".attn.qkv")), ())
     source = adapter.metadata.get("peft", {}).get("base_model_name_or_path")
     told: dict[str, Any] = {
         "checkpoint_dir": f"checkpoints/{source}" if source else "checkpoints",
         "lora_r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": 0.0,
     }  # fmt: skip
     told |= {f"lora_{name}": slot in fused for slot, name in enumerate(("query", "key", "value"))}
-    told |= {flag: any(re.search(pattern, kind) for kind in slots) for flag, pattern in _FLAGS}
+    told |= {flag: any(re.search(pattern, kind) for kind in kinds) for flag, pattern in _FLAGS}
     model_type = adapter.model.get("model_type")
     if isinstance(model_type, str):
         told[_OWN + "model_type"] = model_type
     if heads is not None:
         told |= {_OWN + key: value for key, value in zip(_HEADS, (heads.query, heads.groups, heads.size), strict=True)}
     return told
+
+
+def _check_even(adapter: Adapter, kinds: Mapping[str, list[Module]]) -> None:
+    """Raise NotExpressible where some block has LoRA on a module, or a slot of q, k and v, and another has not."""
+    blocks = {kind: found for kind, found in kinds.items() if kind.startswith("transformer.") and ".experts." not in kind}
+    most = max((len(found) for found in blocks.values()), default=0)
+    every = {kind: set.union(*(set(module.pieces) for module in found)) for kind, found in blocks.items()}
+    lone = next((found[0] for found in blocks.values() if len(found) < most), None)
+    lone = lone or next((module for kind, found in blocks.items() for module in found if set(module.pieces) != every[kind]), None)
+    if lone is not None:
+        found = ", ".join(f"{len(found)} {kind.removeprefix('transformer.h.{}.')}" for kind, found in blocks.items())
+        fact, remedy = "litgpt has LoRA on the same modules of every block", "--format peft has it on any"
+        tensor = next(iter(lone.tensors.values()))
+        raise NotExpressible(fact, file=adapter.path, tensor=tensor, found=found, remedy=remedy)

@@ -44,7 +44,7 @@ def _slots(count: int, rows: int, heads: Heads, enabled: tuple[bool, ...] | None
         return [0, 1, 2]
     raise AmbiguousError(
         "which of q, k and v are enabled is not in the file", found=f"{count} of them, {rows} rows",
-        remedy="put litgpt's hyperparameters.yaml beside it",
+        remedy="put litgpt's hyperparameters.yaml beside it, or say with --enable-lora, such as 1,0,1",
     )  # fmt: skip
 
 

@@ -21,10 +21,11 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
 from loratools.families import EMBEDDINGS, matches
+from loratools.formats._bare import is_litgpt
 from loratools.formats._derived import Derived, block_diagonal, cells, slots_apart
+from loratools.formats._refused import BAKE, KEPT, nothing, passengers
 from loratools.formats._scale import ALPHA, number, only
 from loratools.formats.base import Container, ReadOptions
-from loratools.layouts.trainers import of_litgpt
 from loratools.refs import Ref
 
 NAME = "loralib"
@@ -33,7 +34,7 @@ _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[AB])")
 
 def detect(container: Container) -> bool:
     """Whether it holds a bare pair `lora_A`, `lora_B`, no config of peft's, and no module of litgpt's network."""
-    if (container.config is not None and "peft_type" in container.config) or of_litgpt(container.tensors):
+    if (container.config is not None and "peft_type" in container.config) or is_litgpt(container):
         return False
     pairs, _ = _sort(container.tensors)
     return any(len(pair) == 2 for name, pair in pairs.items() if ".parametrizations." not in f".{name}.")
@@ -166,7 +167,7 @@ def encode(adapter: Adapter) -> Container:
     Raises NotExpressible for other kinds than LoRA and whole tensors, for layers of different alpha, and for convolutions
     whose factors are not of loralib's form.
     """
-    faults: list[LoratoolsError] = [NotExpressible("loralib has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "loralib has")
     tensors: dict[str, Ref] = {}
     alphas: dict[str, float] = {}
     for name, delta in adapter.items():
@@ -174,9 +175,9 @@ def encode(adapter: Adapter) -> Container:
             tensors |= _encoded(name, delta, alphas)
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
-    faults += [] if alphas or faults else [NotExpressible("no low-rank change to write", tensor=next(iter(adapter), None), remedy=_KEPT)]
+    faults += [] if alphas or faults else [nothing(adapter.path, next(iter(adapter), None))]
     raise_all(faults)
-    return Container(tensors, {ALPHA: repr(only(alphas, "one alpha is given for all of a loralib file's layers"))})
+    return Container(tensors, {ALPHA: repr(only(alphas, "one alpha is given for all of a loralib file's layers", BAKE))})
 
 
 def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref]:
@@ -184,7 +185,7 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
         return {name: delta.value}
     module, _, leaf = name.rpartition(".")
     if not isinstance(delta, LowRank) or leaf != "weight":
-        raise NotExpressible(f"loralib cannot say {delta.called} delta", remedy=f"convert it first: --kind lora; {_KEPT}")
+        raise NotExpressible(f"loralib cannot say {delta.called} delta", remedy=f"convert it first: --kind lora; {KEPT}")
     A, B, rank = delta.A, delta.B, delta.rank
     if delta.layer == "conv" or len(A.spec.shape) > 2:
         A, B, rank = _as_loralib(delta)
@@ -195,9 +196,6 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
     return {_join(module, "lora_A"): A, _join(module, "lora_B"): B}
 
 
-_KEPT = "--format loratools keeps it"
-
-
 def _as_loralib(delta: LowRank) -> tuple[Ref, Ref, int]:
     """(A, B, r) of a convolution whose A is one matrix k times on the diagonal, as `_conv` makes it."""
     rank, into, *kernel = delta.A.spec.shape
@@ -205,12 +203,12 @@ def _as_loralib(delta: LowRank) -> tuple[Ref, Ref, int]:
     shape = f"A {list(delta.A.spec.shape)}"
     if len(kernel) != 2 or kernel != [k, k] or rank % (k * k):
         expected = "a rank of a multiple of k²"
-        raise NotExpressible("loralib factorises kernels of k × k another way", found=shape, expected=expected, remedy=_KEPT)
+        raise NotExpressible("loralib factorises kernels of k × k another way", found=shape, expected=expected, remedy=KEPT)
     rows, wide = rank // k, into * k
     A = Derived(delta.A, (rows, wide), lambda found: found.reshape(k, rows, k, wide)[0, :, 0])
     if bytes(cells(block_diagonal(A, k))) != bytes(cells(delta.A.reshape(rank, into * k * k))):
         fact = "loralib factorises kernels of k × k another way, and this change has not its form"
-        raise NotExpressible(fact, found=shape, remedy=_KEPT)
+        raise NotExpressible(fact, found=shape, remedy=KEPT)
     return A, delta.B.reshape(delta.B.spec.shape[0] * k, rows), rows // k
 
 

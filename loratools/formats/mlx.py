@@ -20,14 +20,18 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
-from loratools.families import EMBEDDINGS, matches
+from loratools.families import EMBEDDINGS, Family, matches
 from loratools.formats._derived import member
+from loratools.formats._mixed import mixed
+from loratools.formats._refused import BAKE, RESIZE, passengers
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
+from loratools.formats.mlx_experts import factors, stacks
 from loratools.refs import Ref
 
 NAME = "mlx"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a|lora_b|m)")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _MARKS = ("fine_tune_type", "lora_parameters", "lora_layers", "num_layers")
 
 
@@ -151,19 +155,32 @@ def encode(adapter: Adapter) -> Container:
 
     Raises NotExpressible for differing ranks or scales (`resize --rank`, `rescale --bake` make them one) and for kinds it lacks.
     """
-    faults: list[LoratoolsError] = [NotExpressible("MLX has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "MLX has")
     tensors: dict[str, Ref] = {}
     scales: dict[str, float] = {}
     ranks: dict[str, float] = {}
-    for name, delta in adapter.items():
+    deltas = stacks(adapter, Family(dict(adapter.model)).types)
+    for name, delta in deltas.items():
+        module = name.removesuffix(".weight")
+        if isinstance(delta, Stacked):
+            try:
+                tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"], one = factors(delta)
+                scales[name], ranks[name] = one.scaling, float(one.rank)
+            except LoratoolsError as error:
+                faults.append(error.at(tensor=name))
+            continue
         low = delta.direction if isinstance(delta, DoRA) else delta
         matrix = isinstance(low, LowRank) and len(low.A.spec.shape) == 2
         if not isinstance(low, LowRank) or not matrix or not name.endswith(".weight") or adapter.flat:
             lies = f" ({low.layer})" if isinstance(low, LowRank) else ""
             remedy = "--format loratools keeps it" if lies else "convert it first: --kind lora; --format loratools keeps it"
+            if delta.kind in ("experts", "parameter"):
+                remedy = "give convert --base BASE, with the config.json of a model whose experts MLX stacks; --format loratools keeps it"
             faults.append(NotExpressible(f"MLX cannot say {delta.called} delta{lies}", tensor=name, remedy=remedy))
             continue
-        module = name.removesuffix(".weight")
+        if _EXPERT.search(name):
+            fact = "MLX keeps experts in one stack, and where those of this model are is not known"
+            faults.append(NotExpressible(fact, tensor=name, remedy="give convert --base BASE, with its config.json"))
         if low.layer == "transposed":  # MLX's own model has that weight as (out, in)
             low = low.transposed()
         pair = (low.B, low.A) if low.layer == "embedding" else (low.A.T, low.B.T)
@@ -173,14 +190,13 @@ def encode(adapter: Adapter) -> Container:
             if delta.axis != "out":
                 faults.append(NotExpressible("MLX has DoRA along rows only", tensor=name, remedy="convert --magnitude-axis out --base"))
             tensors[f"{module}.m"] = delta.magnitude.reshape(delta.magnitude.spec.numel)
-    doras = [name for name, delta in adapter.items() if isinstance(delta, DoRA)]
-    if doras and len(doras) < len(adapter):
-        faults.append(NotExpressible("MLX's fine_tune_type holds for the whole adapter, and some of it is plain LoRA", tensor=doras[0]))
+    doras = [name for name, delta in deltas.items() if isinstance(delta, DoRA)]
+    faults += mixed(doras, [name for name in deltas if name not in doras], "MLX's fine_tune_type holds for the whole adapter")
     raise_all(faults)
-    rank = int(only(ranks, "MLX has one rank for all modules: resize --rank makes it one"))
-    scale = only(scales, "MLX has one scale for all modules: rescale --bake makes it one")
+    rank = int(only(ranks, "MLX has one rank for all modules", RESIZE))
+    scale = only(scales, "MLX has one scale for all modules", BAKE)
     carried = dict(adapter.metadata.get(NAME, {}))
-    keys = sorted({re.sub(r"^.*?\.\d+\.", "", name.removesuffix(".weight")) for name in adapter})
+    keys = sorted({re.sub(r"^.*?\.\d+\.", "", name.removesuffix(".weight")) for name in deltas})
     config = {
         "model": adapter.metadata.get("peft", {}).get("base_model_name_or_path"), "num_layers": -1, **carried,
         "fine_tune_type": "dora" if doras else "lora",

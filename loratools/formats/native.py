@@ -23,7 +23,7 @@ from loratools.deltas.seeded import Bank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
 from loratools.formats._typed import described, fits
 from loratools.formats.base import Container, ReadOptions
-from loratools.refs import Ref
+from loratools.refs import Ref, Reshaped, Transposed
 from loratools.tensorfile import identity
 
 NAME = "loratools"
@@ -67,7 +67,8 @@ def _json(said: Mapping[str, Any]) -> str:
     try:
         return json.dumps(said, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise NotExpressible(f"not to be said in JSON: {error}") from None
+        remedy = "leave out of its metadata what is no text, number or table of them"
+        raise NotExpressible(f"not to be said in JSON: {error}", remedy=remedy) from None
 
 
 @dataclass
@@ -88,7 +89,8 @@ class _Writing:
     def delta(self, delta: Delta | Bank, path: str) -> dict[str, Any]:
         name = type(delta).__name__
         if classes().get(name) is not type(delta):
-            raise NotExpressible("a kind of delta that is not loratools' own", found=name)
+            remedy = "convert it first: --kind lora, or --kind dense"
+            raise NotExpressible("a kind of delta that is not loratools' own", found=name, remedy=remedy)
         return {"type": name, **{one.name: self.value(getattr(delta, one.name), path + one.name) for one in fields(delta)}}
 
     def value(self, value: Any, path: str) -> Any:
@@ -102,7 +104,8 @@ class _Writing:
             return {"table": {name: self.value(item, f"{path}.{name}") for name, item in value.items()}}
         if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
             return value
-        raise NotExpressible(f"{path.rpartition('/')[2]} has a value that JSON has not", found=repr(value)[:60])
+        fact = f"{path.rpartition('/')[2]} has a value that JSON has not"
+        raise NotExpressible(fact, found=repr(value)[:60], remedy="put a finite number in its place")
 
     def tensor(self, ref: Ref, path: str) -> str:
         """The key a tensor is written under; the same view of the same stored tensor has one key."""
@@ -117,8 +120,11 @@ class _Writing:
 def _sameness(ref: Ref) -> object:
     """What is equal for two views that hold the same bytes in the same order and shape, as far as that is known without reading."""
     inner = getattr(ref, "origin", None)
-    made = getattr(ref, "make", None)  # what rearranges elements is known to itself alone
-    return (identity(ref), ref.spec) if inner is None else (_sameness(inner), ref.spec, type(ref).__name__, made and id(made))
+    if inner is None:
+        return identity(ref), ref.spec
+    if isinstance(ref, Reshaped | Transposed):
+        return _sameness(inner), ref.spec, type(ref).__name__
+    return id(ref)  # which rows it takes, and how it moves elements, only it knows
 
 
 # -- reading

@@ -10,11 +10,9 @@ Megatron-Bridge's `peft/lora.py`, `canonical_lora.py`, `dora.py`, `models/conver
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter
@@ -24,25 +22,20 @@ from loratools.errors import (
     FormatError,
     LoratoolsError,
     MatchError,
-    NotExpressible,
-    OptionError,
     ShapeError,
     UnsupportedError,
     raise_all,
 )
 from loratools.formats._heads import rows_of
 from loratools.formats._pieces import Piece
-from loratools.formats._scale import only
-from loratools.formats._sides import write_yaml
-from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
-from loratools.formats.base import Container, ReadOptions, write_tensors
-from loratools.formats.nemo_files import CONFIG, OLDER, RUN, Told, run_config, told
+from loratools.formats._trainer import Model, Part, Reading, deltas_of, waiting
+from loratools.formats.base import Container, ReadOptions
+from loratools.formats.nemo_files import CONFIG, OLDER, RUN, Told, told
 from loratools.refs import Ref
 
-NAME, FILE = "nemo", "adapter_model.safetensors"
+NAME = "nemo"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>linear_in\.weight|linear_out\.weight|weight_magnitude)")
 _ROOT = re.compile(r"(?:model\.|module\.)*(?:language_model\.encoder|decoder)\.(layers\.\d+)\.(.+)")
-_ONE = "Megatron-Bridge has one {0} for all modules"
 
 
 def detect(container: Container) -> bool:
@@ -141,41 +134,3 @@ def _modules(tensors: Mapping[str, Ref]) -> dict[str, dict[str, Ref]]:
             modules.setdefault(match["module"], {})[match["slot"]] = ref
     raise_all(faults)
     return modules
-
-
-# -- writing
-
-
-def encode(adapter: Adapter) -> Container:
-    """The adapter as a state dict of Megatron-Bridge's canonical LoRA, with its `run_config.yaml` and the model's config.json.
-
-    Raises NotExpressible for other kinds than LoRA, ranks and alphas that differ, and tensors that it has no LoRA on.
-    """
-    modules, _, _ = modules_of(adapter, NAME, skip=("grouped", "halves"))
-    tensors: dict[str, Ref] = {}
-    ranks: dict[str, float] = {}
-    alphas: dict[str, float] = {}
-    for module in modules:
-        piece = module.pieces[0]
-        if piece.magnitude is not None:
-            fact = "Megatron-Bridge has DoRA on fused weights alone, whose slots share a factor"
-            raise NotExpressible(fact, tensor=module.name, remedy="convert --kind lora --base")
-        tensors |= {f"{module.name}.linear_in.weight": piece.A, f"{module.name}.linear_out.weight": piece.B}
-        ranks[module.name], alphas[module.name] = float(piece.rank), piece.alpha
-    rank = int(only(ranks, _ONE.format("rank") + ": resize --rank makes it one"))
-    alpha = only(alphas, _ONE.format("alpha") + ": rescale --bake makes it one")
-    run = run_config(rank, alpha, ranks)
-    model = dict(adapter.model)
-
-    def write(container: Container, folder: Path) -> dict[str, str]:
-        if folder.suffix in (".safetensors", ".pt", ".ckpt", ".nemo"):
-            expected = "OUT without an ending, for a folder"
-            raise OptionError("this format is written as a folder of weights and a config", found=folder.name, expected=expected)
-        folder.mkdir(exist_ok=True)
-        digests = write_tensors(folder / FILE, container)
-        write_yaml(folder / RUN, run)
-        if model:
-            (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
-        return digests
-
-    return Container(tensors, {"format": "pt"}, name=FILE, beside={RUN: run, "config.json": model}, writer=write)

@@ -87,15 +87,16 @@ def _heads(file: str, config: object) -> Heads | None:
     return heads_of(found)
 
 
-def run_config(rank: int, alpha: float, modules: Iterable[str]) -> dict[str, Any]:
+def run_config(rank: int, alpha: float, modules: Iterable[str], *, dora: bool = False) -> dict[str, Any]:
     """run_config.yaml of modules that are written: the `peft` that Megatron-Bridge makes them of.
 
-    It makes adapters of q, k and v, and of gate and up, all together; those that a file lacks stay as they begin, and change nothing.
+    Of canonical LoRA it makes adapters of q, k and v, and of gate and up, all together; those that a file lacks stay as they begin, and
+    change nothing.
     """
     held = {part for module in modules for part in module.split(".") if part in _TARGETS}
-    targets = [target for part, names in _TARGETS.items() if part in held for target in names]
+    targets = [target for part, names in _TARGETS.items() if part in held for target in ([part] if dora else names)]
     peft: dict[str, Any] = {
-        "_target_": "megatron.bridge.peft.canonical_lora.CanonicalLoRA",
+        "_target_": "megatron.bridge.peft.dora.DoRA" if dora else "megatron.bridge.peft.canonical_lora.CanonicalLoRA",
         "dim": rank, "alpha": int(alpha) if alpha.is_integer() else alpha, "dropout": 0.0, "target_modules": targets,
     }  # fmt: skip
     return {"peft": peft}

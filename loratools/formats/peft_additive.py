@@ -17,9 +17,11 @@ from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
 from loratools.deltas.miss import MiSS
 from loratools.errors import FormatError, ShapeError, UnsupportedError
+from loratools.formats.peft_additive_encode import ADALORA, C3AS, DELORA, GRALORA, MISS
 from loratools.formats.peft_config import REFUSED
 from loratools.formats.peft_lycoris_encode import LOHA, LOKR
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.formats.peft_values import short
 
 _LYCORIS = ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
@@ -131,6 +133,7 @@ ADDITIVE = (
         refused=REFUSED | dict.fromkeys(_OF_LORA, "a variant of LoRA that AdaLoRA has not"),
         own_biases="lora_only",
         make=_adalora,
+        writing=ADALORA,
     ),
     Method(
         peft_type="LOHA",
@@ -162,6 +165,7 @@ ADDITIVE = (
         dotted=("block_size_pattern",),
         conv1d=False,
         make=_c3a,
+        writing=C3AS,
     ),
     Method(
         peft_type="MISS",
@@ -172,6 +176,7 @@ ADDITIVE = (
         own_biases="miss_only",
         conv1d=False,
         make=_miss,
+        writing=MISS,
     ),
     Method(
         peft_type="DELORA",
@@ -182,6 +187,7 @@ ADDITIVE = (
         own_biases="delora_only",
         conv1d=False,
         make=_delora,
+        writing=DELORA,
     ),
     Method(
         peft_type="GRALORA",
@@ -191,5 +197,6 @@ ADDITIVE = (
         training=("gralora_dropout", "init_weights"),
         own_biases="gralora_only",
         make=_gralora,
+        writing=GRALORA,
     ),
 )

@@ -15,7 +15,9 @@ from loratools.deltas.unilora import UniLoRA
 from loratools.deltas.vblora import VBLoRA
 from loratools.deltas.vera import PVeRA, VeRA
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_banked_encode import PVERA, RANDLORA, UNILORA, VBLORA, VERA
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
 from loratools.refs import Ref
 
 INCOMPLETE = "the file is incomplete; if it was saved without projections, set save_projection to false"
@@ -115,6 +117,7 @@ BANKED = (
         training=("vera_dropout", "d_initial", "init_weights"),
         own_biases="vera_only",
         make=_vera,
+        writing=VERA,
     ),
     Method(
         peft_type="PVERA",
@@ -126,6 +129,7 @@ BANKED = (
         refused={"sample_at_inference": "adds noise to every forward: no weight edit"},
         own_biases="pvera_only",
         make=_pvera,
+        writing=PVERA,
     ),
     Method(
         peft_type="RANDLORA",
@@ -136,6 +140,7 @@ BANKED = (
         training=("randlora_dropout", "init_weights"),
         own_biases="randlora_only",
         make=_randlora,
+        writing=RANDLORA,
     ),
     Method(
         peft_type="VBLORA",
@@ -146,6 +151,7 @@ BANKED = (
         training=("vblora_dropout", "init_vector_bank_bound", "init_logits_std"),
         own_biases="vblora_only",
         make=_vblora,
+        writing=VBLORA,
     ),
     Method(
         peft_type="UNILORA",
@@ -157,5 +163,6 @@ BANKED = (
         needed={"save_indices": "where each number stands is not in the file, and is drawn in an order that only the model tells"},
         own_biases="unilora_only",
         make=_unilora,
+        writing=UNILORA,
     ),
 )

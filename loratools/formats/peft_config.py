@@ -32,6 +32,8 @@ TRAINING = (
     "eva_config", "runtime_config", "loftq_config", "corda_config", "lora_ga_config", "inference_only",
 )  # fmt: skip
 CARRIED = (*TRAINING, "task_type", "fan_in_fan_out", "ensure_weight_tying", "peft_version", "init_lora_weights")
+# read by the codec, and of use to the one that writes it again
+_KEPT = (*CARRIED, "kasa_config", "target_parameters")
 # change what the tensors mean; refused unless null, false or empty
 REFUSED = {
     "alora_invocation_tokens": "acts only after its invocation tokens (aLoRA): no weight edit",
@@ -113,7 +115,7 @@ def parse(config: Mapping[str, Any], *, alpha: float | None = None, initial: boo
 
 
 def _targets(values: Values) -> dict[str, Any]:
-    found = targets_of(values, own_biases="lora_only", carried=CARRIED)
+    found = targets_of(values, own_biases="lora_only", carried=_KEPT)
     if found["target"] is None and given(values.config.get("target_parameters")):
         found["target"] = ()  # peft then adapts these parameters and no modules
     return found

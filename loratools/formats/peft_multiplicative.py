@@ -16,7 +16,9 @@ from loratools.deltas.modulated import Modulated, Spread
 from loratools.deltas.paired import Paired
 from loratools.deltas.scaled import Scaled
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_multiplicative_encode import GLORA, HIRA, ROAD
+from loratools.formats.peft_part import Part
 from loratools.formats.peft_turned_encode import IA3
 from loratools.refs import Ref
 
@@ -121,6 +123,7 @@ MULTIPLICATIVE = (
         training=("init_weights",),
         conv1d=False,
         make=_road,
+        writing=ROAD,
     ),
     Method(
         peft_type="HIRA",
@@ -129,6 +132,7 @@ MULTIPLICATIVE = (
         settings=("r",),
         training=("rank_pattern", "hira_dropout", "init_weights"),
         make=_hira,
+        writing=HIRA,
     ),
     Method(
         peft_type="GLORA",
@@ -139,5 +143,6 @@ MULTIPLICATIVE = (
         own_biases="glora_only",
         conv1d=False,
         make=_glora,
+        writing=GLORA,
     ),
 )

@@ -17,7 +17,9 @@ from loratools.deltas.sparse import Sparse
 from loratools.deltas.summed import Sum
 from loratools.deltas.waveft import WaveFT
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
+from loratools.formats.peft_placed_encode import BEFT, FOURIERFT, LN_TUNING, SHIRA, SUPERTUNING, TRAINABLE_TOKENS, WAVEFT
 from loratools.formats.peft_values import short
 from loratools.linalg.wavelets import names
 
@@ -101,6 +103,7 @@ PLACED = (
         dotted=("n_frequency_pattern",),
         notes=(SEEDED,),
         make=_fourierft,
+        writing=FOURIERFT,
     ),
     Method(
         peft_type="WAVEFT",
@@ -113,6 +116,7 @@ PLACED = (
         own_biases="waveft_only",
         notes=(SEEDED,),
         make=_waveft,
+        writing=WAVEFT,
     ),
     Method(
         peft_type="SHIRA",
@@ -121,6 +125,7 @@ PLACED = (
         training=("r", "mask_type", "random_seed", "init_weights"),  # how the places were chosen
         conv1d=False,
         make=_shira,
+        writing=SHIRA,
     ),
     Method(
         peft_type="SUPERTUNING",
@@ -130,6 +135,7 @@ PLACED = (
         training=("sparsity", "select_top", "lora_dropout", "init_weights", "save_precomputed_indices"),  # how the places were chosen
         conv1d=False,
         make=_supertuning,
+        writing=SUPERTUNING,
     ),
     Method(
         peft_type="BEFT",
@@ -138,6 +144,7 @@ PLACED = (
         training=("init_weights",),
         tensor="bias",
         make=_beft,
+        writing=BEFT,
     ),
     Method(
         peft_type="LN_TUNING",
@@ -145,6 +152,7 @@ PLACED = (
         slots=(r"ln_tuning_layers\..+",),
         tensor="*",
         make=_ln_tuning,
+        writing=LN_TUNING,
     ),
     Method(
         peft_type="TRAINABLE_TOKENS",
@@ -154,5 +162,6 @@ PLACED = (
         training=("init_weights",),
         tying=True,
         make=_tokens,
+        writing=TRAINABLE_TOKENS,
     ),
 )

@@ -13,7 +13,9 @@ from loratools.deltas.networked import Networked
 from loratools.deltas.projected import METHODS, Projected
 from loratools.deltas.subspace import Subspace
 from loratools.errors import FormatError, ShapeError
-from loratools.formats.peft_method import Method, Part
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
+from loratools.formats.peft_projections_encode import DEFT, OSF, PEANUT
 from loratools.formats.peft_values import short
 
 
@@ -84,6 +86,7 @@ PROJECTIONS = (
         training=("deft_dropout", "init_scale", "init_weights"),
         own_biases="deft_only",
         make=_deft,
+        writing=DEFT,
     ),
     Method(
         peft_type="PEANUT",
@@ -93,6 +96,7 @@ PROJECTIONS = (
         training=("init_weights",),
         conv1d=False,
         make=_peanut,
+        writing=PEANUT,
     ),
     Method(
         peft_type="OSF",
@@ -102,5 +106,6 @@ PROJECTIONS = (
         training=("target_svd_config", "init_weights"),
         conv1d=False,
         make=_osf,
+        writing=OSF,
     ),
 )

@@ -13,8 +13,9 @@ from loratools.deltas.butterfly import Butterfly
 from loratools.deltas.reflected import Reflected
 from loratools.deltas.rotated import Rotated
 from loratools.errors import FormatError, ShapeError, UnsupportedError
-from loratools.formats.peft_method import Method, Part
-from loratools.formats.peft_turned_encode import BOFT, OFT, divisor
+from loratools.formats.peft_method import Method
+from loratools.formats.peft_part import Part
+from loratools.formats.peft_turned_encode import BOFT, HRA, OFT, divisor
 
 _OLD = "OFT as peft wrote it up to 0.15.2, with oft_r: another parametrisation, which peft reads no more"
 
@@ -118,5 +119,6 @@ ROTATIONS = (
         own_biases="hra_only",
         conv1d=False,
         make=_hra,
+        writing=HRA,
     ),
 )

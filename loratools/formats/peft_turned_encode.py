@@ -1,49 +1,30 @@
-"""(IA)³, OFT and BOFT as peft has them: numbers in peft's shapes, and the settings that all modules of an adapter share.
+"""(IA)³, OFT, BOFT and HRA as peft has them: numbers in peft's shapes, and the settings that all modules of an adapter share.
 
-The inverse of what `peft_multiplicative` and `peft_rotations` read; peft 0.21.2, `tuners/ia3/`, `tuners/oft/`, `tuners/boft/`.
+The inverse of what `peft_multiplicative` and `peft_rotations` read; peft 0.21.2, `tuners/ia3/`, `tuners/oft/`, `tuners/boft/`,
+`tuners/hra/`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from loratools.deltas.base import Delta
 from loratools.deltas.butterfly import Butterfly
+from loratools.deltas.reflected import Reflected
 from loratools.deltas.rotated import Rotated
 from loratools.deltas.scaled import Scaled
-from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._told import told_from
-from loratools.formats.peft_writing import Modules, Writing, Written
+from loratools.formats.peft_writing import Modules, Writing, Written, alike, each, refused, weights
 from loratools.refs import Ref, same_bytes
-
-_REMEDY = "convert it first: --kind lora, or --format loratools keeps it"
-
-
-def _refused(fact: str, found: Any = None, expected: Any = None) -> NotExpressible:
-    return NotExpressible(fact, found=found, expected=expected, remedy=_REMEDY)
-
-
-def _each(modules: Modules, tensors: Callable[[str, Mapping[str, Delta]], Mapping[str, Ref]]) -> dict[str, Ref]:
-    """The tensors of all modules by `PATH.SLOT`; every fault is collected."""
-    found: dict[str, Ref] = {}
-    faults: list[LoratoolsError] = []
-    for path, leaves in modules.items():
-        try:
-            found |= {f"{path}.{slot}": ref for slot, ref in tensors(path, leaves).items()}
-        except LoratoolsError as error:
-            faults.append(error.at(tensor=f"{path}.weight"))
-    raise_all(faults)
-    return found
-
 
 # -- (IA)³
 
 
 def _ia3(modules: Modules, stated: Mapping[str, Any]) -> Written:
-    tensors = _each(modules, lambda path, leaves: {"ia3_l": _factors(leaves, known=bool(stated))})
+    tensors = each(modules, lambda leaves: {"ia3_l": _factors(leaves, known=bool(stated))})
     before = [path for path, leaves in modules.items() if getattr(leaves["weight"], "axis", 0) == 1]
     return Written(tensors, {"feedforward_modules": _listed(before, modules), "init_ia3_weights": True})
 
@@ -56,12 +37,12 @@ def _factors(leaves: Mapping[str, Delta], *, known: bool) -> Ref:
     """
     weight, bias = leaves.get("weight"), leaves.get("bias")
     if not isinstance(weight, Scaled):
-        raise _refused("peft's (IA)³ changes no bias alone")
-    alike = isinstance(bias, Scaled) and bias.offset == weight.offset and _same(bias.l, weight.l)
+        raise refused("peft's (IA)³ changes no bias alone")
+    same = isinstance(bias, Scaled) and bias.offset == weight.offset and _same(bias.l, weight.l)
     if weight.axis == 1 and bias is not None:
-        raise _refused("peft's (IA)³ of a layer's inputs leaves its bias as it is")
-    if weight.axis == 0 and not alike and (bias is not None or not known):
-        raise _refused("peft's (IA)³ of a layer's outputs multiplies its bias too, and this does not")
+        raise refused("peft's (IA)³ of a layer's inputs leaves its bias as it is")
+    if weight.axis == 0 and not same and (bias is not None or not known):
+        raise refused("peft's (IA)³ of a layer's outputs multiplies its bias too, and this does not")
     l, shape = told_from(weight.l, weight.offset, 0.0, widest="F32"), weight.l.spec.shape  # noqa: E741
     count = l.spec.numel
     if len(shape) > 2:
@@ -86,14 +67,14 @@ def _listed(chosen: list[str], modules: Modules) -> list[str] | str:
 
 
 def _oft(modules: Modules, stated: Mapping[str, Any]) -> Written:
-    turned = {path: _rotated(leaves["weight"]) for path, leaves in modules.items()}
-    tensors = _each(modules, lambda path, leaves: {_oft_slot(turned[path]): turned[path].numbers})
+    turned = weights(modules, Rotated)
+    tensors = each(turned, lambda delta: {_oft_slot(delta): delta.numbers})
     series = {path: delta.degree is not None for path, delta in turned.items()}
     settings = {
-        "block_share": _common({path: delta.shared for path, delta in turned.items()}, "block_share"),
-        "coft": _common({path: delta.bound is not None for path, delta in turned.items()}, "coft"),
-        "use_cayley_neumann": _common(series, "use_cayley_neumann"),
-        "num_cayley_neumann_terms": _common({path: _terms(delta) for path, delta in turned.items()}, "num_cayley_neumann_terms"),
+        "block_share": alike({path: delta.shared for path, delta in turned.items()}, "block_share"),
+        "coft": alike({path: delta.bound is not None for path, delta in turned.items()}, "coft"),
+        "use_cayley_neumann": alike(series, "use_cayley_neumann"),
+        "num_cayley_neumann_terms": alike({path: _terms(delta) for path, delta in turned.items()}, "num_cayley_neumann_terms"),
         "eps": _eps(turned, stated),
         "init_weights": True,
     }
@@ -113,35 +94,20 @@ def _adjusted(blocks: Mapping[str, tuple[int, int]], stated: Mapping[str, Any]) 
     return None
 
 
-def _rotated(delta: Delta) -> Rotated:
-    assert isinstance(delta, Rotated)
-    return delta
-
-
 def _oft_slot(delta: Rotated) -> str:
     """The slot of a linear layer's or a convolution's numbers, or of an embedding's, which are turned the other way."""
     if delta.side != "in" or delta.scale is not None or delta.together or delta.floor or not delta.pointwise:
-        raise _refused("peft's OFT turns a layer's inputs, each block bounded by itself, and scales nothing")
+        raise refused("peft's OFT turns a layer's inputs, each block bounded by itself, and scales nothing")
     if len(delta.numbers.spec.shape) != 2 or abs(delta.factor) != 1:
-        raise _refused("peft's OFT has what stands above the diagonals of its blocks", found=list(delta.numbers.spec.shape))
+        raise refused("peft's OFT has what stands above the diagonals of its blocks", found=list(delta.numbers.spec.shape))
     if delta.degree is not None and delta.last != (2.0 if delta.degree < 2 else 1.0):
-        raise _refused(f"a series that peft {'0.21.2'} sums otherwise", found=f"degree {delta.degree}, last {delta.last:g}")
+        raise refused(f"a series that peft {'0.21.2'} sums otherwise", found=f"degree {delta.degree}, last {delta.last:g}")
     table = (delta.factor > 0) == (delta.degree is not None)
     return "oft_embedding_R.weight" if table else "oft_R.weight"
 
 
 def _terms(delta: Rotated) -> int:
     return 5 if delta.degree is None else delta.degree + 1
-
-
-def _common(values: Mapping[str, Any], name: str) -> Any:
-    """The one value of a setting that all modules share. Raises NotExpressible, naming two that differ."""
-    first, value = next(iter(values.items()))
-    other = next((path for path, found in values.items() if found != value), None)
-    if other is not None:
-        fact = f"peft has one {name} for all modules"
-        raise _refused(fact, found=values[other], expected=f"{value}, as {first} has").at(tensor=f"{other}.weight")
-    return value
 
 
 def _eps(turned: Mapping[str, Rotated], stated: Mapping[str, Any]) -> float:
@@ -155,7 +121,7 @@ def _eps(turned: Mapping[str, Rotated], stated: Mapping[str, Any]) -> float:
     candidates = [*([float(told)] if isinstance(told, int | float) else []), near, math.nextafter(near, math.inf), math.nextafter(near, 0)]
     found = next((eps for eps in candidates if all(eps / root == bound for bound, root in bounds.values())), None)
     if found is None:
-        raise _refused("peft makes the bounds of all modules of one eps, and these are of none").at(tensor=f"{path}.weight")
+        raise refused("peft makes the bounds of all modules of one eps, and these are of none").at(tensor=f"{path}.weight")
     return found
 
 
@@ -166,7 +132,7 @@ def _sizes(blocks: Mapping[str, tuple[int, int]], number: str, size: str) -> dic
         return {number: 0, size: sizes.pop()}
     if len(counts) == 1:
         return {number: counts.pop(), size: 0}
-    return {number: 0, size: int(_common({path: found for path, (_, found) in blocks.items()}, size))}
+    return {number: 0, size: int(alike({path: found for path, (_, found) in blocks.items()}, size))}
 
 
 def divisor(whole: int, wanted: int) -> int:
@@ -183,24 +149,34 @@ def divisor(whole: int, wanted: int) -> int:
 
 
 def _boft(modules: Modules, stated: Mapping[str, Any]) -> Written:
-    tensors = _each(modules, lambda path, leaves: _butterfly_slots(leaves["weight"]))
-    shapes = {path: leaves["weight"].refs()["numbers"].spec.shape for path, leaves in modules.items()}
-    factors = _common({path: shape[0] for path, shape in shapes.items()}, "boft_n_butterfly_factor")
+    deltas = weights(modules, Butterfly)
+    tensors = each(deltas, _butterfly_slots)
+    shapes = {path: delta.numbers.spec.shape for path, delta in deltas.items()}
+    factors = alike({path: shape[0] for path, shape in shapes.items()}, "boft_n_butterfly_factor")
     sizes = _sizes({path: (shape[1], shape[2]) for path, shape in shapes.items()}, "boft_block_num", "boft_block_size")
     told = stated.get("boft_n_butterfly_factor")
     return Written(tensors, {"boft_n_butterfly_factor": told if factors == 1 and told else factors, "init_weights": True} | sizes)
 
 
-def _butterfly_slots(delta: Delta) -> dict[str, Ref]:
-    assert isinstance(delta, Butterfly)
+def _butterfly_slots(delta: Butterfly) -> dict[str, Ref]:
     plain = delta.degree is None and delta.bound is None and delta.halves and delta.factor == 0.5
     if delta.side != "in" or not plain or delta.scale is None:
-        raise _refused("peft's BOFT turns a layer's inputs, half a block changing places at a time, and scales each row")
+        raise refused("peft's BOFT turns a layer's inputs, half a block changing places at a time, and scales each row")
     count = delta.scale.spec.numel
     scale = delta.scale if len(delta.scale.spec.shape) == 2 else delta.scale.reshape(count, 1)
     return {"boft_R": delta.numbers, "boft_s": scale}
 
 
+def _hra(modules: Modules, stated: Mapping[str, Any]) -> Written:
+    deltas = weights(modules, Reflected)
+    settings = {
+        "r": alike({path: delta.U.spec.shape[1] for path, delta in deltas.items()}, "r"),
+        "apply_GS": alike({path: delta.orthogonal for path, delta in deltas.items()}, "apply_GS"),
+    }
+    return Written(each(deltas, lambda delta: {"hra_u": delta.U}), settings | {"init_weights": True})
+
+
 IA3 = Writing((Scaled,), _ia3)
-OFT = Writing((Rotated,), _oft)
-BOFT = Writing((Butterfly,), _boft)
+OFT = Writing((Rotated,), _oft, leaves=("weight",))
+BOFT = Writing((Butterfly,), _boft, leaves=("weight",))
+HRA = Writing((Reflected,), _hra, leaves=("weight",))

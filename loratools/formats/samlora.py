@@ -17,8 +17,8 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError, raise_all
-from loratools.formats._derived import Derived, Joined, cells, slots_apart
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, ShapeError, raise_all
+from loratools.formats._derived import Joined, slots_apart
 from loratools.formats._scale import ALPHA, exact_alpha, number
 from loratools.formats.base import Container, ReadOptions
 from loratools.refs import Ref, Spec
@@ -28,9 +28,9 @@ MARKS = ("w_a_", "w_b_", "fc_")
 HEAD = "head.weight"
 _KEY = re.compile(r"w_(?P<side>[ab])_(?P<index>\d{3}|[1-9]\d{3,})")
 _HEAD = re.compile(r"fc_(?P<into>\d+)in_(?P<out>\d+)out")
-_DECODER = ("prompt_encoder.", "mask_decoder.")  # of a SAM that was trained whole beside its encoder's LoRA
-_FUSED = re.compile(r"(?P<root>(?:.+\.)?(?:blocks|layers))\.(?P<block>\d+)\.attn\.qkv\.weight")
-_APART = re.compile(r"(?P<root>(?:.+\.)?blocks)\.(?P<block>\d+)\.attn\.proj_(?P<side>[qv])\.weight")
+DECODER = ("prompt_encoder.", "mask_decoder.")  # of a SAM that was trained whole beside its encoder's LoRA
+FUSED = re.compile(r"(?P<root>(?:.+\.)?(?:blocks|layers))\.(?P<block>\d+)\.attn\.qkv\.weight")
+APART = re.compile(r"(?P<root>(?:.+\.)?blocks)\.(?P<block>\d+)\.attn\.proj_(?P<side>[qv])\.weight")
 _SLOTS = (True, False, True)
 
 
@@ -79,7 +79,7 @@ def _sorted(tensors: Mapping[str, Ref]) -> tuple[dict[int, dict[str, Ref]], dict
         match = _KEY.fullmatch(key)
         if match is not None:
             factors.setdefault(int(match["index"]), {})[match["side"]] = ref
-        elif _HEAD.fullmatch(key) or key.startswith(_DECODER):
+        elif _HEAD.fullmatch(key) or key.startswith(DECODER):
             others[key] = ref
         else:
             expected = "w_a_NNN, w_b_NNN, fc_DIMin_CLASSESout or a tensor of SAM's decoder"
@@ -191,7 +191,7 @@ class Blocks:
         """What stands before the blocks' numbers, the numbers, and whether queries, keys and values are one weight."""
         roots: dict[tuple[str, bool], set[int]] = {}
         for other in base:
-            for grammar, fused in ((_FUSED, True), (_APART, False)):
+            for grammar, fused in ((FUSED, True), (APART, False)):
                 if match := grammar.fullmatch(other):
                     roots.setdefault((match["root"], fused), set()).add(int(match["block"]))
         if not roots:
@@ -201,86 +201,3 @@ class Blocks:
             raise AmbiguousError("the base has several transformers", tensor=name, found=", ".join(root for root, _ in roots))
         (root, fused), numbers = next(iter(roots.items()))
         return root, sorted(numbers), fused
-
-
-# -- writing
-
-
-def encode(adapter: Adapter) -> Container:
-    """The adapter as such a file: changes of the queries and values of all blocks, at scale 1, and a head's weight.
-
-    Raises NotExpressible for changes of keys and of other weights, other kinds, blocks that are missing or that have another rank.
-    """
-    faults: list[LoratoolsError] = [NotExpressible("these files have no place for it", tensor=name) for name in adapter.passengers]
-    tensors: dict[str, Ref] = {}
-    blocks: dict[int, tuple[LowRank, LowRank]] = {}
-    roots: dict[str, str] = {}
-    for name, delta in adapter.items():
-        try:
-            match = _FUSED.fullmatch(name) or re.fullmatch(r"(?P<root>block):(?P<block>\d+)\.weight", name)
-            if match is not None:
-                roots[match["root"]] = name
-                blocks[int(match["block"])] = _halves(delta)
-            else:
-                tensors |= _whole(name, delta)
-        except LoratoolsError as error:
-            faults.append(error.at(tensor=name))
-    faults += [NotExpressible("blocks of a second transformer", tensor=name) for name in list(roots.values())[1:]]
-    gap = next((block for block in range(len(blocks)) if block not in blocks), None)
-    if gap is not None:
-        faults.append(NotExpressible("blocks are counted without gaps, and one has no change", found=f"none for block {gap}"))
-    raise_all(faults)
-    ranks = {low.rank for pair in blocks.values() for low in pair}
-    if len(ranks) != 1:
-        raise NotExpressible("one rank holds for all of its blocks", found=", ".join(map(str, sorted(ranks))) or "none")
-    for block, pair in sorted(blocks.items()):
-        for index, low in enumerate(pair, 2 * block):
-            tensors |= {f"w_a_{index:03}": low.A, f"w_b_{index:03}": low.B}
-    return Container(tensors, {ALPHA: repr(float(ranks.pop()))})
-
-
-def _halves(delta: Delta) -> tuple[LowRank, LowRank]:
-    """A change of a fused weight as those of its queries and its values, whose keys it leaves alone."""
-    if not isinstance(delta, LowRank) or delta.layer in ("embedding", "transposed") or len(delta.A.spec.shape) != 2:
-        raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
-    if delta.scaling != 1:
-        remedy = "rescale --bake makes it 1"
-        raise NotExpressible("these files have no alpha, and Sam_LoRA's scale is 1", found=delta.scaling, remedy=remedy)
-    rows, rank = delta.B.spec.shape
-    if rows != 3 * delta.A.spec.shape[1]:
-        raise NotExpressible("no fused query, key and value", found=[rows, delta.A.spec.shape[1]], expected="[3·dim, dim]")
-    held = cells(delta.B).reshape(3, rows // 3, rank)
-    if held[1].tobytes().strip(b"\0"):
-        raise NotExpressible("it changes the keys too, and these files have queries and values alone", remedy="--format peft has all three")
-    half = rank // 2
-    apart = rank % 2 == 0 and not (held[0, :, half:].tobytes() + held[2, :, :half].tobytes()).strip(b"\0")
-    made = []
-    for slot in (0, 2):
-        columns = slice(0, rank) if not apart else slice(0, half) if slot == 0 else slice(half, rank)
-        A, B = _some_rows(delta.A, columns), _some_columns(delta.B, slot, columns)
-        made.append(LowRank(A=A, B=B, alpha=float(A.spec.shape[0]), layer="linear"))
-    return made[0], made[1]
-
-
-def _some_rows(A: Ref, rows: slice) -> Ref:
-    return Derived(A, (rows.stop - rows.start, A.spec.shape[1]), lambda found: found[rows])
-
-
-def _some_columns(B: Ref, slot: int, columns: slice) -> Ref:
-    """Columns of one slot's rows."""
-    dim, rank = B.spec.shape[0] // 3, B.spec.shape[1]
-    return Derived(B, (dim, columns.stop - columns.start), lambda found: found.reshape(3, dim, rank)[slot, :, columns])
-
-
-def _whole(name: str, delta: Delta) -> dict[str, Ref]:
-    if not isinstance(delta, Replacement):
-        remedy = "convert --base gives it the model's names" if ":" in name else "--format peft or loratools has the others"
-        fact, expected = "these files change fused queries, keys and values of blocks", "….blocks.N.attn.qkv.weight"
-        raise NotExpressible(fact, expected=expected, remedy=remedy)
-    shape = delta.value.spec.shape
-    if name in (HEAD, "fc.weight") and len(shape) == 2:
-        return {f"fc_{shape[1]}in_{shape[0]}out": delta.value}
-    if name.startswith(_DECODER):
-        return {name: delta.value}
-    remedy = "--format loratools has any"
-    raise NotExpressible("these files have a head's weight and SAM's decoder alone as whole tensors", remedy=remedy)

@@ -21,6 +21,7 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError, raise_all
+from loratools.formats._refused import BAKE, KEPT, nothing, passengers
 from loratools.formats._scale import ALPHA, exact_alpha, number, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.refs import Ref
@@ -154,7 +155,7 @@ def encode(adapter: Adapter) -> Container:
     """
     tensors: dict[str, Ref] = {}
     scalings: dict[str, float] = {}
-    faults: list[LoratoolsError] = [NotExpressible("the tutorial's file has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "the tutorial's file has")
     adapted = {name.rpartition(".")[0] for name, delta in adapter.items() if not isinstance(delta, Replacement)}
     for name, delta in adapter.items():
         try:
@@ -162,13 +163,13 @@ def encode(adapter: Adapter) -> Container:
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
     if not scalings and not faults:
-        faults.append(NotExpressible("no low-rank change to write", tensor=next(iter(adapter), None), remedy=_REMEDY))
+        faults.append(nothing(adapter.path, next(iter(adapter), None)))
     raise_all(faults)
-    alpha = only(scalings, "the tutorial's classes share one alpha, and the scaling is alpha itself")
+    alpha = only(scalings, "the tutorial's classes share one alpha, and the scaling is alpha itself", BAKE)
     return Container(tensors, {ALPHA: repr(alpha), SCALE: "alpha"})
 
 
-_REMEDY = "convert it first: --kind lora; --format loratools keeps it"
+_REMEDY = f"convert it first: --kind lora; {KEPT}"
 
 
 def _encoded(name: str, delta: Delta, adapted: set[str], scalings: dict[str, float]) -> dict[str, Ref]:

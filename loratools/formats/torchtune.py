@@ -18,16 +18,17 @@ from typing import Any
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
-from loratools.formats._heads import rows_of
+from loratools.formats._heads import Heads, rows_of
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, picked
+from loratools.formats._refused import BAKE, RESIZE
 from loratools.formats._scale import only
-from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
+from loratools.formats._trainer import Model, Module, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import CONFIG, Container, ReadOptions
 from loratools.layouts.trainers import Leaf
 from loratools.refs import Ref
 
-NAME = "torchtune"
+NAME, FILE = "torchtune", "adapter_model.pt"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a\.weight|lora_b\.weight|magnitude)")
 _KNOWN = ("r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path")
 _ONE = "torchtune has one {0} for all modules"
@@ -140,15 +141,15 @@ def encode(adapter: Adapter) -> Container:
     ranks: dict[str, float] = {}
     alphas: dict[str, float] = {}
     for module in modules:
-        piece = module.pieces[0]
-        rows = rows_of(module.row.order, 0, piece.rows, heads)
+        piece, tensor = module.pieces[0], module.tensors[0]
+        rows = _rows(module, heads)
         back = sorted(range(piece.rows), key=rows.__getitem__)
         tensors |= {f"{module.name}.lora_a.weight": piece.A, f"{module.name}.lora_b.weight": picked(piece.B, back)}
         if piece.magnitude is not None:
             tensors[f"{module.name}.magnitude"] = picked(piece.magnitude, back)
-        ranks[module.name], alphas[module.name] = float(piece.rank), piece.alpha
-    rank = int(only(ranks, _ONE.format("rank") + ": resize --rank makes it one"))
-    alpha = only(alphas, _ONE.format("alpha") + ": rescale --bake makes it one")
+        ranks[tensor], alphas[tensor] = float(piece.rank), piece.alpha
+    rank = int(only(ranks, _ONE.format("rank"), RESIZE))
+    alpha = only(alphas, _ONE.format("alpha"), BAKE)
     targets = sorted({_target(module.row.leaves[0]) for module in modules})
     config = {
         "r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "target_modules": targets, "peft_type": "LORA",
@@ -162,7 +163,16 @@ def encode(adapter: Adapter) -> Container:
         if model:
             (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
 
-    return Container(tensors, config=written, name="adapter_model.pt", writer=folder_of("adapter_model.pt", beside=beside))
+    writer = folder_of(FILE, beside=beside)
+    return Container(tensors, config=written, name=FILE, beside={"config.json": model}, writer=writer)
+
+
+def _rows(module: Module, heads: Heads | None) -> list[int]:
+    """Where rows of transformers' weight lie in torchtune's."""
+    try:
+        return rows_of(module.row.order, 0, module.pieces[0].rows, heads)
+    except LoratoolsError as error:
+        raise error.at(tensor=module.tensors[0]) from None
 
 
 def _target(leaf: Leaf) -> str:

@@ -19,6 +19,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, UnsupportedError, raise_all
 from loratools.formats._pieces import Piece, piece_of
+from loratools.formats._refused import nothing, passengers
 from loratools.formats.base import Container, ReadOptions
 from loratools.refs import Ref
 
@@ -49,19 +50,23 @@ def encode(adapter: Adapter) -> Container:
 
     Raises NotExpressible for other kinds than LoRA of a layer's attention and MLP, for DoRA, and for factors of several dtypes.
     """
-    faults: list[LoratoolsError] = [NotExpressible("TensorRT-LLM has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "TensorRT-LLM has")
     rows: list[tuple[int, int, Piece, bool]] = []
+    dtypes: dict[str, str] = {}
     for name, delta in adapter.items():
         try:
             rows.append(_row(name, delta))
+            dtypes |= {ref.spec.dtype: name for ref in (rows[-1][2].B, rows[-1][2].A)}
         except LoratoolsError as error:
             faults.append(error.at(tensor=name))
     raise_all(faults)
     if not rows:
-        raise NotExpressible("no low-rank change to write", file=adapter.path)
-    codes = sorted({ref.spec.dtype for _, _, piece, _ in rows for ref in (piece.A, piece.B)})
+        raise nothing(adapter.path)
+    codes = sorted(dtypes)
     if len(codes) > 1 or codes[0] not in _DESCR:
-        raise NotExpressible("TensorRT-LLM has one dtype for all: float32, float16 or bfloat16", file=adapter.path, found=", ".join(codes))
+        fact, remedy = "TensorRT-LLM has one dtype for all: float32, float16 or bfloat16", "resize --rank R --dtype float16 gives it one"
+        name = next((dtypes[code] for code in codes if code not in _DESCR), dtypes[codes[0]])
+        raise NotExpressible(fact, file=adapter.path, tensor=name, found=", ".join(codes), remedy=remedy)
     rows.sort(key=lambda row: (row[1], row[0]))
     tensors: dict[str, Ref] = {}
     for module, layer, piece, _ in rows:
@@ -74,10 +79,9 @@ def _row(name: str, delta: Delta) -> tuple[int, int, Piece, bool]:
     number = MODULES.get(match["module"]) if match else None
     if match is None or number is None:
         expected = ", ".join(f"layers.N.{module}" for module in MODULES)
-        raise NotExpressible("TensorRT-LLM's converter has no LoRA on this tensor", expected=expected)
-    piece = piece_of(delta)
-    if piece.magnitude is not None:
-        raise NotExpressible("hf_lora_convert.py has no DoRA", remedy="convert --kind lora --base")
+        remedy = "--format peft has LoRA on any; convert --base gives it the names of transformers"
+        raise NotExpressible("TensorRT-LLM's converter has no LoRA on this tensor", expected=expected, remedy=remedy)
+    piece = piece_of(delta, "hf_lora_convert.py has no DoRA")
     return number, int(match["layer"]), piece, match["module"] == "mlp.gate_up_proj"
 
 

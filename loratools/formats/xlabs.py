@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Part
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
+from loratools.formats._derived import cells
+from loratools.formats._refused import KEPT, passengers
 from loratools.formats._scale import exact_alpha
 from loratools.formats.base import Container, ReadOptions
 from loratools.refs import Ref
+from loratools.sliced import Sliced
 
 NAME = "xlabs"
 MARKS = (".processor.",)
@@ -93,7 +97,7 @@ def encode(adapter: Adapter) -> Container:
 
     Raises NotExpressible for other weights than those of attention, for other kinds and for a scale other than 1.
     """
-    faults: list[LoratoolsError] = [NotExpressible("these files have no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "these files have")
     tensors: dict[str, Ref] = {}
     for name, delta in adapter.items():
         try:
@@ -112,13 +116,27 @@ def _encoded(name: str, delta: Delta) -> dict[str, Ref]:
     if word is None:
         fact, expected = "these files change the attention of Flux' blocks alone", "double_blocks.N.img_attn.qkv and its like"
         raise NotExpressible(fact, expected=expected, remedy="--format comfyui has the others")
-    low = delta.delta if isinstance(delta, Part) and delta.start == 0 and leaf == "linear1.weight" else delta
-    if not isinstance(low, LowRank) or low.layer in ("embedding", "transposed", "conv"):
+    low = _first_rows(delta) if leaf == "linear1.weight" else delta
+    if not isinstance(low, LowRank):
         raise NotExpressible(f"these files cannot say {delta.called} delta", remedy="convert it first: --kind lora")
-    if leaf == "linear1.weight" and low is delta and low.B.spec.shape[0] != 3 * low.A.spec.shape[1]:
-        found = f"{low.B.spec.shape[0]} rows"
-        raise NotExpressible("of linear1 these files change queries, keys and values alone", found=found, expected=3 * low.A.spec.shape[1])
+    if low.layer in ("embedding", "transposed", "conv"):
+        raise NotExpressible(f"these files have no LoRA of a weight that lies as {low.layer} ones do", remedy=KEPT)
+    if leaf == "linear1.weight" and low.B.spec.shape[0] != 3 * low.A.spec.shape[1]:
+        fact, remedy = "of linear1 these files change queries, keys and values alone", "--format comfyui has all of its rows"
+        raise NotExpressible(fact, found=f"{low.B.spec.shape[0]} rows", expected=3 * low.A.spec.shape[1], remedy=remedy)
     if low.scaling != 1:
         raise NotExpressible("these files have no alpha: the scaling is 1", found=low.scaling, remedy="rescale --bake makes it 1")
     path = f"{blocks}_blocks.{block}.processor.{word}"
     return {f"{path}.down.weight": low.A, f"{path}.up.weight": low.B}
+
+
+def _first_rows(delta: Delta) -> Delta:
+    """A change of linear1's queries, keys and values without the rows of its MLP, where it leaves those as they are."""
+    if isinstance(delta, Part) and delta.start == 0:
+        return delta.delta
+    if not isinstance(delta, LowRank) or len(delta.A.spec.shape) != 2:
+        return delta
+    rows, own = delta.B.spec.shape[0], 3 * delta.A.spec.shape[1]
+    if rows <= own or cells(delta.B)[own:].tobytes().strip(b"\0"):
+        return delta
+    return replace(delta, B=Sliced(delta.B, slice(0, own)))

@@ -15,10 +15,13 @@ from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
+from loratools.flatnames import flatten
+
 VERSION = "0.42"
 SIDES = ("original", "diffusers")
 # what a side's names are called: of these networks only, or of whichever it is
 TITLES = {"flux": "bfl", "sd3": "mmdit", "unet": "ldm", "clip": "openclip"}
+TEXT = ("clip", "t5")  # text encoders; the others are denoisers
 _TABLE = Path(__file__).parent / f"diffusion-{VERSION}.tsv"
 _LAYERS = 2  # layers_per_block of every Stable Diffusion that was trained from scratch
 _MOST = 200  # numbers above are sizes, not places
@@ -59,6 +62,7 @@ class Network:
     name: str
     rows: tuple[tuple[str, ...], ...]
     marks: Mapping[str, tuple[re.Pattern[str], ...]] = field(default_factory=dict)
+    sizes: tuple[tuple[str, ...], ...] = ()  # what `evidence.py` weighs: `sizes` and `ratio` rows
 
     def title(self, side: str) -> str:
         return TITLES.get(self.name, side) if side == "original" else side
@@ -68,6 +72,12 @@ class Network:
         """What its tensors' names begin with on either side."""
         words = (word for _, first, second, *_ in self.rows for word in (first, *second.split(" ")))
         return tuple(dict.fromkeys(word.partition(".")[0] for word in words))
+
+    @cached_property
+    def forms(self) -> frozenset[str]:
+        """All its tensors' names on either side, flat, with every number as #."""
+        words = (word + leaf for kind, first, second, *_ in self.rows for word in (first, *second.split(" ")) for leaf in _leaves(kind))
+        return frozenset(form_of(name) for word in words for name in (word, *also(word)))
 
     def side(self, names: Collection[str]) -> str | None:
         """Which names the tensors of a whole network of this kind have; None of another network's."""
@@ -85,12 +95,43 @@ class Network:
         for kind, first, second, *shares in self.rows:
             for numbers in shape.numbers(first + second):
                 pair = _pair(kind, first.format_map(numbers), [word.format_map(numbers) for word in second.split(" ")], *shares)
-                for leaf in ("",) if kind in ("tensor", "turned") else (".weight", ".bias"):
+                for leaf in _leaves(kind):
                     made = Pair(pair.original + leaf, tuple(name + leaf for name in pair.diffusers), pair.shares, pair.how)
                     original[made.original] = made
                     if shape.told(numbers):
                         diffusers |= {name: (made, part) for part, name in enumerate(made.diffusers)}
         return Pairs(original, diffusers)
+
+
+def _leaves(kind: str) -> tuple[str, ...]:
+    return ("",) if kind in ("tensor", "turned") else (".weight", ".bias")
+
+
+def also(name: str) -> tuple[str, ...]:
+    """How else a tensor's name is spelt: of CLIP with transformers 5's in memory or in its files, and of bare parameters in files that
+    know weights and biases alone: by ComfyUI's as a module of its own; a scale by LyCORIS' as its module's weight.
+
+    >>> also("query_norm.scale"), also("modulation"), also("proj.weight")
+    (('query_norm.scale.weight', 'query_norm.weight'), ('modulation.weight',), ())
+    >>> also("text_model.encoder.layers.0.mlp.fc1.bias")
+    ('encoder.layers.0.mlp.fc1.bias',)
+    """
+    inner = name.removeprefix("text_model.")
+    if inner.startswith(("encoder.layers.", "embeddings.", "final_layer_norm.")):
+        return (inner if inner != name else f"text_model.{name}",)
+    if name.endswith((".weight", ".bias")):
+        return ()
+    return (f"{name}.weight", *([f"{name.removesuffix('.scale')}.weight"] if name.endswith(".scale") else []))
+
+
+def form_of(name: str) -> str:
+    """A tensor's name with its module flat, every number and open place as #, the same for all blocks.
+
+    >>> form_of("blocks.{i}.ffn.0.weight"), form_of("blocks_12_ffn_0.weight")
+    ('blocks_#_ffn_#.weight', 'blocks_#_ffn_#.weight')
+    """
+    module, dot, leaf = name.rpartition(".")
+    return re.sub(r"\{\w+\}|\d+", "#", flatten(module)) + dot + leaf
 
 
 def _pair(kind: str, original: str, diffusers: list[str], shares: str = "1") -> Pair:
@@ -119,7 +160,7 @@ class _Shape:
         keys, n = set(re.findall(r"\{(\w+)\}", text)), self.layers
         ranges = {
             "b": range(min(self.most + 1, _BLOCKS)), "l": range(n + ("out" in keys)), "i": range(self.most + 1),
-            "t": range(self.inner + 1), "u": range(1, 3),
+            "t": range(self.inner + 1), "u": range(1, 3), "e": range(_BLOCKS),
         }  # fmt: skip
         free = [key for key in ranges if key in keys]
         for values in product(*(ranges[key] for key in free)):
@@ -166,13 +207,16 @@ def networks() -> tuple[Network, ...]:
     """The table's networks, in its order."""
     rows: dict[str, list[tuple[str, ...]]] = {}
     marks: dict[str, dict[str, tuple[re.Pattern[str], ...]]] = {}
+    sizes: dict[str, list[tuple[str, ...]]] = {}
     lines = (line.split("\t") for line in _TABLE.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
     for name, kind, *cells in lines:
         if kind == "mark":
             marks.setdefault(name, {})[cells[0]] = tuple(map(re.compile, cells[1].split(" ")))
+        elif kind in ("sizes", "ratio"):
+            sizes.setdefault(name, []).append((kind, *cells))
         else:
             rows.setdefault(name, []).append((kind, *cells))
-    return tuple(Network(name, tuple(_inlined(rows[name], rows)), found) for name, found in marks.items())
+    return tuple(Network(name, tuple(_inlined(rows[name], rows)), found, tuple(sizes.get(name, ()))) for name, found in marks.items())
 
 
 def _inlined(own: list[tuple[str, ...]], every: Mapping[str, list[tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:

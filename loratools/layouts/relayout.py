@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from loratools.deltas.base import Delta
 from loratools.errors import LoratoolsError, MatchError, NotExpressible, UnsupportedError, UsageError, raise_all
 from loratools.layouts.naming import Named, naming_of
-from loratools.layouts.networks import SIDES, VERSION
+from loratools.layouts.networks import SIDES, TEXT, VERSION, networks
 from loratools.layouts.roots import Roots, joined, split_root, split_word
-from loratools.layouts.steps import Shape, Step
+from loratools.layouts.steps import Shape, Step, shape_of
 from loratools.refs import Spec
 
 _MOST_PARTS = 4  # of a fused weight
@@ -22,11 +22,12 @@ _MOST_PARTS = 4  # of a fused weight
 
 @dataclass(frozen=True)
 class Relayout:
-    """What becomes of an adapter's tensors under the names of `side`; `titles` are the networks and whose names they have now."""
+    """What becomes of an adapter's tensors under the names of `side`, as those of the networks in `titles`; `twins` have the names too."""
 
     side: str
     steps: tuple[Step, ...]
     titles: tuple[str, ...]
+    twins: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -61,17 +62,26 @@ class Relayout:
         kept = "its names are this side's, but for roots and dots"
         renamed = f"{self.count} of {total} names are the other side's" if self.count else kept
         became = "" if now == total else f"; {total} tensors are {now} there"
-        return f"layout {self.side}: {renamed} ({', '.join(self.titles)}, diffusers {VERSION}){became}"
+        alike = f"; if it is of {' or '.join(self.twins)}, whose names are the same, say so with --network" if self.twins else ""
+        return f"layout {self.side}: {renamed} ({', '.join(self.titles)}, diffusers {VERSION}){became}{alike}"
 
 
-def relayout_of(names: Collection[str], side: str, *, flat: bool = False, base: Mapping[str, Spec] | None = None) -> Relayout:
-    """How an adapter of these tensor names is called on a side, "diffusers" or "original" (BFL, mmdit, LDM).
+def relayout_of(
+    names: Collection[str] | Mapping[str, Delta], side: str, *, flat: bool = False, base: Mapping[str, Spec] | None = None,
+    network: str | None = None,
+) -> Relayout:  # fmt: skip
+    """How an adapter of these tensor names is called on a side, "diffusers" or "original" (BFL, mmdit, LDM, …).
 
-    `flat` names have underscores for dots. A base that has the names tells what they leave open. Raises MatchError for names of no network
-    in the table and for two that are one tensor there, AmbiguousError for names that two networks would call differently.
+    `flat` names have underscores for dots. What they leave open, a base that has the names tells, or the `network`, a word of the table,
+    or the deltas' own shapes. Raises MatchError for names of no network in the table and for two that are one tensor there,
+    AmbiguousError for names that two networks would call differently.
     """
     if side not in SIDES:
         raise UsageError("--layout", found=side, expected=" or ".join(SIDES))
+    words = [found.name for found in networks() if found.name not in TEXT]
+    if network not in (None, *words):
+        raise UsageError("--network", found=network, expected=" or ".join(words))
+    shapes = {name: shape for name, delta in names.items() if (shape := shape_of(delta))} if isinstance(names, Mapping) else {}
     base = base or {}
     groups: dict[tuple[str, str], dict[str, str]] = {}
     strange = []
@@ -83,14 +93,17 @@ def relayout_of(names: Collection[str], side: str, *, flat: bool = False, base: 
             groups.setdefault(found[:2], {})[found[2]] = name
     faults: list[LoratoolsError] = []
     named: dict[tuple[str, str], tuple[str, Mapping[str, Named]]] = {}
+    twins: list[str] = []
     for (role, mine), rests in groups.items():
         there = [rest for other, root, rest in map(split_root, base) if (other, root) == (role, mine)] if not flat else []
         try:
-            naming = naming_of(rests, "any" if not mine else role, side, flat=flat, base=there)
+            own = {rest: shapes[name] for rest, name in rests.items() if name in shapes}
+            naming = naming_of(rests, "any" if not mine else role, side, flat=flat, base=there, network=network, shapes=own)
         except LoratoolsError as error:
             faults.append(_by_name(error, rests))
         else:
             named[role, mine] = naming.network.name, naming.named
+            twins += naming.twins
     faults += [MatchError("a name that begins as no part of a pipeline does", tensor=name) for name in strange[:1]]
     raise_all(faults)
     roots = Roots(side, {key: network for key, (network, _) in named.items()}, alone=not flat and all(not mine for _, mine in groups))
@@ -99,7 +112,7 @@ def relayout_of(names: Collection[str], side: str, *, flat: bool = False, base: 
         root = roots.of(*key)
         goals |= {groups[key][rest]: (root, tensor) for rest, tensor in tensors.items()}
     titles = dict.fromkeys(network for network, _ in named.values())
-    return Relayout(side, tuple(_steps({name: goals[name] for name in names}, side, base)), tuple(titles))
+    return Relayout(side, tuple(_steps({name: goals[name] for name in names}, side, base)), tuple(titles), tuple(dict.fromkeys(twins)))
 
 
 def _by_name(error: LoratoolsError, rests: Mapping[str, str]) -> LoratoolsError:

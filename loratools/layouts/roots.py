@@ -15,7 +15,10 @@ ROOTS: Mapping[str, tuple[str, ...]] = {
         "text_encoder", "cond_stage_model.transformer", "cond_stage_model.model", "conditioner.embedders.0.transformer",
         "text_encoders.clip_l.transformer",
     ),
-    "text_encoder_2": ("text_encoder_2", "conditioner.embedders.1.model", "text_encoders.clip_g.transformer"),
+    # the refiner of SDXL has the second one alone
+    "text_encoder_2": (
+        "text_encoder_2", "conditioner.embedders.1.model", "conditioner.embedders.0.model", "text_encoders.clip_g.transformer",
+    ),
     "text_encoder_3": ("text_encoder_3", "text_encoders.t5xxl.transformer"),
 }  # fmt: skip
 DIFFUSERS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # folders of a pipeline

@@ -59,7 +59,7 @@ class Step:
     def _shape(self, deltas: Mapping[str, Delta]) -> tuple[int, ...]:
         """Of the weight, by which it and its bias are swapped or not."""
         weight = deltas.get(self.weight or "")
-        found = self.shape or (None if weight is None else _shape_of(weight))
+        found = self.shape or (None if weight is None else shape_of(weight))
         if found is None:
             fact = "whether its halves change places only the shape of its weight tells"
             raise AmbiguousError(fact, remedy="give the base with --base")
@@ -82,7 +82,8 @@ def _within(delta: Delta, change: Callable[[Delta], Delta]) -> Delta:
     return replace(delta, delta=change(delta.delta)) if isinstance(delta, WherePresent) else change(_settled(delta))
 
 
-def _shape_of(delta: Delta) -> Shape:
+def shape_of(delta: Delta) -> Shape:
+    """That of the weight, of deltas that tell it."""
     inner = _settled(delta.delta if isinstance(delta, WherePresent) else delta)
     inner = inner.direction if isinstance(inner, DoRA) else inner
     if isinstance(inner, Replacement):
@@ -95,7 +96,7 @@ def _rows(delta: Delta) -> int | None:
     inner = _settled(delta.delta if isinstance(delta, WherePresent) else delta)
     if isinstance(inner, Scaled):
         return None if inner.axis else inner.l.spec.numel
-    shape = _shape_of(inner)
+    shape = shape_of(inner)
     return None if shape is None else shape[0]
 
 

@@ -84,8 +84,17 @@ def of_litgpt(keys: Iterable[str]) -> bool:
     >>> of_litgpt(["transformer.h.0.attn.qkv.lora_A"]), of_litgpt(["transformer.h.0.attn.c_attn.lora_A"])
     (True, False)
     """
-    modules = {re.sub(r"\d+", "{}", key.removesuffix(".lora_A")) for key in keys if key.endswith(".lora_A")}
-    return any(row.module in modules for family in families("litgpt") for row in family.rows if "{}" in row.module)
+    templates = {template_of(key.removesuffix(".lora_A")) for key in keys if key.endswith(".lora_A")}
+    return any(row.module in templates for family in families("litgpt") for row in family.rows if "{}" in row.module)
+
+
+def template_of(name: str) -> str:
+    """A module's name with its numbers open.
+
+    >>> template_of("transformer.h.0.mlp.fc_1")
+    'transformer.h.{}.mlp.fc_1'
+    """
+    return ".".join("{}" if word.isdigit() else word for word in name.split("."))
 
 
 def named(template: str, numbers: tuple[str, ...]) -> str:

@@ -118,6 +118,7 @@ def format_of(given: str | None, adapter: Adapter) -> str:
 def write(receipt: Receipt, adapter: Adapter, inputs: Sequence[Adapter], target: Path, format: str, *, sha256: bool) -> dict[str, Any]:
     """The adapter and its receipt at `target`, whole or not at all; returns the receipt."""
     encoded = encode(adapter, format)
+    receipt.notes = [*receipt.notes, *encoded.notes]
     with whole(target) as place:
         receipt.digests = write_container(encoded, place)
         fill_files(receipt, place, inputs)

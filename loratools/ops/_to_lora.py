@@ -29,7 +29,7 @@ def to_lora(case: Case, options: Options) -> Job | None:
         return partial(_kept, delta, options) if asked or options.limit is not None or options.code else None
     if isinstance(delta, Replacement) or _is_low(delta) or (isinstance(delta, Full) and case.vector):
         return None
-    if case.weight is None and not isinstance(delta, Additive):
+    if case.weight is None and (not isinstance(delta, Additive) or _unsized(delta)):
         raise needs_base(case, _WHY.get(delta.kind, "what it does to a weight depends on that weight"))
     if case.vector:
         return partial(_vector, case, options)
@@ -41,6 +41,11 @@ def to_lora(case: Case, options: Options) -> Job | None:
 
 
 _WHY = {"dora": "W' - W is more than its factors, its magnitudes scale W itself; without W they would be lost"}
+
+
+def _unsized(delta: Additive) -> bool:
+    """Whether its kind is of a matrix whose sizes only the base tells."""
+    return len(delta.shape()) < 2 and not isinstance(delta, Full) and not has_product(delta)
 
 
 def _is_low(delta: Delta) -> bool:
@@ -112,6 +117,8 @@ def _dense(case: Case, options: Options) -> Converted:
     effect = case.effect(options.device)
     found = norms(effect.wide, effect.read(), case.delta.direction, options.device)
     m, axis = read_tensor(case.delta.magnitude, torch.float64, options.device).reshape(-1), case.delta.axis
+    if axis not in found.changed:  # channels of a convolution's input, of which no norms are taken
+        return made
     # (g − 1)∘W from the norms alone: g is one number for each row, or column
     scaling = float(((m / found.changed[axis] - 1) * found.base[axis]).norm())
     return replace(made, scaling=scaling, note=other_axis(axis, m, found))

@@ -21,6 +21,7 @@ from loratools.ops._base import Base
 from loratools.ops._convert_options import Options
 from loratools.ops._converting import Conversion
 from loratools.ops._layout import layout_for, stacked
+from loratools.ops._saved import with_biases
 from loratools.output import check_output, whole
 from loratools.planning import split_renames
 from loratools.receipt import Receipt, adapter_history, add_sha256, receipt_path
@@ -35,6 +36,7 @@ def convert(
     kind: str | None = None,
     magnitude_axis: str | None = None,
     layout: str | None = None,
+    network: str | None = None,
     base: str | Path | None = None,
     rank: int | None = None,
     energy: float | None = None,
@@ -53,8 +55,9 @@ def convert(
     product of small rank (LoHa, LoKr, …), else the best of `rank`, or of the least rank within `energy` or `max_error`; "dora" gives
     each difference the magnitudes ‖W + ΔW‖ in float32, so that W′ stays; "dense" writes W′ − W itself. `magnitude_axis` ("out": one
     for each output, peft's; "in": one for each input) refits DoRA along that axis. `base` is the checkpoint the adapter belongs to,
-    needed wherever W decides. `layout` gives the tensors of Flux, SD3 and Stable Diffusion the names of "diffusers", or "original", their
-    authors' (BFL, mmdit, LDM), by a table that needs no base; without it a format that has the names of one of them alone gets those.
+    needed wherever W decides. `layout` gives the tensors of a diffusion network (Flux, SD3, Stable Diffusion, Wan, …) the names of
+    "diffusers", or "original", their authors' (BFL, mmdit, LDM, …), by a table that needs no base; without it a format that has the names
+    of one of them alone gets those. `network`, such as "flux", tells which it is where its names are those of several.
 
     Raises, before anything is visible at `out` and all together, UnsupportedError and OptionError for what cannot be done so,
     NotExpressible for what the format cannot say, MatchError and AmbiguousError for names whose layout is not known or left open, and what
@@ -74,7 +77,8 @@ def convert(
     on = None if base is None else Base(base, reading)
     source = given if on is None else stacked(given.resolve(on.specs, on.family, renames=split_renames(rename)), on.specs)
     written = format_of(format or ("loratools" if kind == "dense" else None), given)
-    relayout, said = layout_for(source, written, layout, None if on is None else on.specs)
+    source, whole_modules = with_biases(source, on) if written == "peft" else (source, [])
+    relayout, said = layout_for(source, written, layout, None if on is None else on.specs, network)
     work, count = Conversion(source, on, options), options.threads
     with workers.single_threaded_blas(options.device == "cpu"):
         if options.changes:
@@ -82,10 +86,12 @@ def convert(
         made = work.adapter() if options.changes else source
         laid = made if relayout is None else made.relaid(relayout)
         with whole(target) as place:
-            receipt.digests = write_container(encode(laid, written), place)
+            encoded = encode(laid, written)
+            receipt.digests = write_container(encoded, place)
             fill_files(receipt, place, [given])
             receipt.inputs += [on.input(count)] if on is not None else []
-            receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(), *([said] if said else [])]
+            told = [*source.notes, *work.notes(), *([said] if said else []), *whole_modules, *encoded.notes]
+            receipt.tensors, receipt.notes = work.rows(), told
             receipt.expected, receipt.applied = len(source), len(made)
             receipt.history = adapter_history(given)
             if sha256:

@@ -26,6 +26,7 @@ from loratools.ops._resizing import resized
 from loratools.ops._to_lora import has_product
 from loratools.refs import Ref
 from loratools.tensors import read_tensor
+from loratools.workflows._weights import sized
 from loratools.workflows.targets import Target
 
 _NARROW = ("F16", "BF16")  # dtypes in which multiplying a factor by anything but a power of two costs something one sees
@@ -102,7 +103,7 @@ def made_lora(adapter: Adapter, names: Iterable[str], base: Base | None, asked: 
 def _rank_for(delta: Delta, adapter: Adapter, asked: int | None, limit: int | None) -> int | None:
     inner = delta.then if isinstance(delta, Chain) else delta
     inner = inner.delta if isinstance(inner, Unsettled) else inner
-    if isinstance(inner, Additive) and has_product(inner):
+    if isinstance(inner, Additive) and has_product(inner) and inner.product() is not None:
         return limit
     own = rank_of(inner) or inner.facts().get("rank")
     ranks = [rank for other in adapter.values() if (rank := rank_of(other))]
@@ -229,13 +230,13 @@ def _with_biases(before: Mapping[str, Fitted], after: dict[str, Fitted], *, foll
 def rows_of(before: Mapping[str, Delta], fitted: Mapping[str, Fitted]) -> list[dict[str, Any]]:
     """A receipt's row for each delta that is LoRA now, or was changed."""
     share = shares([one.norm for one in fitted.values()])
-    return [one.row(name, before[name], part) for (name, one), part in zip(fitted.items(), share, strict=True)]
+    return [one.row(name, before.get(name, one.delta), part) for (name, one), part in zip(fitted.items(), share, strict=True)]
 
 
 def size_of(delta: Delta) -> float:
     """‖ΔW‖ of a difference, of a DoRA its direction's; 0 for a tensor saved whole, of which nothing can be lost."""
     inner = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
-    if isinstance(inner, Additive):
+    if sized(inner):
         return inner.norm()
     low = _low(inner)
     return 0.0 if low is None else low.norm()

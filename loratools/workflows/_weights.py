@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Additive, Delta
+from loratools.deltas.full import Full
 from loratools.deltas.laid import Unsettled, WherePresent
 from loratools.effect import Effect, square
 from loratools.errors import LoratoolsError
@@ -23,9 +25,14 @@ def weights(adapter: Adapter, base: Base | None) -> dict[str, float | str]:
     return found
 
 
+def sized(delta: Delta) -> TypeGuard[Additive]:
+    """Whether it is a difference whose norm it tells itself; of some kinds the sizes are only the base's to tell."""
+    return isinstance(delta, Additive) and (isinstance(delta, Full) or len(delta.shape()) > 1)
+
+
 def _weight(name: str, delta: Delta, base: Base | None) -> float | str:
     inner = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
-    if isinstance(inner, Additive):
+    if sized(inner):
         return inner.norm()
     if base is None:
         return "how large it is depends on the base's weight: give --base"

@@ -6,14 +6,15 @@ nothing can be done about is NotExpressible with its reason, all of it at once a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from loratools import threads as workers
 from loratools.adapter import Adapter
-from loratools.errors import LoratoolsError, NotExpressible, OptionError, raise_all
+from loratools.deltas.lowrank import LowRank
+from loratools.errors import LoratoolsError, NotExpressible, OptionError, UnsupportedError, raise_all
 from loratools.formats import FORMATS, encode, load
 from loratools.formats.base import Container, open_container, read_options, write_container
 from loratools.formats.peft_config import CARRIED
@@ -22,8 +23,10 @@ from loratools.ops._algebra import fill_files, label, loaded
 from loratools.ops._base import Base
 from loratools.output import check_output, whole
 from loratools.receipt import Receipt, adapter_history, receipt_path
-from loratools.workflows._checking import Strike, strikes, subject_of
+from loratools.workflows._checking import Strike, lost, strikes, subject_of
 from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, size_of, split
+from loratools.workflows._placing import encoded_for, own_names, placed, zeros
+from loratools.workflows._subject import WHOLE
 from loratools.workflows.targets import Target, target_of
 
 
@@ -74,13 +77,13 @@ def fit(
     with whole(place_at) as place:
         receipt.digests = write_container(encoded, place)
         work.prove(place)
-        receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved)]
+        receipt.tensors, receipt.notes = work.rows(), [*source.notes, *work.notes(saved), *encoded.notes]
         reasons = {name: f"{why} It is in {saved.name}." for name, why in work.apart.items()}
         receipt.left_out = [{"name": name, "reason": why, "relative_norm": None} for name, why in reasons.items()]
         fill_files(receipt, place, [source])
         receipt.inputs += [on.input(workers.default_threads())] if on is not None else []
-        receipt.expected, receipt.applied = len(source), len(work.made)
         receipt.history = adapter_history(source)
+        receipt.expected, receipt.applied = len(source), len(work.made) - len(work.beside)
         if beside is not None:
             _write_beside(beside, place.parent / saved.name, receipt)
         receipt.write(receipt_path(place, folder=place.is_dir()))
@@ -110,16 +113,23 @@ class _Fit:
         limits = [rank for rank in (max_rank, target.max_rank) if rank is not None]
         self.asked, self.limit = max_rank, min(limits) if limits else None
         self.struck: list[Strike] = []
+        self.anew = False  # whether the file cannot stay as it is, whatever is done to the deltas
         self.apart: dict[str, str] = {}
+        self.beside: dict[str, LowRank] = {}
         self.settled = self.made = self.away = source
         self.fitted: dict[str, Fitted] = {}
 
     def run(self) -> None:
         """All of it, but the writing; under the base's names, if there is one, until the end."""
         self.settled = self.source if self.base is None else self.base.resolve(self.source)
-        self.struck = _lost(self.settled, self.target, self.base)
+        self.struck = lost(self.settled, self.target, self.base)
+        known = {one.rule.id for one in self.struck}
+        self.anew = any(one.rule.fit == "write" or one.rule.id not in known for one in lost(self.source, self.target, self.base))
         self._refuse()
         self.apart = {name: one.rule.reason for one in self._of("apart") for name in one.names or (one.place,) if self._holds(name)}
+        if self.apart and self.settled.flat:
+            fact = "what goes apart needs the base's own names, and these have underscores where it has dots"
+            raise UnsupportedError(fact, tensor=next(iter(self.apart)), remedy="give --base")
         stay, self.away = split(self.settled, self.apart)
         if not stay.deltas:
             raise NotExpressible(f"nothing of it is left that {self.target.title} takes", remedy=_INSTEAD)
@@ -127,8 +137,10 @@ class _Fit:
         converted = made_lora(stay, names, self.base, self.asked, self.limit) if names else {}
         kept = {name: Fitted(delta=delta, norm=size_of(delta), error=0.0, optimal=0.0) for name, delta in stay.items()}
         touch = any(True for _ in self._of("bake"))
-        fitted = levelled({**kept, **converted}, self.target, max_rank=self.limit, touch=touch)
-        own = _own_names(self.source, self.settled) if self.target.format in _IN_MEMORY else {}
+        joined = self._joined({**kept, **converted})
+        fitted = levelled({**kept, **converted, **joined}, self.target, max_rank=self.limit, touch=touch)
+        memory = self.target.format in _IN_MEMORY
+        own = own_names(self.source, self.settled, joined) if memory else placed(self.settled, self.target)
         self.fitted = {own.get(name, name): one for name, one in fitted.items()}
         self.settled = replace(self.settled, deltas={own.get(name, name): delta for name, delta in self.settled.items()})
         deltas = {name: one.delta for name, one in self.fitted.items()}
@@ -136,6 +148,12 @@ class _Fit:
 
     def _of(self, what: str) -> Iterable[Strike]:
         return (one for one in self.struck if one.rule.fit == what)
+
+    def _joined(self, fitted: Mapping[str, Fitted]) -> dict[str, Fitted]:
+        """LoRA of zeros on what the target joins to modules that have LoRA."""
+        there = {name: one.delta for name, one in fitted.items() if isinstance(one.delta, LowRank)}
+        self.beside = zeros(self._of("beside"), there, self.base)
+        return {name: Fitted(delta=low, norm=0.0, error=0.0, optimal=0.0) for name, low in self.beside.items()}
 
     def _holds(self, name: str) -> bool:
         return name in self.settled or name in self.settled.passengers
@@ -149,21 +167,25 @@ class _Fit:
 
     def _refuse(self) -> None:
         found = {(one.place, one.rule.id): one for one in self._of("none")}
-        raise_all(map(_refused, found.values()))
+        other = [one for one in found.values() if one.rule.when == "network" and one.place == WHOLE]
+        raise_all(map(_refused, other or found.values()))
 
     def encoded(self) -> Container:
         """The files: the source's own, byte for byte, where nothing had to change."""
         path = self.source.path
-        changed = self.struck or any(self.made[name] is not self.settled[name] for name in self.made)
+        changed = self.struck or self.anew or any(self.made[name] is not self.settled[name] for name in self.made)
         if not changed and path is not None and path.suffix == ".safetensors":
             return replace(open_container(path), name=path.name)
-        own = self.source.format in self.target.reads and not any(True for _ in self._of("write"))
+        raise_all(_unknown(name) for name, delta in self.made.items() if delta.kind == "parameter")
+        own = self.source.format in self.target.reads and not self.anew
         written = [row.name for row in FORMATS if row.encode]
-        return encode(self.made, self.source.format if own and self.source.format in written else self.target.format)
+        if own and self.source.format in written:
+            return encode(self.made, self.source.format)
+        return encoded_for(self.made, self.target)
 
     def prove(self, place: Path) -> None:
         """Look at what was written as `check` does. Raises NotExpressible for what is still lost, so that nothing appears."""
-        left = _lost(load(place), self.target, None)
+        left = lost(load(place), self.target, None)
         raise_all(map(_refused, left))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -176,6 +198,9 @@ class _Fit:
             many = f"{len(self.apart)} tensors" if len(self.apart) > 1 else "a tensor"
             what = f"{many} that {self.target.title} does not load with an adapter: in {saved}"
             told.append(f"{what}, to be merged into the base that it runs on: loratools merge BASE {saved} -o MERGED")
+        if self.beside:
+            many = f"{len(self.beside)} modules have" if len(self.beside) > 1 else "a module has"
+            told.append(f"{many} LoRA of zeros, which {self.target.title} joins to LoRA beside it: {', '.join(self.beside)}")
         noted = strikes(subject_of(replace(self.made, path=None), self.target, None), self.target)
         return told + list(dict.fromkeys(one.rule.reason for one in noted if one.rule.loses == "note"))
 
@@ -184,16 +209,9 @@ _IN_MEMORY = ("peft", "mlx")  # formats whose runtimes look for the names that a
 _INSTEAD = "merge it into the base, and serve that"
 
 
+def _unknown(name: str) -> UnsupportedError:
+    return UnsupportedError("LoRA of a parameter, whose experts and shape only the base tells", tensor=name, remedy="give --base")
+
+
 def _refused(one: Strike) -> NotExpressible:
-    return NotExpressible(one.rule.reason.rstrip("."), tensor=one.place, found=one.found, remedy=_INSTEAD)
-
-
-def _lost(adapter: Adapter, target: Target, base: Base | None) -> list[Strike]:
-    return [one for one in strikes(subject_of(adapter, target, base), target) if one.rule.loses != "note"]
-
-
-def _own_names(source: Adapter, resolved: Adapter) -> dict[str, str]:
-    """The adapter's own name by the base's, where each is the other with a prefix more or less; flat names keep the base's dots."""
-    pairs = list(zip(source, resolved, strict=False))
-    alike = len(source) == len(resolved) and all(one.endswith(other) or other.endswith(one) for one, other in pairs)
-    return {} if source.flat or not alike else {name: own for own, name in pairs}
+    return NotExpressible(one.rule.reason.rstrip("."), tensor=one.place, found=one.found, remedy=one.rule.remedy or _INSTEAD)

@@ -12,15 +12,17 @@ from loratools.cli import run
 from loratools.cli._checked import checked
 from loratools.formats import save
 from loratools.workflows.check import check
-from tests.workflows._adapters import MADE, base, folder
+from loratools.workflows.targets import target_of
+from tests.workflows._adapters import MADE, base, folder, of
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "spec" / "check.schema.json").read_text())
 
 
 def test_a_clean_adapter_is_exit_0_in_two_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(tmp_path / "a")
+    rules = sum(rule.loses != "note" for rule in target_of("vllm").rules)
     assert run(["check", str(path), "--for", "vllm"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"adapter  {path}: 3 deltas, peft", "clean    vLLM takes all of it, by 13 rules"]
+    assert capsys.readouterr().out.splitlines() == [f"adapter  {path}: 3 deltas, peft", f"clean    vLLM takes all of it, by {rules} rules"]
 
 
 def test_what_is_lost_is_exit_1_and_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,10 +35,10 @@ def test_what_is_lost_is_exit_1_and_says_what_to_do(tmp_path: Path, capsys: pyte
         "",
         "mis-scales  SGLang scales by lora_alpha / r and does not read use_rslora.",
         "            model.layers.0.mlp.up_proj.weight: scaled by 2 instead of 2.828",
-        "            model.layers.0.self_attn.k_proj.weight: scaled by 2 instead of 2.828",
         "            model.layers.0.self_attn.q_proj.weight: scaled by 2 instead of 2.828",
+        "            model.layers.0.self_attn.v_proj.weight: scaled by 2 instead of 2.828",
         "            3 places: 100 % of ‖ΔW‖²",
-        "            read from sglang issue 40835, open in September 2026, python/sglang/srt/lora/lora.py",
+        "            read from sglang 0.5.23, python/sglang/srt/lora/lora.py: LoRAAdapter.__init__",
         "",
         f"remedy  loratools fit {path} -o OUT --for sglang",
     ]
@@ -64,8 +66,17 @@ def test_what_no_fit_repairs_is_told(tmp_path: Path) -> None:
     assert lines[-1] == "remedy  none that keeps it an adapter: merge it into the base with loratools merge, and run that"
 
 
+def test_another_model_than_the_runtime_has_is_told_with_those_that_have_it(tmp_path: Path) -> None:
+    save(of(), tmp_path / "a")
+    lines = checked(check(tmp_path / "a", "comfyui"), None)
+    assert "the whole adapter: a language model's modules, model.layers.0.mlp.up_proj.weight …" in "\n".join(lines)
+    assert lines[-1] == (
+        "remedy  ComfyUI runs no model of this kind; for a language model: --for peft, vllm, sglang, llama.cpp or mlx"
+    )
+
+
 def test_a_narrow_terminal_gets_no_line_wider_than_itself(tmp_path: Path) -> None:
-    path = folder(tmp_path / "a", use_rslora=True, alpha_pattern={"k_proj": 16})
+    path = folder(tmp_path / "a", use_rslora=True, alpha_pattern={"v_proj": 16})
     found = check(path, "sglang") | {"path": "a"}
     assert max(map(len, checked(found, 60))) <= 60
 
@@ -73,7 +84,7 @@ def test_a_narrow_terminal_gets_no_line_wider_than_itself(tmp_path: Path) -> Non
 def test_refusals_come_before_what_is_ignored_and_mis_scaled(tmp_path: Path) -> None:
     save(MADE["saved"](), tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True, "alpha_pattern": {"k_proj": 16}}))
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True, "alpha_pattern": {"v_proj": 16}}))
     lines = checked(check(tmp_path / "a", "sglang"), None)
     verbs = [line.split()[0] for line in lines if line.startswith(("refuses", "ignores", "mis-scales"))]
     assert verbs == ["refuses", "ignores", "mis-scales"]

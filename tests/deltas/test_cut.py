@@ -128,6 +128,9 @@ def test_changes_of_stretches_are_one_where_there_is_one() -> None:
     torch.testing.assert_close(changed(found, 0 * W), torch.cat(rows), rtol=1e-14, atol=1e-14)
     kept = joined([Part(delta=q, start=0, stop=2), Part(delta=Full(diff=to_ref(torch.ones(4, 4))), start=2, stop=6)])
     assert isinstance(kept, Joined) and restacked(kept, 6) is kept and restacked(q, 2) is q
+    lone = restacked(Part(delta=q, start=1, stop=3), 6)
+    assert isinstance(lone, LowRank) and lone.shape()[0] == 6
+    assert not read_tensor(lone.B)[[0, 3, 4, 5]].any() and torch.equal(read_tensor(lone.B)[1:3], read_tensor(q.B))
 
 
 def test_the_alpha_of_a_scaling() -> None:

@@ -1,9 +1,10 @@
-"""What each format can say of each kind of change on each kind of layer: rows and columns of the matrix in spec/formats/README.md."""
+"""Kinds of change and kinds of layer with random numbers, the rows of the matrix in spec/formats/README.md; and what is the same change."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.adjoined import Adjoined
 from loratools.deltas.base import Delta
 from loratools.deltas.butterfly import Butterfly
-from loratools.deltas.compose import Stacked
+from loratools.deltas.compose import Part, Stacked
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import Unsettled, WherePresent
@@ -23,9 +24,7 @@ from loratools.deltas.padded import Padded
 from loratools.deltas.rotated import Rotated
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
-from loratools.errors import Faults, LoratoolsError, NotExpressible
-from loratools.formats import FORMATS, Format, encode
-from loratools.formats.base import Container, ReadOptions
+from loratools.formats.base import Container
 from loratools.refs import Ref, Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.strategies import randn
@@ -35,15 +34,19 @@ OUT, IN, RANK, MANY = 6, 4, 2, 10
 
 @dataclass(frozen=True)
 class Draw:
-    """Random tensors of one dtype, each another."""
+    """Random tensors of one dtype, each another; of LoRA the alpha, or the scaling where files have none but one."""
 
     seed: int = 0
     dtype: torch.dtype = torch.float32
     count: list[int] = field(default_factory=list)
+    scaling: float | None = None
 
     def __call__(self, *shape: int, scale: float = 1.0, about: float = 0.0) -> Ref:
         self.count.append(1)
         return to_ref((about + scale * randn(*shape, seed=self.seed + len(self.count))).to(self.dtype))
+
+    def alpha(self, rank: int, *, rslora: bool = False) -> float:
+        return 3.0 if self.scaling is None else self.scaling * (math.sqrt(rank) if rslora else rank)
 
 
 # -- layers: what follows a module's path, the weight's shape, and how a low-rank change of it lies
@@ -57,12 +60,32 @@ LAYERS: dict[str, tuple[str, str, tuple[int, ...], str]] = {
     "norm": ("norm", "weight", (OUT,), ""),
     "bias": ("q_proj", "bias", (OUT,), ""),
     "stack of experts": ("experts", "weight", (3, OUT, IN), ""),
+    "experts, one by one": ("experts.0.w1", "weight", (OUT, IN), "linear"),
+    "output head": ("lm_head", "weight", (MANY, IN), "linear"),
+    "fused q, k and v": ("qkv_proj", "weight", (3 * IN, IN), "linear"),
+    "fused q, k, v and MLP": ("linear1", "weight", (3 * IN + OUT, IN), "linear"),
 }
 
 
-def low(draw: Draw, layer: str, alpha: float = 3.0, rank: int = RANK, **more: bool) -> LowRank:
+def low(draw: Draw, layer: str, alpha: float | None = None, rank: int = RANK, *, rslora: bool = False) -> LowRank:
     _, _, shape, lies = LAYERS[layer]
-    return LowRank(A=draw(rank, *shape[1:]), B=draw(shape[0], rank), alpha=alpha, layer=lies, **more)
+    alpha = draw.alpha(rank, rslora=rslora) if alpha is None else alpha
+    return LowRank(A=draw(rank, *shape[1:]), B=draw(shape[0], rank), alpha=alpha, rslora=rslora, layer=lies)
+
+
+def slots(draw: Draw, layer: str, held: str = "qkv") -> LowRank:
+    """Of a fused weight the change of those slots, each with factors of its own: B's columns are theirs block by block."""
+    rank, rows = RANK * len(held), LAYERS[layer][2][0] // 3
+    B = torch.zeros(3 * rows, rank, dtype=draw.dtype)
+    for place, slot in enumerate(held):
+        start = rows * "qkv".index(slot)
+        B[start : start + rows, RANK * place : RANK * (place + 1)] = read_tensor(draw(rows, RANK))
+    return LowRank(A=draw(rank, IN), B=to_ref(B), alpha=draw.alpha(rank), layer="linear")
+
+
+def part(draw: Draw, layer: str) -> Part:
+    """q, k and v of a weight that has more rows below theirs."""
+    return Part(delta=low(draw, "fused q, k and v"), start=0, stop=3 * IN)
 
 
 def dora(draw: Draw, layer: str, axis: int) -> DoRA:
@@ -124,12 +147,19 @@ def near_one(draw: Draw, size: int) -> Ref:
 
 Make = Callable[[Draw, str], Delta]
 WEIGHTS = ("linear", "convolution 1×1", "convolution 3×3")
+FUSED = ("fused q, k and v",)
 KINDS: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "LoRA": (low, (*WEIGHTS, "embedding", "Conv1D, stored (in, out)")),
+    "LoRA": (
+        low,
+        (*WEIGHTS, "embedding", "Conv1D, stored (in, out)", "output head", "experts, one by one", *FUSED, "fused q, k, v and MLP"),
+    ),
+    "LoRA of q, of k and of v": (slots, FUSED),
+    "LoRA of q and of v": (lambda draw, layer: slots(draw, layer, "qv"), FUSED),
+    "LoRA of its first rows": (part, ("fused q, k, v and MLP",)),
     "rsLoRA": (lambda draw, layer: low(draw, layer, rslora=True), WEIGHTS[::2]),
     "DoRA, a magnitude for each output": (
         lambda draw, layer: dora(draw, layer, 1 if LAYERS[layer][3] in ("embedding", "transposed") else 0),
-        (*WEIGHTS, "embedding", "Conv1D, stored (in, out)"),
+        (*WEIGHTS, "embedding", "Conv1D, stored (in, out)", *FUSED),
     ),
     "DoRA, a magnitude for each input": (lambda draw, layer: dora(draw, layer, 1), WEIGHTS[::2]),
     "LoRA of each member": (lambda draw, layer: Stacked(members=tuple(low(draw, "linear") for _ in range(3))), ("stack of experts",)),
@@ -147,85 +177,28 @@ KINDS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "(IA)³ of inputs": (lambda draw, layer: Scaled(l=near_one(draw, IN), axis=1), WEIGHTS[:1]),
     "(IA)³ told from 1": (lambda draw, layer: Scaled(l=near_one(draw, IN), axis=1, offset=1.0), WEIGHTS[:1]),
     "difference": (lambda draw, layer: Full(diff=draw(*LAYERS[layer][2])), (*WEIGHTS, "embedding", "norm", "bias")),
-    "replacement": (lambda draw, layer: Replacement(value=draw(*LAYERS[layer][2])), ("linear", "embedding", "norm")),
+    "replacement": (lambda draw, layer: Replacement(value=draw(*LAYERS[layer][2])), ("linear", "embedding", "norm", "output head")),
 }  # fmt: skip
 ROWS = [(kind, layer) for kind, (_, layers) in KINDS.items() for layer in layers]
 
 
-# -- formats: the paths that modules have in each, where "model.layers.0." is not one
+# -- whether two adapters, and two files, are the same
 
 
-TOLD = ReadOptions(embeddings=("*embed_tokens*",), transposed=("*c_attn*",), scratch_dora="merged")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a format's modules lie, whether its names are flat, and what a reader has to be told."""
-
-    root: str = "model.layers.0."
-    flat: bool = False
-    options: ReadOptions = TOLD
-
-
-PLACES: Mapping[str, Place] = {
-    "kohya": Place("lora_unet_mid_block_0_", flat=True), "comfyui": Place("diffusion_model.blocks.0."),
-    "diffusers": Place("unet.mid_block.0."),
-}  # fmt: skip
-
-
-def adapter_of(kind: str, layer: str, format: str, draw: Draw | None = None) -> Adapter:
-    """One change of one layer, under a name that the format has."""
-    place = PLACES.get(format, Place())
-    module, leaf, _, _ = LAYERS[layer]
-    deltas = {f"{place.root}{module}.{leaf}": KINDS[kind][0](draw or Draw(), layer)}
-    if leaf == "bias":
-        deltas[f"{place.root}{module}.weight"] = low(draw or Draw(), "linear", alpha=2.0)  # scaling 1, as the bias's
-    return Adapter(deltas, flat=place.flat)
-
-
-def row_of(name: str) -> Format:
-    return next(row for row in FORMATS if row.name == name)
-
-
-def options_of(format: str) -> ReadOptions:
-    return PLACES.get(format, Place()).options
-
-
-def cell(kind: str, layer: str, format: str) -> str:
-    """"yes", or "no: " and why, by encoding and decoding; anything else is an error."""
-    adapter, row, options = adapter_of(kind, layer, format), row_of(format), options_of(format)
-    try:
-        written = encode(adapter, format)
-    except LoratoolsError as error:
-        return f"no: {reason(error)}"
-    assert [one.name for one in FORMATS if one.detect(written)] == [format]
-    once = row.decode(written, options)
-    check_same(adapter, once)
-    again = encode(once, format)
-    check_same(once, row.decode(again, options))
-    check_alike(written, again)
-    return "yes"
-
-
-def reason(error: LoratoolsError) -> str:
-    """What is not expressible and the way out; it must name the tensor."""
-    first = error.errors[0] if isinstance(error, Faults) else error
-    assert isinstance(first, NotExpressible), first
-    assert first.tensor and first.remedy, f"names no tensor, or no way: {first}"
-    return f"{first.fact}; {first.remedy}"
-
-
-def check_same(one: Adapter, other: Adapter) -> None:
-    """The same names, kinds, scalings and bytes of tensors, however they are turned or shaped."""
+def check_same(one: Adapter, other: Adapter, *, narrow: bool = False) -> None:
+    """The same names, kinds, scalings and bytes of tensors, however they are turned or shaped; `narrow` scalings are of a float32 alpha."""
     assert set(one) == set(other)
     for name, delta in one.items():
         found = other[name]
-        assert (found.kind, told(found)) == (delta.kind, told(delta)), name
+        assert (found.kind, told(found, narrow=narrow)) == (delta.kind, told(delta, narrow=narrow)), name
         assert contents(found) == contents(delta), name
 
 
-def told(delta: Delta) -> dict[str, object]:
-    return {key: value for key, value in delta.facts().items() if key != "alpha"}
+def told(delta: Delta, *, narrow: bool = False) -> dict[str, object]:
+    facts = delta.facts()
+    if narrow:
+        facts["scaling"] = float(torch.tensor(facts["scaling"] * facts["rank"], dtype=torch.float32)) / facts["rank"]
+    return {key: value for key, value in facts.items() if key != "alpha"}
 
 
 def contents(delta: Delta) -> Counter[bytes]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loratools import merge
+from loratools import convert, merge
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError
 from loratools.formats import load
@@ -63,3 +63,56 @@ def test_faults(tmp_path: Path, tensors: dict[str, Tensor], text: str) -> None:
     with pytest.raises((FormatError, LoratoolsError)) as caught:
         load(tmp_path / "a.safetensors")
     assert text in str(caught.value)
+
+
+SCALE = "double_blocks.0.img_attn.norm.query_norm.scale"
+
+
+@pytest.mark.parametrize("suffix", ["diff", "set_weight"])
+@pytest.mark.parametrize("root", ["", "model.diffusion_model."])
+def test_a_bare_parameter(tmp_path: Path, root: str, suffix: str) -> None:
+    """A Flux control LoRA's norms, which are no module's weight: merged, and written again under the same key."""
+    value = randn(4, seed=1)
+    save_file({f"diffusion_model.{SCALE}.{suffix}": value}, tmp_path / "a.safetensors")
+    before = {f"{root}{SCALE}": torch.ones(4), f"{root}img_in.weight": randn(4, 4, seed=2)}
+    save_file(before, tmp_path / "base.safetensors")
+    merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    after = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(after[f"{root}{SCALE}"], value if suffix == "set_weight" else (1 + value.double()).float())
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", format="comfyui", base=tmp_path / "base.safetensors")
+    written = "w_norm" if suffix == "diff" else suffix  # one word of ComfyUI's for another
+    assert set(load_file(tmp_path / "b.safetensors")) == {f"diffusion_model.{SCALE}.{written}"}
+
+
+def test_a_control_lora_of_bfl(tmp_path: Path) -> None:
+    """No root, biases as LoRA's, whole scales of norms, and an input that grows: as ComfyUI's `convert_lora_bfl_control` has it."""
+    attention = "double_blocks.0.img_attn"
+    A, B, wide = randn(2, 4, seed=1), randn(12, 2, seed=2), randn(2, 6, seed=3)
+    tensors = {
+        f"{attention}.qkv.lora_A.weight": A, f"{attention}.qkv.lora_B.weight": B, f"{attention}.qkv.lora_B.bias": randn(12, seed=4),
+        f"{attention}.norm.query_norm.scale": randn(4, seed=5), "img_in.lora_A.weight": wide, "img_in.lora_B.weight": randn(4, 2, seed=6),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    before = {
+        f"{attention}.qkv.weight": randn(12, 4, seed=7), f"{attention}.qkv.bias": randn(12, seed=8), "img_in.weight": randn(4, 3, seed=9),
+        f"{attention}.norm.query_norm.scale": torch.ones(4),
+    }  # fmt: skip
+    save_file(before, tmp_path / "base.safetensors")
+    merge(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    after = {name: value.double() for name, value in load_file(tmp_path / "out.safetensors").items()}
+    grown = torch.cat([before["img_in.weight"], torch.zeros(4, 3)], 1).double()
+    expected = {
+        f"{attention}.qkv.weight": before[f"{attention}.qkv.weight"].double() + B.double() @ A.double(),
+        f"{attention}.qkv.bias": before[f"{attention}.qkv.bias"].double() + tensors[f"{attention}.qkv.lora_B.bias"].double(),
+        "img_in.weight": grown + tensors["img_in.lora_B.weight"].double() @ wide.double(),
+        f"{attention}.norm.query_norm.scale": tensors[f"{attention}.norm.query_norm.scale"].double(),
+    }  # fmt: skip
+    assert set(after) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-6, atol=1e-6)  # rounded to float32
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", format="comfyui", base=tmp_path / "base.safetensors")
+    merge(tmp_path / "base.safetensors", tmp_path / "b.safetensors", tmp_path / "again.safetensors")
+    assert all(torch.equal(value, after[name].float()) for name, value in load_file(tmp_path / "again.safetensors").items())
+    save_file(tensors | {f"{attention}.x": A.clone()}, tmp_path / "c.safetensors")
+    with pytest.raises(FormatError, match=rf"{attention}\.x: no tensor of this family"):
+        load(tmp_path / "c.safetensors")

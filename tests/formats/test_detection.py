@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import loratools.formats as formats
 from loratools.errors import FormatError, UnsupportedError
@@ -18,7 +19,7 @@ from loratools.gguffile import write_gguf
 from loratools.tensors import to_ref
 from tests.files import write_adapter
 from tests.formats.adapters import SMALL
-from tests.formats.keytables import TABLES, container
+from tests.formats.keytables import SPELT, TABLES, container, spelt
 from tests.strategies import randn
 
 DATA = Path(__file__).parent.parent / "data"
@@ -31,22 +32,6 @@ REAL = {
     "cloneofsimo/lora_disney_inpainting.safetensors": "cloneofsimo", "mlx": "mlx", "sam_lora/lora_rank2.safetensors": "samlora",
     "peft_clip_text_encoder": "peft", "peft_convnext": "peft", "loralib/roberta_base_lora_mnli.bin": "loralib",
 }  # fmt: skip
-
-
-# keys of formats whose names are of one network's modules
-SPELT = {
-    "torchtune": ("layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"),
-    "litgpt": ("transformer.h.0.attn.qkv.lora_A", "transformer.h.0.attn.qkv.lora_B"),
-    "nemo": ("decoder.layers.0.mlp.linear_fc2.adapter.linear_in.weight", "decoder.layers.0.mlp.linear_fc2.adapter.linear_out.weight"),
-    "nemo canonical": (
-        "module.decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_in.weight",
-        "module.decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_out.weight",
-    ),
-    "nemo 1": (
-        "model.language_model.encoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight",
-        "model.language_model.encoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_out.weight",
-    ),
-}
 
 
 def claims(found: Container) -> list[str]:
@@ -64,10 +49,24 @@ def test_real_files(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPELT)
-def test_keys_of_known_networks(name: str) -> None:
-    keys = SPELT[name]
-    assert claims(Container({key: to_ref(torch.ones(2, 2)) for key in keys})) == [name.partition(" ")[0]]
-    assert name.startswith("nemo") == all(re.fullmatch(LOOKS["nemo"], key) for key in keys)
+def test_keys_by_rule(name: str) -> None:
+    """Whichever of a file's keys come first, and all of them look like the format's."""
+    found, format = spelt(name), name.partition(" ")[0]
+    assert claims(found) == [format]
+    assert [key for key in found.tensors if not re.fullmatch(LOOKS[format], key)] == []
+
+
+def test_a_table_of_each_format() -> None:
+    """Those that are not by rule are recorded or real; TensorRT-LLM's is no table, and loratools' keys are any."""
+    told = {name.partition(" ")[0] for name in SPELT} | set(EXPECTED.values()) | set(REAL.values())
+    assert told == {row.name for row in FORMATS} - {"trtllm", "loratools"}
+    assert set(LOOKS) == {row.name for row in FORMATS} - {"loratools"}
+
+
+def test_a_head_alone_is_litgpt_s_beside_its_hyperparameters() -> None:
+    pair = {f"lm_head.lora_{side}": to_ref(torch.ones(2, 2)) for side in "AB"}
+    assert claims(Container(pair)) == ["loralib"]
+    assert claims(Container(pair, beside={"hyperparameters.yaml": {"lora_r": 2}})) == ["litgpt"]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -109,6 +108,21 @@ UNKNOWN = {
         {"h.0.lora_b": (2, 4), "x.lora.A": (4, 2), "y.lora.A": (4, 2)},
         "nearest scratch (2 of 3 keys), mlx (1 of 3 keys); scratch needs lora.A and lora.B of a module; mlx needs MLX's",
     ),
+    "half of torchtune's": (
+        {"layers.0.mlp.w1.lora_b.weight": (2, 4)}, "nearest torchtune (1 of 1 keys); torchtune needs lora_a.weight of a module",
+    ),
+    "half of litgpt's": (
+        {"transformer.h.0.mlp.proj.lora_B": (2, 4)},
+        "litgpt (1 of 1 keys); loralib needs lora_A and lora_B of a module; litgpt needs lora_A of a module that litgpt's network has",
+    ),
+    "GGUF's names in another file": (
+        {"blk.0.attn_q.weight.lora_a": (2, 4), "blk.0.attn_q.weight.lora_b": (4, 2)},
+        "gguf (2 of 2 keys); mlx needs MLX's adapter_config.json beside it; gguf needs a .gguf file, whose fields tell the architecture",
+    ),
+    "TensorRT-LLM's arrays": (
+        {"lora_config": (1, 3), "lora_weights": (1, 8)},
+        "nearest trtllm (2 of 2 keys); trtllm needs the adapter that it was made of: it has neither names nor shapes",
+    ),
     "none": ({"blocks.0.mystery": (2, 2)}, "is it a checkpoint, or an adapter of another program?"),
 }  # fmt: skip
 
@@ -121,6 +135,24 @@ def test_the_formats_that_an_unknown_file_comes_near_to(tmp_path: Path, case: st
         load(folder / "adapter_model.safetensors")
     assert said in str(caught.value)
     assert next(iter(sorted(shapes))) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.ti.pt", "learned_embeds.bin", "emb.safetensors"])
+def test_a_textual_inversion_alone_is_told_what_it_is(tmp_path: Path, name: str) -> None:
+    tensors = {"emb_params": randn(2, 4, seed=0)} if name.startswith("emb") else {"<s1>": randn(4, seed=0), "<s2>": randn(4, seed=1)}
+    save_file(tensors, tmp_path / name) if name.endswith("safetensors") else torch.save(tensors, tmp_path / name)
+    with pytest.raises(UnsupportedError) as caught:
+        load(tmp_path / name)
+    said = str(caught.value)
+    assert "a textual inversion: embeddings of tokens, which change no weight of a model" in said and next(iter(tensors)) in said
+    assert "\n" not in said and "load_textual_inversion" in said
+
+
+def test_a_textual_inversion_of_another_program(tmp_path: Path) -> None:
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": randn(2, 4, seed=0)}, "name": "cat"}, tmp_path / "x.pt")
+    with pytest.raises(UnsupportedError, match=r"a textual inversion: embeddings of tokens.*: found cat; load it") as caught:
+        load(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_file_is_told_by_its_first_keys(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from loratools import convert
 from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, NotExpressible, UnsupportedError
@@ -14,6 +16,7 @@ from loratools.formats import encode, load, save
 from loratools.formats.gguf_rows import halved, interleaved
 from loratools.gguffile import GGUFFile, write_gguf
 from loratools.tensors import read_tensor, to_ref
+from tests.files import write_checkpoint
 from tests.strategies import randn
 
 CONFIG = {"model_type": "llama", "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
@@ -62,5 +65,50 @@ def test_one_alpha() -> None:
     for alpha, message in ((3.0, "rescale --bake"), (0.0, "one alpha|0 stands")):
         with pytest.raises(NotExpressible, match=message):
             encode(Adapter({Q: low(), V: low(2, alpha)}, model=CONFIG), "gguf")
-    with pytest.raises(NotExpressible, match="give convert --base"):
+    with pytest.raises(NotExpressible, match=r"q_proj\.weight: .*give convert --base"):
         encode(Adapter({Q: low()}), "gguf")
+
+
+def test_an_alpha_that_float32_rounds_is_told(tmp_path: Path) -> None:
+    """rsLoRA's scaling alpha/√r is that of an alpha·√r, which GGUF holds in 32 bits."""
+    stabilised = LowRank(A=low(2).A, B=low(2).B, alpha=4.0, rslora=True, layer="linear")
+    made = encode(Adapter({Q: stabilised}, model=CONFIG), "gguf")
+    (note,) = made.notes
+    assert note.startswith(f"{Q}: GGUF holds alpha in float32: 5.65685424949238") and "a scaling off by a share of" in note
+    assert abs(made.fields["adapter.lora.alpha"] / (4.0 * 2**0.5) - 1) < 2**-24
+    assert encode(Adapter({Q: low()}, model=CONFIG), "gguf").notes == ()
+    write_checkpoint(tmp_path / "base", {Q: randn(8, 8, seed=3), V: randn(8, 8, seed=4)}, CONFIG)
+    save(Adapter({Q: stabilised}), tmp_path / "peft")
+    receipt = convert(tmp_path / "peft", tmp_path / "a.gguf", format="gguf", base=tmp_path / "base")
+    assert note in receipt["notes"]
+EXPERT = "model.layers.0.block_sparse_moe.experts.{}.w1.weight"
+MIXTRAL = {**CONFIG, "model_type": "mixtral", "num_local_experts": 2}
+REFUSED: dict[str, tuple[dict[str, LowRank], dict[str, object], str]] = {
+    "a model that is not known": ({Q: low()}, {"model_type": "bert"}, r"q_proj\.weight: a model_type .* found bert.*; --format peft"),
+    "another tensor": ({"model.layers.0.x.weight": low()}, CONFIG, r"x\.weight: not a tensor of llama .*; fit --for"),
+    "a convolution": (
+        {Q: LowRank(A=to_ref(randn(2, 8, 1, 1, seed=0)), B=to_ref(randn(8, 2, seed=1)), alpha=4.0, layer="conv")}, CONFIG,
+        r"q_proj\.weight: llama\.cpp has LoRA on matrices, and this is a convolution's; --format peft or loratools has it",
+    ),
+    "an expert that is not there": ({EXPERT.format(0): low()}, MIXTRAL, r"experts\.0\.w1\.weight: .*found none of expert 1; --format peft"),
+    "experts that differ": (
+        {EXPERT.format(0): low(), EXPERT.format(1): replace(low(), A=to_ref(randn(2, 8, seed=0, dtype=torch.float16)))}, MIXTRAL,
+        r"experts\.0\.w1\.weight: experts whose factors differ do not stack.*; resize --rank R --dtype float32",
+    ),
+    "how many experts": (
+        {EXPERT.format(0): low()}, {**CONFIG, "model_type": "mixtral"},
+        r"w1\.weight: an expert's LoRA, and the base's .*; give convert --base",
+    ),
+    "two names of one": (
+        {Q: low(), Q.replace("model.", "model.language_model.", 1): low()}, CONFIG,
+        r"two names of one .*found blk\.0\.attn_q\.weight; convert --base",
+    ),
+    "heads that nothing tells": ({Q: low()}, {"model_type": "llama"}, r"q_proj\.weight: llama\.cpp interleaves .*; give convert --base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_has_no_place_for(case: str) -> None:
+    deltas, model, said = REFUSED[case]
+    with pytest.raises(NotExpressible, match=said):
+        encode(Adapter(dict(deltas), model=model), "gguf")

@@ -12,10 +12,10 @@ import loratools
 from loratools.adapter import Adapter
 from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, ShapeError
-from loratools.formats import FORMATS
-from loratools.formats.base import Container, open_container
-from loratools.formats.litgpt import decode, encode
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, OptionError, ShapeError
+from loratools.formats import FORMATS, load, loralib, save
+from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.litgpt import decode, detect, encode
 from loratools.tensors import read_tensor, to_ref
 
 HEAD, GROUPS, SIZE, EMBD, RANK = 4, 2, 4, 16, 2
@@ -117,6 +117,23 @@ def test_what_nothing_tells() -> None:
         decode(container(state(on), (False, True, True)))
     with pytest.raises(FormatError, match="not a tensor litgpt writes"):
         decode(container({**state(on), "transformer.wte.weight": torch.ones(2, 2)}, on))
+
+
+def test_which_slots_are_enabled_by_an_option() -> None:
+    """Of the newer order it is enough; of the older one without a date it is not known how the rows of some slots lie."""
+    on = (True, False, True)
+    told = ReadOptions(alpha=3.0, enable_lora=on)
+    model = {"model_config.yaml": MODEL}
+    for module in ("qkv", "attn"):
+        tensors = {name: to_ref(tensor) for name, tensor in state(on, module).items()}
+        if module == "qkv":
+            assert bytes_of(decode(Container(tensors, beside=model), told)) == bytes_of(decode(container(state(on), on)))
+        else:
+            with pytest.raises(AmbiguousError, match=r"attn\.attn\.lora_A: how .* changed on 2024-02-05.*hyperparameters\.yaml"):
+                decode(Container(tensors, beside=model), told)
+    for asked, said in (((True, True), "a 1 or 0 for each of q, k and v"), ((True, True, False), "has them: 1,0,1")):
+        with pytest.raises(OptionError, match=f"--enable-lora: found .*{said}"):
+            decode(container(state(on), on), ReadOptions(enable_lora=asked))
 
 
 # -- the other families: (config's name, groups, q k v or the fused weight, other modules)
@@ -230,19 +247,54 @@ def low(rank: int = 2, alpha: float = 4.0) -> LowRank:
     return LowRank(A=to_ref(torch.ones(rank, EMBD)), B=to_ref(torch.ones(EMBD, rank)), alpha=alpha, layer="linear")
 
 
+def test_all_of_a_llama_is_written() -> None:
+    """Gate and up, fc_1 and fc_2, are two modules of each block, whose numbers are no layer's."""
+    sizes = {"self_attn.o": (EMBD, EMBD), "mlp.gate": (2 * EMBD, EMBD), "mlp.up": (2 * EMBD, EMBD), "mlp.down": (EMBD, 2 * EMBD)}
+    deltas = {
+        f"model.layers.{layer}.{name}_proj.weight": LowRank(
+            A=to_ref(torch.ones(2, into)), B=to_ref(torch.ones(out, 2)), alpha=4.0, layer="linear"
+        )
+        for layer in range(3) for name, (out, into) in sizes.items()
+    }  # fmt: skip
+    written = encode(Adapter(deltas, model={"model_type": "llama"}))
+    assert len(written.tensors) == 2 * 3 * 4 and written.beside["hyperparameters.yaml"]["lora_mlp"] is True
+    assert set(decode(written)) == set(deltas)
+    gates = {name: delta for name, delta in deltas.items() if "gate" in name}
+    alone = encode(Adapter(gates, model={"model_type": "llama"}))
+    assert detect(alone) and not loralib.detect(alone) and set(decode(alone)) == set(gates)
+
+
+def test_a_head_alone_is_known_by_what_lies_beside(tmp_path: Path) -> None:
+    save(Adapter({"lm_head.weight": low()}, model={"model_type": "llama"}), tmp_path / "a", format="litgpt")
+    assert list(load(tmp_path / "a")) == ["lm_head.weight"] and load(tmp_path / "a").format == "litgpt"
+    (tmp_path / "a" / "hyperparameters.yaml").unlink()
+    with pytest.raises(AmbiguousError, match="an argument of loralib's layers"):
+        load(tmp_path / "a")
+
+
 def test_what_it_cannot_say() -> None:
     o, down = "model.layers.{}.self_attn.o_proj.weight", "model.layers.{}.mlp.down_proj.weight"
     model = {"model_type": "llama"}
     cases: list[tuple[dict[str, LowRank | DoRA], str]] = [
         ({o.format(0): DoRA(direction=low(), magnitude=to_ref(torch.ones(EMBD, 1)))}, "litgpt has no DoRA; convert --kind lora --base"),
-        ({o.format(0): low(), down.format(0): low(3, 6.0)}, "one rank for all modules: resize --rank makes it one: found 3"),
-        ({o.format(0): low(), down.format(0): low(alpha=5.0)}, "one alpha for all modules: rescale --bake makes it one: found 5"),
-        ({o.format(0): low(), o.format(1): low(), down.format(0): low()}, "LoRA on the same modules of every block: found 2 attn.proj"),
+        ({o.format(0): low(), down.format(0): low(3, 6.0)}, "one rank for all modules: found 3.0, expected 2.0, as "),
+        ({o.format(0): low(), down.format(0): low(alpha=5.0)}, "one alpha for all modules: found 5.0"),
+        (
+            {o.format(0): low(), o.format(1): low(), down.format(0): low()},
+            r"layers\.0\.mlp\.down_proj\.weight: .*on the same modules of every block: found 2 attn\.proj.*--format peft has it",
+        ),
         ({"model.embed_tokens.weight": low()}, "litgpt has no LoRA on this tensor of a llama"),
     ]
     for deltas, said in cases:
         with pytest.raises(NotExpressible, match=said):
             encode(Adapter(dict(deltas), model=model))
+    bert = Adapter({o.format(0): low()}, model={"model_type": "bert"})
+    with pytest.raises(NotExpressible, match=r"o_proj\.weight: how litgpt names this model's modules is not known .*bert.*; --format peft"):
+        encode(bert)
+    heads = {**model, "num_attention_heads": 2, "hidden_size": EMBD}
+    slots = {f"model.layers.{layer}.self_attn.{slot}_proj.weight": low() for layer, slot in ((0, "q"), (0, "v"), (1, "q"))}
+    with pytest.raises(NotExpressible, match=r"layers\.1\.self_attn\.q_proj\.weight: litgpt has LoRA on the same modules of every block"):
+        encode(Adapter(slots, model=heads))
     with pytest.raises(NotExpressible, match="no low-rank change to write"):
         encode(Adapter({}, model=model))
     passenger = Adapter({o.format(0): low()}, passengers={"x": to_ref(torch.ones(1))}, model=model)

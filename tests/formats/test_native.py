@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Chain, Part, Stacked
+from loratools.deltas.cut import cut
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import Turned, TurnedAdditive, Unsettled, WherePresent
@@ -150,6 +151,17 @@ def test_views_of_one_tensor_are_one_where_they_are_alike(tmp_path: Path) -> Non
     assert sorted(open_container(tmp_path / "one.safetensors").tensors) == ["a/diff", "b/diff", "c/diff"]
 
 
+def test_rows_of_one_tensor_are_each_their_own(tmp_path: Path) -> None:
+    """q, k and v cut from a fused change are of one shape and one stored tensor, and no two of them the same."""
+    whole = LowRank(A=to_ref(randn(1, 3, seed=0)), B=to_ref(randn(6, 1, seed=1)), alpha=1.0, layer="linear")
+    parts = {f"{slot}.weight": cut(whole, 2 * place, 2 * place + 2) for place, slot in enumerate("qkv")}
+    save(Adapter(parts), tmp_path / "a.safetensors", format="loratools")
+    found = load(tmp_path / "a.safetensors")
+    B = whole.B.read()
+    assert [bytes(found[name].refs()["B"].read()) for name in parts] == [bytes(memoryview(B).cast("B")[i : i + 8]) for i in (0, 8, 16)]
+    assert len(open_container(tmp_path / "a.safetensors").tensors) == 4  # A is one for all
+
+
 def test_names_that_look_like_keys(tmp_path: Path) -> None:
     dora = DoRA(direction=low(), magnitude=to_ref(torch.ones(2, 1)))
     given = Adapter({"q": dora, "q/direction.A": Full(diff=vector(2)), "q/direction": low()})
@@ -178,9 +190,9 @@ def test_values_without_words_are_collected() -> None:
         encode(Adapter(bad), "loratools")
     told = str(raised.value).splitlines()
     assert told == [
-        "a: scale has a value that JSON has not: found nan",
-        "c: a kind of delta that is not loratools' own: found Own",
-        "d: scale has a value that JSON has not: found {1}",
+        "a: scale has a value that JSON has not: found nan; put a finite number in its place",
+        "c: a kind of delta that is not loratools' own: found Own; convert it first: --kind lora, or --kind dense",
+        "d: scale has a value that JSON has not: found {1}; put a finite number in its place",
     ]
     with pytest.raises(NotExpressible, match="not to be said in JSON"):
         encode(Adapter({"b": low()}, metadata={"x": Path()}), "loratools")

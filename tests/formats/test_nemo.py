@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from loratools.errors import (
 )
 from loratools.formats import FORMATS, _archive
 from loratools.formats.base import Container, ReadOptions, open_container
-from loratools.formats.nemo import decode, encode
+from loratools.formats.nemo import decode
+from loratools.formats.nemo_encode import encode
 from loratools.formats.nemo_files import run_config
 from loratools.tensors import read_tensor, to_ref
-from tests.files import write_checkpoint
+from tests.files import raw, write_checkpoint
 from tests.spoil import Evil
 
 HEADS, GROUPS, SIZE, HIDDEN, INNER, RANK = 4, 2, 4, 16, 24, 2
@@ -163,8 +165,27 @@ def test_a_magnitude_goes_with_its_rows() -> None:
         for slot, magnitude in slots(what, tensors[f"{module}.weight_magnitude"]).items():
             delta = adapter[f"model.layers.1.{LEAVES[slot]}.weight"]
             assert isinstance(delta, DoRA) and torch.equal(read_tensor(delta.magnitude).view(-1), magnitude)
-    with pytest.raises(NotExpressible, match="DoRA on fused weights alone, whose slots share a factor; convert --kind lora"):
-        encode(adapter)
+    back = encode(adapter)  # rows and magnitudes where they were, byte for byte
+    assert {key: bytes(ref.read()) for key, ref in back.tensors.items()} == {key: raw(tensor) for key, tensor in tensors.items()}
+    assert back.beside["run_config.yaml"]["peft"]["_target_"] == "megatron.bridge.peft.dora.DoRA"
+    assert back.beside["run_config.yaml"]["peft"]["target_modules"] == ["linear_qkv", "linear_fc1", "linear_proj", "linear_fc2"]
+    assert bytes_of(decode(back)) == bytes_of(adapter)
+
+
+def test_dora_that_it_cannot_say() -> None:
+    fact = "DoRA on fused weights alone, whose slots share a factor"
+    k, o = (f"model.layers.1.self_attn.{slot}_proj.weight" for slot in "ko")
+    adapter = decode(container(state(dora=True)))
+    other = replace(adapter[k], direction=replace(adapter[k].direction, A=to_ref(torch.ones(2, 16))))  # type: ignore[type-var, attr-defined]
+    for deltas, said in (
+        ({**adapter, k: other}, rf"k_proj\.weight: .*{fact}; convert --kind lora --base"),
+        ({name: delta for name, delta in adapter.items() if name != k}, rf"q_proj\.weight: .*{fact}: found none of k_proj; convert"),
+        ({**adapter, o: low()}, r"o_proj\.weight: Megatron-Bridge's DoRA is of all modules, and this is none; convert --kind dora"),
+    ):
+        with pytest.raises(NotExpressible, match=said):
+            encode(replace(adapter, deltas=deltas))
+    with pytest.raises(AmbiguousError, match=r"q_proj\.weight: where its rows lie depends on the model's heads"):
+        encode(replace(adapter, model={"model_type": "llama"}))
 
 
 def again(first: Adapter, tmp_path: Path) -> Adapter:
@@ -404,9 +425,9 @@ def test_what_it_cannot_say(tmp_path: Path) -> None:
     assert set(encode(Adapter({one: low()})).tensors) == {
         f"decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_{side}.weight" for side in ("in", "out")
     }
-    with pytest.raises(NotExpressible, match="one rank for all modules: resize --rank"):
+    with pytest.raises(NotExpressible, match=r"one rank for all modules: .*; resize --rank"):
         encode(Adapter({one: low(), other: low(3, 6.0)}))
-    with pytest.raises(NotExpressible, match="one alpha for all modules: rescale --bake"):
+    with pytest.raises(NotExpressible, match=r"one alpha for all modules: .*; rescale --bake"):
         encode(Adapter({one: low(), other: low(alpha=5.0)}))
     with pytest.raises(NotExpressible, match="nemo has no LoRA on this tensor"):
         encode(Adapter({"model.layers.0.mlp.experts.0.w1.weight": low()}))

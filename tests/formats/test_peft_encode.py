@@ -197,11 +197,9 @@ INEXPRESSIBLE: dict[str, dict[str, Delta]] = {
     "DoRA beside LoRA": {"a.weight": DoRA(direction=lora(), magnitude=ref(4, 1)), "b.weight": lora()},
     "DoRA over a full difference": {"a.weight": DoRA(direction=Full(diff=ref(4, 3)), magnitude=ref(4, 1))},
     "a full difference": {"a.weight": Full(diff=ref(4, 3))},
-    "a bias without LoRA": {"a.bias": Full(diff=ref(4))},
     "a bias of one module only": {"a.weight": lora(), "a.bias": Full(diff=ref(4), scale=4.0), "b.weight": lora()},
     "a bias of another scale": {"a.weight": lora(), "a.bias": Full(diff=ref(4), scale=3.0)},
     "a part": {"a.weight": Part(delta=lora(), start=0, stop=4)},
-    "LoRA on a parameter that is no weight": {"a.kernel": lora()},
 }
 
 

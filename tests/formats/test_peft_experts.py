@@ -114,13 +114,6 @@ def test_an_adapters_name_behind_the_marker(tmp_path: Path) -> None:
     assert set(found) == {f"{M}.gate_up_proj", f"{M}.down_proj"}
 
 
-def test_it_cannot_be_written(tmp_path: Path) -> None:
-    from loratools.formats import encode
-
-    with pytest.raises(LoratoolsError, match="peft's LoRA on parameters is read and merged, not written"):
-        encode(read(tmp_path, M), "peft")
-
-
 def test_the_packing_is_asked_for_where_unsloth_wrote_experts(tmp_path: Path) -> None:
     theirs = {"auto_mapping": {"unsloth_fixed": True}}
     with pytest.raises(LoratoolsError, match="Unsloth wrote it, whose versions pack the experts' B in two ways"):

@@ -11,8 +11,9 @@ import torch
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError
 from loratools.formats import load
 from loratools.formats.base import Container, ReadOptions
-from loratools.formats.peft_method import Method, Part, read
+from loratools.formats.peft_method import Method, read
 from loratools.formats.peft_methods import GONE, NOT_TOLD, NOT_WEIGHTS, method_of
+from loratools.formats.peft_part import Part
 from loratools.tensors import to_ref
 from tests.files import write_adapter
 

@@ -96,7 +96,7 @@ The formulas are those of [deltas.md](../deltas.md). A key is `base_model.model.
 expressions), or `base_model.` + a shared one. Layers are those that the tests compare with peft's own forward; `Conv1D` is transformers',
 whose weight is turned.
 
-{_table(("`peft_type`", "what it is", "tensors", "deltas", "layers"), _methods())}
+{_table(("`peft_type`", "what it is", "tensors", "deltas", "layers", "read", "written"), _methods())}
 
 Refused by name:
 
@@ -128,7 +128,8 @@ def _methods() -> Iterator[tuple[str, ...]]:
     for name, row in sorted(METHODS.items()):
         deltas, layers = seen().get(name, (set(), {}))
         shared = [f"`base_model.` {_expression(slot)}" for slot in row.shared]
-        yield f"`{name}`", row.title, ", ".join([*map(_expression, row.slots), *shared]), ", ".join(sorted(deltas)), ", ".join(layers)
+        slots, written = ", ".join([*map(_expression, row.slots), *shared]), "yes" if row.writing is not None else "no"
+        yield f"`{name}`", row.title, slots, ", ".join(sorted(deltas)), ", ".join(layers), "yes", written
 
 
 def _expression(slot: str) -> str:

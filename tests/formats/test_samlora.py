@@ -11,10 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools import convert, merge
+from loratools.adapter import Adapter
+from loratools.deltas.full import Full, Replacement
+from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, NotExpressible, ShapeError
 from loratools.formats import encode, load
 from loratools.formats.base import ReadOptions
 from loratools.refs import Spec
+from loratools.tensors import to_ref
 from tests.files import peft_config, raw, read_checkpoint, write_adapter, write_checkpoint
 from tests.strategies import randn
 
@@ -111,6 +115,54 @@ def test_round_trip_keeps_bytes(tmp_path: Path) -> None:
     convert(written(tmp_path, table), tmp_path / "peft", format="loratools", base=tmp_path / "base", alpha_in=2.0)
     again = encode(load(tmp_path / "peft"), "samlora").tensors
     assert {key: bytes(ref.read()) for key, ref in again.items()} == {key: raw(tensor) for key, tensor in table.items()}
+
+
+def test_queries_and_values_that_lie_apart_are_written_too(tmp_path: Path) -> None:
+    """Under a base of LoRA-ViT's own vision transformer they are two weights of each block."""
+    known: Any = {f"transformer.blocks.{b}.attn.proj_{side}.weight": Spec("F32", (DIM, DIM)) for b in range(BLOCKS) for side in "qkv"}
+    adapter = load(written(tmp_path, tensors())).resolve(known)
+    assert len(adapter) == 2 * BLOCKS
+    again = encode(adapter, "samlora").tensors
+    assert {key: bytes(ref.read()) for key, ref in again.items()} == {key: raw(tensor) for key, tensor in tensors().items()}
+
+
+def low(rank: int = RANK, rows: int = DIM, **more: Any) -> LowRank:
+    return LowRank(A=to_ref(torch.ones(rank, DIM)), B=to_ref(torch.ones(rows, rank)), alpha=more.pop("alpha", float(rank)), **more)
+
+
+NAME = "transformer.blocks.{}.attn.proj_{}.weight"
+QKV = "blocks.0.attn.qkv.weight"
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no values": (
+        {NAME.format(0, "q"): low()}, r"blocks\.0\.attn\.proj_q\.weight: queries and values of all .*found no values of block 0; .*peft",
+    ),
+    "a gap": (
+        {NAME.format(block, side): low() for block in (0, 2) for side in "qv"},
+        r"blocks\.0\.attn\.proj_v\.weight: queries and values of all .*found no queries of block 1",
+    ),
+    "two ranks": (
+        {NAME.format(block, side): low(1 + block) for block in (0, 1) for side in "qv"},
+        r"blocks\.1\.attn\.proj_q\.weight: one rank holds for all .*resize --rank makes it one",
+    ),
+    "two transformers": (
+        {f"{root}.{NAME.format(0, side)}": low() for root in "ab" for side in "qv"},
+        r"b\.transformer\.blocks\.0\.attn\.proj_q\.weight: blocks of a second transformer; write those of each to a file of its own",
+    ),
+    "a head alone": ({"head.weight": Replacement(value=to_ref(torch.ones(2, DIM)))}, r"head\.weight: .*none is changed; --format lora"),
+    "keys": ({NAME.format(0, "k"): low()}, r"proj_k\.weight: these files change the queries and values"),
+    "a scaling": ({NAME.format(0, "q"): low(alpha=5.0)}, r"proj_q\.weight: these files have no alpha.*found 2\.5; rescale --bake"),
+    "an embedding": ({NAME.format(0, "q"): low(layer="embedding")}, r"proj_q\.weight: no matrix stored \(out, in\)"),
+    "other rows": ({QKV: low(rows=2 * DIM)}, r"qkv\.weight: no fused query, key and value: found \[12, 6\]"),
+    "another kind": ({QKV: Full(diff=to_ref(torch.ones(18, 6)))}, r"qkv\.weight: these files cannot say .*--kind lora"),
+    "another tensor": ({"x.weight": Replacement(value=to_ref(torch.ones(2)))}, r"x\.weight: these files have a head's weight and SAM's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_these_files_cannot_say(case: str) -> None:
+    deltas, said = REFUSED[case]
+    with pytest.raises(NotExpressible, match=said):
+        encode(Adapter(deltas), "samlora")
 
 
 def test_a_change_of_the_whole_fused_weight(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ FAULTS: list[tuple[str, dict[str, Delta], str]] = [
     ("kohya", {"x.y.weight": LoKr(**CONV1D, scale=1.0, exchanged=True)}, "indices are exchanged"),
     ("kohya", {"x.y.weight": Full(diff=ref(6, 4, seed=0), scale=0.5)}, "a difference under a factor: found 0.5, expected 1"),
     ("kohya", {"x.y.weight": Scaled(l=to_ref(torch.tensor([1e-30])))}, "factors told from 0, which told from 1 no F64 holds exactly"),
-    ("kohya", {"x.y.weight": low(0, layer="embedding")}, "these files cannot say a LoRA delta (embedding)"),
+    ("kohya", {"x.y.weight": low(0, layer="embedding")}, "only as a whole difference; convert it first: --kind dense"),
     ("kohya", {"x.y.weight": Replacement(value=ref(6, 4, seed=0))}, "cannot say a replacement delta; --format comfyui"),
     ("kohya", {"x.y.gamma": low(0)}, "x.y.gamma: a LoRA delta of neither a weight nor a bias"),
     ("kohya", {"weight": low(0)}, "weight: a tensor of no module"),

@@ -78,8 +78,9 @@ def test_what_it_cannot_say(tmp_path: Path) -> None:
 
 def test_it_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.lora_weights.npy").write_bytes(b"")
-    with pytest.raises(UnsupportedError, match="names no tensors"):
-        loratools.load(tmp_path)
+    for path in (tmp_path, tmp_path / "model.lora_weights.npy"):
+        with pytest.raises(UnsupportedError, match=r"TensorRT-LLM's LoRA, which names no tensors.*; give the adapter it was made of"):
+            loratools.load(path)
     assert not detect(Container({}))
     with pytest.raises(UnsupportedError, match="is not read"):
         decode(Container({}))

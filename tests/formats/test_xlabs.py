@@ -11,8 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratools import merge
+from loratools.adapter import Adapter
+from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible
 from loratools.formats import encode, load
+from loratools.tensors import to_ref
 from tests.files import raw, read_checkpoint, write_checkpoint
 from tests.strategies import randn
 
@@ -67,6 +70,27 @@ def test_round_trip_keeps_bytes(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "lora.safetensors")
     again = encode(load(tmp_path / "lora.safetensors"), "xlabs")
     assert {key: bytes(ref.read()) for key, ref in again.tensors.items()} == {key: raw(tensor) for key, tensor in tensors().items()}
+
+
+def low(rows: int, into: int, **more: object) -> LowRank:
+    B = randn(rows, 2, seed=1)
+    B[int(str(more.pop("zero", rows))) :] = 0
+    return LowRank(A=to_ref(randn(2, into, seed=0)), B=to_ref(B), alpha=2.0, layer=str(more.get("layer", "linear")))
+
+
+def test_the_first_rows_of_linear1(tmp_path: Path) -> None:
+    """A change of all of its rows that leaves those of its MLP as they are is one of queries, keys and values."""
+    name = "single_blocks.1.linear1.weight"
+    whole = low(3 * DIM + MLP, DIM, zero=3 * DIM)
+    written = encode(Adapter({name: whole}), "xlabs").tensors["single_blocks.1.processor.qkv_lora.up.weight"]
+    assert written.spec.shape == (3 * DIM, 2) and bytes(written.read()) == bytes(whole.B.rows(0, 3 * DIM))
+    for other, said in (
+        (low(3 * DIM + MLP, DIM), r"linear1\.weight: of linear1 these files change .*found 18 rows, expected 12; --format comfyui has all"),
+        (low(2 * DIM, DIM), r"linear1\.weight: of linear1 .*found 8 rows, expected 12"),
+        (low(3 * DIM, DIM, layer="embedding"), r"these files have no LoRA of a weight that lies as embedding ones do; --format loratools"),
+    ):
+        with pytest.raises(NotExpressible, match=said):
+            encode(Adapter({name: other}), "xlabs")
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_magnitudes_of_inputs_cannot_be_cut(tmp_path: Path) -> None:
     assert not (tmp_path / "out2").exists()
 
 
-@pytest.mark.parametrize("root", ["conditioner.embedders.1.model", "cond_stage_model.model"])
+@pytest.mark.parametrize("root", ["conditioner.embedders.1.model", "conditioner.embedders.0.model", "cond_stage_model.model"])
 def test_text_encoders_of_single_files(tmp_path: Path, root: str) -> None:
     """OpenCLIP's names, q, k and v in one, under transformers' names, which kohya's files have."""
     transformers = pytest.importorskip("transformers")

@@ -31,7 +31,8 @@ from loratools.formats.base import Container
 from loratools.formats.kohya import decode
 from loratools.tensors import read_tensor, to_ref
 from tests.files import read_checkpoint, write_checkpoint
-from tests.formats.matrix import IN, KINDS, OUT, Draw, adapter_of
+from tests.formats.matrix import IN, KINDS, OUT, Draw
+from tests.formats.places import adapter_of
 
 # float32: sums of at most 100 products in orders of their own
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

@@ -14,18 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loratools import convert, merge
 from loratools.adapter import Adapter
 from loratools.errors import LoratoolsError
 from loratools.formats import encode
 from loratools.formats.base import write_container
-from loratools.formats.peft_methods import METHODS
 from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
-from tests.formats.matrix import IN, KINDS, LAYERS, MANY, OUT, ROWS, Draw, cell, low, options_of, row_of
+from tests.formats.cells import cell
+from tests.formats.matrix import IN, KINDS, LAYERS, MANY, OUT, ROWS, Draw, low
+from tests.formats.places import options_of, row_of
 from tests.formats.test_matrix import WRITTEN
-from tests.interop.methods import Case, all_cases
-from tests.interop.zoo import difference, merged_outputs, new_base, outputs
 from tests.strategies import randn
 
 ROOT = "blocks.0."
@@ -130,41 +128,3 @@ def test_loralib_loads_it_whole(layer: str, source: str) -> None:
     assert {key for key in model.state_dict() if "lora_" in key} == set(tensors)
     model.eval()
     torch.testing.assert_close(model.state_dict()[name_of(layer)], expected[name_of(layer)], **EXACT)
-
-
-# -- peft's other methods there and back
-
-METHOD_CASES = all_cases()
-
-
-def type_of(case: Case) -> str:
-    return str(case.config(**{"target_modules": list(case.layers), **case.settings}).peft_type.value)
-
-
-WRITABLE = {row for row in METHODS if METHODS[row].writing is not None}
-BACK = [name for name, case in METHOD_CASES.items() if type_of(case) in WRITABLE]
-
-
-@pytest.mark.filterwarnings("error:.*(missing|unexpected|Found missing).*")
-@pytest.mark.parametrize("based", [False, True], ids=["alone", "with its base"])
-@pytest.mark.parametrize("name", BACK)
-def test_a_method_there_and_back(tmp_path: Path, name: str, based: bool) -> None:
-    """What peft saved, read and written again: the same keys and bits, the same outputs in peft, and merged to the same bits."""
-    case = METHOD_CASES[name]
-    model = case.wrapped(tmp_path)
-    more = {"base": tmp_path / "base", "transposed": case.transposed} if based else {}
-    convert(tmp_path / "adapter", tmp_path / "back", format="peft", **more)
-    one, other = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "back"))
-    assert set(one) == set(other)
-    assert all(torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one)
-    again = PeftModel.from_pretrained(new_base(tmp_path / "fresh", torch.float32), tmp_path / "back").eval()
-    assert max(difference(outputs(again), outputs(model)).values()) == 0
-    for folder in ("adapter", "back"):
-        merge(tmp_path / "base", tmp_path / folder, tmp_path / f"merged-{folder}", transposed=case.transposed)
-    first, second = ((tmp_path / f"merged-{folder}" / "model.safetensors").read_bytes() for folder in ("adapter", "back"))
-    assert first == second
-    assert max(difference(merged_outputs(tmp_path / "merged-back"), outputs(model)).values()) <= case.tolerance
-
-
-def test_all_that_is_written_is_tried() -> None:
-    assert WRITABLE == {"LOHA", "LOKR", "IA3", "OFT", "BOFT"} == {type_of(METHOD_CASES[name]) for name in BACK}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from loratools.deltas.base import Delta
@@ -90,6 +91,58 @@ def test_a_transpose() -> None:
     placed, _ = bridge.place({name: given})
     found = placed[f"{root}.text_projection"]
     assert isinstance(found, LowRank) and torch.equal(dense(found), dense(given).T)
+
+
+SCALE = "double_blocks.0.img_attn.norm.query_norm.scale"
+
+
+@pytest.mark.parametrize("root", ["", "model.diffusion_model."])
+def test_a_bare_parameter_as_a_modules_weight(root: str) -> None:
+    """ComfyUI has `query_norm.scale.set_weight`, LyCORIS `query_norm.w_norm`; neither is said, for the tensor is the one they name."""
+    base = rooted(root[:-1], OWN) if root else OWN
+    for name in (f"diffusion_model.{SCALE}.weight", f"diffusion_model.{SCALE.removesuffix('.scale')}.weight"):
+        bridge = bridge_of([name], base, flat=False)
+        alias = f"{root}{name.removeprefix('diffusion_model.')}"
+        assert bridge.aliases[alias].stretches == (Stretch(f"{root}{SCALE}", 0, 4, True),) and bridge.said([alias]) == []
+    flat = bridge_of(["lora_unet_double_blocks_0_img_attn_norm_query_norm.weight"], base, flat=True)
+    assert set(flat.aliases) == {f"{root}{SCALE.removesuffix('.scale')}.weight"}
+    theirs = bridge_of([f"diffusion_model.{SCALE}.weight"], THEIRS, flat=False)
+    assert theirs.aliases[f"diffusion_model.{SCALE}.weight"].stretches[0].base == "transformer_blocks.0.attn.norm_q.weight"
+
+
+LAYER = "encoder.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("root", ["text_encoder", "cond_stage_model.transformer", ""])
+@pytest.mark.parametrize("theirs", ["", "text_model."])
+@pytest.mark.parametrize("mine", ["", "text_model."])
+def test_clip_of_transformers_5_in_memory_and_in_files(root: str, theirs: str, mine: str) -> None:
+    spec = Spec("F32", (4, 4))
+    base = {f"{root}.{theirs}{LAYER}" if root else theirs + LAYER: spec}
+    bridge = bridge_of([f"text_encoder.{mine}{LAYER}"], base, flat=False)
+    expected = f"text_encoder.{mine}{LAYER}" if root else mine + LAYER  # a prefix that all have is aligned behind this
+    assert expected in bridge.specs and set(bridge.place({expected: low(4)})[0]) == set(base)
+    flat = bridge_of([f"lora_te_{mine.replace('.', '_')}encoder_layers_0_self_attn_q_proj.weight"], base, flat=True)
+    assert list(flat.specs) == [f"{root}.{mine}{LAYER}" if root else mine + LAYER]
+    placed, faults = flat.place({next(iter(flat.specs)): low(4)})
+    assert list(placed) == list(base) and not faults
+
+
+def test_names_that_are_the_same_under_another_root() -> None:
+    """Of a network that is in no table, and beside a text encoder, so that no prefix is every name's."""
+    spec = Spec("F32", (4, 4))
+    base = {"model.diffusion_model.blocks.0.x.weight": spec, f"cond_stage_model.transformer.text_model.{LAYER}": spec}
+    names = ["transformer.blocks.0.x.weight", f"text_encoder.text_model.{LAYER}"]
+    bridge = bridge_of(names, base, flat=False)
+    assert set(bridge.specs) == set(names)
+    assert bridge.said(names) == ["names aligned: 2 of 2 are others in the base (they lie under another root)"]
+    placed, _ = bridge.place(dict.fromkeys(names, low(4)))
+    assert set(placed) == set(base)
+
+
+def test_a_weight_that_is_anothers_is_no_bare_parameter() -> None:
+    assert bridge_of(["x.weight"], {"x.weight": Spec("F32", (2,)), "x": Spec("F32", (2,))}, flat=False).aliases == {}
+    assert set(bridge_of(["x.weight"], {"x": Spec("F32", (2,))}, flat=False).aliases) == {"x.weight"}  # of a model that is in no table
 
 
 def test_other_roots_and_flat_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loratools.layouts.networks import Pair, networks, recognised
+from tests.layouts._models import BEYOND, RESHAPED
 
 diffusers = pytest.importorskip("diffusers")
 single_file = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -45,6 +47,8 @@ def originals(model: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, Pair]]:
     found = recognised(list(own))
     assert found is not None and found[1] == "diffusers"
     pairs = found[0].pairs(list(own), whole=True)
+    if found[0].name == "krea2":
+        own = {name: value for name, value in own.items() if not re.match(RESHAPED, name)}
     assert set(own) <= set(pairs.diffusers)
     used = {pair.original: pair for pair in (pairs.diffusers[name][0] for name in own)}
     made = {name: torch.cat([own[part] for part in pair.diffusers]) for name, pair in used.items()}
@@ -63,19 +67,33 @@ def test_unets(model: nn.Module) -> None:
     assert all(converted[pair.diffusers[0]] is made[name] for name, pair in used.items())
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+CONVERSIONS = {
+    "flux": "flux_transformer_checkpoint_to_diffusers", "sd3": "sd3_transformer_checkpoint_to_diffusers",
+    "hunyuan-video": "hunyuan_video_transformer_to_diffusers", "chroma": "chroma_transformer_checkpoint_to_diffusers",
+    "flux2": "flux2_transformer_checkpoint_to_diffusers", "wan": "wan_transformer_to_diffusers",
+    "z-image": "z_image_transformer_checkpoint_to_diffusers", "lumina2": "lumina2_to_diffusers",
+    "krea2": "krea2_transformer_checkpoint_to_diffusers", "cosmos2": "cosmos_transformer_checkpoint_to_diffusers",
+    "ltx": "ltx_transformer_checkpoint_to_diffusers", "auraflow": "auraflow_transformer_checkpoint_to_diffusers",
+    "sana": "sana_transformer_to_diffusers",
+}  # fmt: skip
+MODELS = {"flux": flux, "sd3": sd3, **BEYOND}
+# sizes that diffusers' conversions have in them, whatever the model's are
+FIXED = {("flux", "linear1"): 21504, ("hunyuan-video", "linear1"): 21504, ("chroma", "linear1"): 21504, ("lumina2", "qkv"): 3840}
+UNUSED = {"sana": ("pos_embed", "y_embedder.y_embedding")}  # what it takes out of a file
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
 def test_transformers(name: str) -> None:
-    model, convert = {
-        "flux": (flux(), single_file.convert_flux_transformer_checkpoint_to_diffusers),
-        "sd3": (sd3(), single_file.convert_sd3_transformer_checkpoint_to_diffusers),
-    }[name]
-    made, used = originals(model)
-    # rows numbered throughout; one column, since diffusers cuts linear1 at 3072 rows each, whatever the model's size is
-    sizes = {key: 21504 if ".linear1." in key else value.shape[0] for key, value in made.items()}
+    convert = getattr(single_file, f"convert_{CONVERSIONS[name]}")
+    made, used = originals(MODELS[name]())
+    assert recognised(list(made)) == (next(network for network in networks() if network.name == name), "original")
+    # rows numbered throughout; one column, where diffusers cuts at sizes of its own
+    sizes = {key: FIXED.get((name, key.split(".")[-2] if "." in key else key), value.shape[0]) for key, value in made.items()}
     offsets = {key: 100_000 * index for index, key in enumerate(made)}
     table = {key: torch.arange(sizes[key]) + offsets[key] for key in made}
-    converted = convert(dict(table))
-    assert set(converted) == set(model.state_dict())
+    root = "net." if name == "cosmos2" else ""
+    converted = convert({root + key: value for key, value in table.items()} | dict.fromkeys(UNUSED.get(name, ())))
+    assert set(converted) == {theirs for pair in used.values() for theirs in pair.diffusers}
     for key, pair in used.items():
         starts = pair.starts(sizes[key])
         assert starts is not None
@@ -83,6 +101,16 @@ def test_transformers(name: str) -> None:
         if pair.swapped(tuple(made[key.removesuffix("bias") + "weight"].shape) if key.endswith("bias") else tuple(made[key].shape)):
             parts = [torch.cat(parts[0].chunk(2)[::-1])]
         assert all(torch.equal(converted[theirs], part) for theirs, part in zip(pair.diffusers, parts, strict=True)), key
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "hidream"])
+def test_networks_of_one_set_of_names(name: str) -> None:
+    """Nothing converts them, and so does the table."""
+    own = BEYOND[name]().state_dict()
+    found = recognised(list(own))
+    assert found is not None and (found[0].name, found[1]) == (name, "diffusers")
+    pairs = found[0].pairs(list(own), whole=True)
+    assert set(own) <= set(pairs.diffusers) and all(pairs.diffusers[key][0].original == key for key in own)
 
 
 def test_what_the_last_context_block_of_sd3_swaps_is_told_by_its_shape() -> None:
@@ -113,4 +141,11 @@ def test_shares_that_do_not_divide_the_rows() -> None:
 
 def test_no_network() -> None:
     assert recognised(["model.layers.0.mlp.up_proj.weight"]) is None
-    assert [network.name for network in networks()] == ["flux", "sd3", "unet", "clip", "t5"]
+    assert [network.name for network in networks()] == ["flux", "sd3", *BEYOND, "unet", "clip", "t5"]
+
+
+def test_a_networks_parts_that_it_shares_are_in_its_rows() -> None:
+    assert not [row for network in networks() for row in network.rows if row[0] == "each"]
+    forms = {network.name: network.forms for network in networks()}
+    assert "double_blocks_#_img_attn_qkv.weight" in forms["flux"] & forms["chroma"] & forms["flux2"]
+    assert "blocks_#_modulation.weight" in forms["wan"] and "blocks_#_modulation.bias" not in forms["wan"]

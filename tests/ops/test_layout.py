@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, LoratoolsError, MatchError, NotExpressible, UsageError
 from loratools.formats import load, save
+from loratools.ops._layout import layout_for
 from loratools.tensors import read_tensor, to_ref
 from tests.files import raw, write_checkpoint
 from tests.layouts._adapters import dense, low, same
@@ -72,6 +74,18 @@ def test_a_format_with_one_sides_names_gets_them(tmp_path: Path) -> None:
     again, notes = converted(tmp_path, out.rename(tmp_path / "b.safetensors"), format="kohya")
     assert tensors(again) == tensors(given)
     assert "as --format kohya has them" in notes[0]
+
+
+def test_xlabs_and_cloneofsimo_get_the_names_that_their_files_have(tmp_path: Path) -> None:
+    given = flux(tmp_path / "flux.safetensors")
+    fused, notes = converted(tmp_path, load(given).map(lambda name, delta: replace(delta, alpha=2.0)), format="xlabs")  # type: ignore[type-var]
+    assert set(load_file(fused)) >= {"double_blocks.0.processor.qkv_lora1.down.weight", "single_blocks.0.processor.proj_lora.up.weight"}
+    assert any("as --format xlabs has them" in note for note in notes)
+    own = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    one = Adapter({"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": low(8)})
+    with pytest.raises(NotExpressible, match="these files count all of a Stable Diffusion's modules"):
+        converted(tmp_path, one.map(lambda name, delta: replace(delta, alpha=2.0)), format="cloneofsimo")  # type: ignore[type-var]
+    assert layout_for(one, "cloneofsimo", None, None)[0].apply(one).keys() == {own}  # type: ignore[union-attr]
 
 
 def test_flat_names_get_their_dots_for_comfyui(tmp_path: Path) -> None:
@@ -173,10 +187,10 @@ def test_parts_on_a_fused_base_are_one_change(tmp_path: Path) -> None:
 
 def test_a_base_tells_what_names_do_not(tmp_path: Path) -> None:
     deltas: dict[str, Delta] = {"transformer_blocks.0.attn.to_q.weight": low(8)}
-    with pytest.raises(AmbiguousError, match="flux or sd3; give the base with --base, whose names tell it, or choose with --layout"):
+    with pytest.raises(AmbiguousError, match=r"flux or sd3; give the base .* network: --network flux, or choose with --layout"):
         converted(tmp_path, Adapter(deltas), format="kohya")
     own = {f"transformer_blocks.0.attn.to_{part}.weight": randn(8, 4, seed=1) for part in "qkv"}
-    more = ("single_transformer_blocks.0.proj_mlp", "transformer_blocks.0.norm1_context.linear")
+    more = ("single_transformer_blocks.0.proj_mlp", "transformer_blocks.0.norm1_context.linear", "context_embedder")
     own |= {f"{name}.weight": randn(4, 4, seed=2) for name in more}
     base = write_checkpoint(tmp_path / "base", own | {"time_text_embed.text_embedder.linear_1.weight": randn(4, 4, seed=3)})
     out, _ = converted(tmp_path, Adapter(deltas), format="kohya", base=base)

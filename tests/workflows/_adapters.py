@@ -1,4 +1,7 @@
-"""Adapters for the tests of check and fit: one of each thing that some runtime has no place for."""
+"""Adapters for the tests of check and fit: one of each thing that some runtime has no place for.
+
+`of` and MADE have a language model's names; `of_images` turns them into those of a diffusion pipeline.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.loha import LoHa
+from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.residual import Residual
 from loratools.deltas.rotated import Rotated
@@ -24,8 +28,8 @@ from tests.files import peft_config, write_adapter, write_checkpoint
 from tests.ops._bases import ROOT
 from tests.strategies import randn
 
-Q, K, UP = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
-SHAPES = {Q: (8, 8), K: (4, 8), UP: (12, 8)}
+Q, V, UP = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"))
+SHAPES = {Q: (8, 8), V: (4, 8), UP: (12, 8)}
 
 
 def ref(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ref:
@@ -43,7 +47,7 @@ def of(**more: Delta) -> Adapter:
 
 
 NAMES = {
-    "q": Q, "k": K, "bias": Q.replace("weight", "bias"), "norm": "model.norm.weight", "head": "lm_head.weight", "score": "score.weight",
+    "q": Q, "v": V, "bias": Q.replace("weight", "bias"), "norm": "model.norm.weight", "head": "lm_head.weight", "score": "score.weight",
     "embedding": "model.embed_tokens.weight", "conv": "model.conv.weight",
 }  # fmt: skip
 
@@ -65,15 +69,36 @@ def loha() -> LoHa:
     return LoHa(**refs, scale=0.5, alpha=1.0)
 
 
+BLOCK = "unet.mid_block.attentions.0.transformer_blocks.0."
+IMAGES = ("comfyui", "diffusers", "kohya")  # targets that run diffusion models
+_AS_IMAGES = {
+    Q: f"{BLOCK}attn1.to_out.0.weight", V: f"{BLOCK}attn1.to_v.weight", UP: f"{BLOCK}ff.net.0.proj.weight",
+    NAMES["bias"]: f"{BLOCK}attn1.to_out.0.bias", NAMES["norm"]: f"{BLOCK}norm1.weight", NAMES["score"]: "unet.class_embedding.weight",
+    NAMES["conv"]: "unet.mid_block.resnets.0.conv1.weight", NAMES["head"]: "unet.mid_block.attentions.0.proj_out.weight",
+    NAMES["embedding"]: "text_encoder.text_model.embeddings.token_embedding.weight",
+}  # fmt: skip
+
+
+def of_images(adapter: Adapter) -> Adapter:
+    """The adapter under names of a diffusion pipeline."""
+    return replace(adapter, deltas={_AS_IMAGES[name]: delta for name, delta in adapter.items()})
+
+
+def made_for(target: str, word: str) -> Adapter:
+    """An adapter of MADE of a model that the target runs."""
+    return of_images(MADE[word]()) if target in IMAGES else MADE[word]()
+
+
 MADE: dict[str, Callable[[], Adapter]] = {
     "plain": of,
     "rslora": lambda: of().map(lambda name, delta: replace(low(name), rslora=True)),
-    "patterns": lambda: of(q=low(rank=4, alpha=3.0), k=low(K, rank=1, alpha=16.0)),
+    "patterns": lambda: of(q=low(rank=4, alpha=3.0), v=low(V, rank=1, alpha=16.0)),
     "bfloat16": lambda: of().map(lambda name, delta: low(name, alpha=3.0 if name == Q else 8.0, dtype=torch.bfloat16)),
     "dora": lambda: of(q=dora()),
     "dora on all": lambda: of().map(lambda name, delta: DoRA(direction=low(name), magnitude=ref(SHAPES[name][0], 1, seed=3))),
     "dora in": lambda: of(q=dora("in")),
     "loha": lambda: of(q=loha()),
+    "lokr": lambda: of(q=LoKr(w1=ref(2, 2, seed=1), w2=ref(4, 4, seed=2), scale=1.0)),
     "pissa": lambda: of(q=Residual(init="pissa", then=leading())),
     "rotated": lambda: of(q=Rotated(numbers=ref(2, 4, 4), side="out")),
     "scaled": lambda: of(q=Scaled(l=ref(8), axis=0)),
@@ -102,12 +127,15 @@ def folder(path: Path, **config: object) -> Path:
     for name, (out, width) in SHAPES.items():
         tensors[f"{ROOT}{name.removesuffix('weight')}lora_A.weight"] = randn(2, width, seed=1)
         tensors[f"{ROOT}{name.removesuffix('weight')}lora_B.weight"] = randn(out, 2, seed=2)
-    return write_adapter(path, tensors, peft_config(target_modules=["q_proj", "k_proj", "up_proj"]) | config)
+    return write_adapter(path, tensors, peft_config(target_modules=["q_proj", "v_proj", "up_proj"]) | config)
 
 
-def base(path: Path) -> Path:
-    """A checkpoint with every tensor that the adapters change; its head is tied."""
+def base(path: Path, *, images: bool = False) -> Path:
+    """A checkpoint with every tensor that the adapters change; its head is tied. With `images`, a diffusion pipeline's."""
     tensors = {name: randn(*shape, seed=11) for name, shape in SHAPES.items()}
     tensors |= {"model.embed_tokens.weight": randn(16, 8, seed=12), "model.norm.weight": randn(8, seed=13)}
     tensors |= {"score.weight": randn(3, 8, seed=14), "model.conv.weight": randn(6, 4, 3, 3, seed=15), NAMES["bias"]: randn(8, seed=16)}
+    if images:
+        tensors[NAMES["head"]] = randn(16, 8, seed=17)
+        return write_checkpoint(path, {_AS_IMAGES[name]: tensor for name, tensor in tensors.items()}, None)
     return write_checkpoint(path, tensors, CONFIG)

@@ -25,7 +25,7 @@ from tests.files import write_checkpoint
 from tests.ops._bases import lora
 from tests.ops._lora import SCHEMA, checked, dense, rows_of
 from tests.strategies import randn
-from tests.workflows._adapters import MADE, NAMES, SHAPES, K, Q, base, folder, low, of
+from tests.workflows._adapters import IMAGES, MADE, NAMES, SHAPES, Q, V, base, folder, low, made_for, of, of_images
 
 WRITTEN = {row.name for row in FORMATS if row.encode}
 TARGETS = [
@@ -40,9 +40,13 @@ CANNOT = {
     ("kohya", "embedding"): "linear layers and convolutions only", ("vllm", "conv"): "linear layers and embeddings only",
     ("sglang", "conv"): "linear layers and embeddings only", ("mlx", "conv"): "linear layers, embeddings and stacks",
     ("llama.cpp", "conv"): "to matrices only", ("llama.cpp", "head"): "with a tied head", ("llama.cpp", "embedding"): "with a tied head",
-    ("peft", "dora"): "use_dora holds for the whole adapter", ("diffusers", "dora"): "use_dora holds for a whole part",
-    ("mlx", "dora"): "fine_tune_type holds for the whole adapter",
+    ("mlx", "head"): "tied head", ("mlx", "embedding"): "tied head",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base(tmp_path_factory.mktemp("base") / "base", images=True)
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +59,18 @@ def place(folder: Path, name: str) -> Path:
     return folder / ("out.gguf" if target_of(name).format == "gguf" else "out")
 
 
-def dotted(name: str) -> str:
-    """A name as the adapter's own file has it, of one with what targets put before it."""
-    return name.removeprefix("diffusion_model.").removeprefix("lora_unet_")
+def flat(name: str) -> str:
+    """A name as every format has it, of one with what targets put before it."""
+    return name.removeprefix("unet.").removeprefix("text_encoder.").removeprefix("lora_unet_").removeprefix("lora_te_").replace(".", "_")
 
 
 @pytest.mark.parametrize("word", MADE)
 @pytest.mark.parametrize("name", TARGETS)
-def test_check_finds_nothing_in_what_fit_wrote(name: str, word: str, tmp_path: Path, weights: Path) -> None:
-    save(MADE[word](), tmp_path / "a.safetensors", format="loratools")
+def test_check_finds_nothing_in_what_fit_wrote(name: str, word: str, tmp_path: Path, weights: Path, images: Path) -> None:
+    save(made_for(name, word), tmp_path / "a.safetensors", format="loratools")
     out = place(tmp_path, name)
     try:
-        receipt = loratools.fit(tmp_path / "a.safetensors", out, name, base=weights)
+        receipt = loratools.fit(tmp_path / "a.safetensors", out, name, base=images if name in IMAGES else weights)
     except LoratoolsError as error:
         assert (name, word) in CANNOT, error
         assert isinstance(error, NotExpressible) and CANNOT[name, word] in str(error)
@@ -84,19 +88,19 @@ def test_check_finds_nothing_in_what_fit_wrote(name: str, word: str, tmp_path: P
 def test_every_change_is_what_it_was(name: str, word: str, tmp_path: Path, weights: Path) -> None:
     if (name, word) in CANNOT:
         return
-    before = MADE[word]()
+    before = made_for(name, word)
     save(before, tmp_path / "a.safetensors", format="loratools")
     out, needed = place(tmp_path, name), target_of(name).format == "gguf"  # whose names only a base tells
     receipt = loratools.fit(tmp_path / "a.safetensors", out, name, base=weights if needed else None)
     read = Base(weights, {"embedding": (), "transposed": ()}).resolve(load(out)) if needed else load(out)
-    after = {dotted(key).replace("_", "."): delta for key, delta in read.items()}
+    after = {flat(key): delta for key, delta in read.items()}
     for key, delta in before.items():
-        made = after.get(key.replace("_", "."))
+        made = after.get(flat(key))
         if not isinstance(delta, LowRank) or made is None:
             assert any(row["name"] == key for row in receipt["left_out"]) or made is not None
             continue
         error = float((dense(made) - dense(delta)).norm() / dense(delta).norm())
-        stated = rows_of(receipt)[next(row for row in rows_of(receipt) if dotted(row) == key)]["error"]
+        stated = rows_of(receipt)[next(row for row in rows_of(receipt) if flat(row) == flat(key))]["error"]
         assert error == pytest.approx(stated, abs=1e-12)  # float64's own rounding of the dense product
         # one rounding of B to float32, whose elements are off by 2⁻²⁴ of themselves at most; bfloat16 keeps its bits but for Q's 3/8
         assert error <= (2.0**-24 if word != "bfloat16" else 2.0**-8)
@@ -140,7 +144,7 @@ def test_peft_computes_the_same_change_from_what_was_fitted(tmp_path: Path) -> N
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.q_proj, self.k_proj = (nn.Linear(8, SHAPES[name][0], bias=False) for name in (Q, K))
+            self.q_proj, self.v_proj = (nn.Linear(8, SHAPES[name][0], bias=False) for name in (Q, V))
 
     def model() -> nn.Module:
         net = nn.Module()
@@ -151,7 +155,7 @@ def test_peft_computes_the_same_change_from_what_was_fitted(tmp_path: Path) -> N
         net.model.layers[0].mlp.up_proj = nn.Linear(8, 12, bias=False)
         return net
 
-    folder(tmp_path / "a", use_rslora=True, alpha_pattern={"k_proj": 16})
+    folder(tmp_path / "a", use_rslora=True, alpha_pattern={"v_proj": 16})
     loratools.fit(tmp_path / "a", tmp_path / "out", "sglang")
     changes = []
     for path in (tmp_path / "a", tmp_path / "out"):
@@ -214,9 +218,9 @@ def test_a_dora_is_the_best_lora_of_its_change(tmp_path: Path, weights: Path) ->
     receipt = loratools.fit(tmp_path / "a", tmp_path / "out", "vllm", base=weights, max_rank=3)
     W = {name: tensor.to(torch.float64) for name, tensor in load_file(weights / "model.safetensors").items()}
     for name, row in rows_of(receipt).items():
-        V = W[name] + dense(low(name))
+        moved = W[name] + dense(low(name))
         m = read_tensor(to_ref(randn(SHAPES[name][0], 1, seed=3)), torch.float64)
-        change = m * V / V.norm(dim=1, keepdim=True) - W[name]
+        change = m * moved / moved.norm(dim=1, keepdim=True) - W[name]
         S = torch.linalg.svdvals(change)
         error = float((dense(deltas(tmp_path / "out")[name]) - change).norm() / change.norm())
         assert error == pytest.approx(row["error"], rel=1e-6)
@@ -259,7 +263,7 @@ def test_what_goes_apart_and_what_stays_make_the_same_model(word: str, tmp_path:
 
 
 def test_both_files_have_receipts(tmp_path: Path) -> None:
-    save(MADE["saved"](), tmp_path / "a")
+    save(made_for("kohya", "saved"), tmp_path / "a")
     receipt = loratools.fit(tmp_path / "a", tmp_path / "b.safetensors", "kohya")
     checked(receipt, tmp_path / "b.safetensors")
     own = json.loads((tmp_path / "b.saved.safetensors.loratools.json").read_text())
@@ -332,16 +336,14 @@ def test_a_file_apart_that_exists_is_kept(tmp_path: Path) -> None:
 
 
 def test_names_stay_those_of_the_adapter_where_the_base_lacks_their_prefix(tmp_path: Path) -> None:
-    """GPT-2's files have no `transformer.`, the model that a runtime loads has."""
-    tensors = {f"h.{i}.attn.c_attn.weight": randn(8, 24, seed=i) for i in (0, 1)}
-    there = write_checkpoint(tmp_path / "base", tensors, {"model_type": "gpt2"})
-    names = {f"transformer.h.{i}.attn.c_attn": (24, 8) for i in (0, 1)}
-    mine = lora(tmp_path / "a", names, use_rslora=True, fan_in_fan_out=True)
+    """The files of a LlamaModel have no `model.`, the model that a runtime loads has."""
+    names = {f"layers.{i}.self_attn.{word}_proj": (8, 8) for i in (0, 1) for word in "qv"}
+    there = write_checkpoint(tmp_path / "base", {f"{name}.weight": randn(8, 8, seed=1) for name in names}, {"model_type": "llama"})
+    mine = lora(tmp_path / "a", {f"model.{name}": shape for name, shape in names.items()}, use_rslora=True)
     loratools.fit(mine, tmp_path / "out", "sglang", base=there)
     one, other = (load_file(tmp_path / where / "adapter_model.safetensors") for where in ("a", "out"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one if "lora_A" in key)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
 def test_flat_names_need_a_base_for_a_format_with_dots_and_stay_without(tmp_path: Path) -> None:
@@ -360,10 +362,10 @@ def test_a_narrow_factor_without_room_is_widened(tmp_path: Path) -> None:
     """float16 ends at 65504: alpha = r would need 40000 · 4."""
     B = torch.full((8, 2), 40000.0, dtype=torch.float16)
     wide = replace(low(dtype=torch.float16), B=to_ref(B), alpha=8.0)
-    save(Adapter({Q: wide, K: low(K, alpha=2.0, dtype=torch.float16)}), tmp_path / "a")
+    save(Adapter({Q: wide, V: low(V, alpha=2.0, dtype=torch.float16)}), tmp_path / "a")
     receipt = loratools.fit(tmp_path / "a", tmp_path / "out", "sglang")
     found = deltas(tmp_path / "out")
-    assert (found[Q].B.spec.dtype, found[K].B.spec.dtype) == ("F32", "F16")
+    assert (found[Q].B.spec.dtype, found[V].B.spec.dtype) == ("F32", "F16")
     assert {row["error"] for row in receipt["tensors"]} == {0.0}
     assert torch.equal(dense(found[Q]), dense(wide))
 
@@ -376,5 +378,21 @@ def test_biases_of_peft_follow_the_scaling_of_their_modules(tmp_path: Path) -> N
     after = load(tmp_path / "out")
     for name in rows:
         assert torch.equal(dense(after[name]), dense(before[name]))
-    loratools.fit(tmp_path / "a", tmp_path / "comfy", "comfyui")
-    assert torch.equal(dense(load(tmp_path / "comfy")["diffusion_model." + next(iter(rows))]), dense(before[next(iter(rows))]))
+    save(of_images(Adapter({**of(), NAMES["bias"]: rows[NAMES["bias"]]})), tmp_path / "b.safetensors", format="loratools")
+    loratools.fit(tmp_path / "b.safetensors", tmp_path / "comfy", "comfyui")
+    (bias,) = (delta for name, delta in load(tmp_path / "comfy").items() if name.endswith(".bias"))
+    assert torch.equal(dense(bias), dense(rows[NAMES["bias"]]))
+
+
+@pytest.mark.parametrize("format", ["loratools", "kohya"])
+def test_an_adapter_of_one_of_pefts_methods_stays_of_it(format: str, tmp_path: Path) -> None:
+    """LoHa of every module is PEFT's LoHa; beside LoRA it becomes LoRA."""
+    every = Adapter({name: replace(MADE["loha"]()[Q], alpha=1.0) for name in (Q, Q.replace("q_proj", "o_proj"))})  # type: ignore[type-var]
+    save(every, tmp_path / "a.safetensors", format=format)
+    base = write_checkpoint(tmp_path / "base", {name: randn(8, 8, seed=1) for name in every}, None)
+    found = loratools.check(tmp_path / "a.safetensors", "peft")
+    assert [row["rule"] for row in found["findings"]] == ["format"]
+    receipt = loratools.fit(tmp_path / "a.safetensors", tmp_path / "out", "peft", base=base)
+    assert {row["kind"] for row in receipt["tensors"]} == {"loha"} and {row["error"] for row in receipt["tensors"]} == {0.0}
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+    assert loratools.check(tmp_path / "out", "peft")["clean"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from loratools.deltas.terms import TERMS
 from loratools.errors import FormatError, OptionError
 from loratools.formats import FORMATS
 from loratools.workflows._rules import PREDICATES
@@ -35,6 +36,7 @@ when = "kind"
 with = { kinds = ["dora"] }
 reason = "One has no DoRA."
 source = "here"
+where = "load"
 fit = "lora"
 """
 
@@ -49,19 +51,25 @@ def test_these_are_the_targets() -> None:
 def test_a_target_writes_a_format_that_it_reads(name: str) -> None:
     target = target_of(name)
     known = {row.name for row in FORMATS} | {"gguf"}
-    assert target.format in target.reads
+    assert target.format in target.reads and set(target.otherwise) <= set(target.reads)
     assert set(target.reads) <= known
     assert {word for rule in target.rules for word in (*rule.formats, *rule.unless)} <= known
     assert target.rules[0].when == "format"
+
+
+def test_the_kinds_that_rules_name_are_kinds_of_deltas() -> None:
+    named = {kind for _, rule in RULES for word in ("kinds", "but") for kind in rule.settings.get(word, ())}
+    assert named <= set(TERMS)
 
 
 @pytest.mark.parametrize(("name", "rule"), RULES, ids=lambda value: value if isinstance(value, str) else value.id)
 def test_a_rule_says_all_that_a_person_needs(name: str, rule: Rule) -> None:
     assert rule.when in PREDICATES
     assert set(rule.settings) <= set(inspect.signature(PREDICATES[rule.when]).parameters) - {"subject"}
-    assert rule.source.url.startswith("https://") and rule.source.version and rule.source.file
+    assert rule.source.url.startswith("https://") and rule.source.version and rule.source.file and rule.source.where
     assert rule.loses == "note" or rule.reason.endswith(".")
     assert "|" not in rule.reason
+    assert rule.remedy is None or rule.fit in ("none", "write")
 
 
 def test_a_target_is_read_from_toml() -> None:
@@ -69,7 +77,7 @@ def test_a_target_is_read_from_toml() -> None:
     assert (target.title, target.format, target.uniform_rank, target.max_rank) == ("One", "peft", False, None)
     (rule,) = target.rules
     assert (rule.id, rule.loses, rule.settings, rule.fit) == ("dora", "refuse", {"kinds": ["dora"]}, "lora")
-    assert rule.source.project == "one"
+    assert (rule.source.project, rule.source.where, rule.remedy) == ("one", "load", None)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +87,7 @@ def test_a_target_is_read_from_toml() -> None:
         ('title = "One"', 'title = "One"\nname = "x"', r"one.toml: a word that is none: found name, expected fit, format"),
         ('url = "https', 'link = "https', "one.toml: sources.here: lacks a word: expected url"),
         ('loses = "refuse"', 'loses = "break"', r"rules\[0\]: loses: found break, expected refuse or ignore or mis-scale or note"),
-        ('fit = "lora"', 'fit = "repair"', r"rules\[0\]: fit: found repair, expected lora or bake or rank or apart or write or none"),
+        ('fit = "lora"', 'fit = "repair"', r"rules\[0\]: fit: found repair, expected lora or bake or rank or apart or beside or"),
         ('source = "here"', 'source = "there"', r"one.toml: rules\[0\]: source: found there, expected here"),
         ('reason = "One has no DoRA."', "", r"one.toml: rules\[0\]: lacks a word: expected reason"),
         ('title = "One"', "title = One", "one.toml: no TOML"),
@@ -103,11 +111,12 @@ def tables() -> str:
     parts = []
     for name in names():
         target = target_of(name)
-        parts.append(f"### {target.title} (`--for {name}`)\n\nReads {', '.join(target.reads)}; `fit` writes {target.format}.\n")
+        writes = " or ".join((target.format, *target.otherwise))
+        parts.append(f"### {target.title} (`--for {name}`)\n\nReads {', '.join(target.reads)}; `fit` writes {writes}.\n")
         lines = ["| rule | loses | what it does | fit | of | read from |", "|---|---|---|---|---|---|"]
         for rule in target.rules:
             of = ", ".join(rule.formats) or (f"all but {', '.join(rule.unless)}" if rule.unless else "all")
-            source = f"{rule.source.project} {rule.source.version}, [{rule.source.file}]({rule.source.url})"
+            source = f"{rule.source.project} {rule.source.version}, [{rule.source.file}]({rule.source.url}): {rule.source.where}"
             fit = "–" if rule.fit == "none" else rule.fit
             lines.append(f"| {rule.id} | {rule.loses} | {rule.reason} | {fit} | {of} | {source} |")
         parts.append("\n".join(lines) + "\n")

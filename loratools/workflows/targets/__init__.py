@@ -3,6 +3,7 @@
     title = "vLLM"                      what a person calls it
     format = "peft"                     the format that `fit` writes
     reads = ["peft"]                    the formats it loads
+    otherwise = ["kohya"]               formats that `fit` writes where the names are none of the first
 
     [fit]                               what all of an adapter has in common once it fits
     uniform_rank = true                 one rank, the smaller modules padded with zeros
@@ -18,7 +19,9 @@
     with = { kinds = ["dora"] }
     reason = "…"                        one sentence
     source = "NAME"
+    where = "PEFTHelper._scaling"       the function or method of that file
     fit = "lora"                        what `fit` does about it, one of FITS
+    remedy = "run it in …"              what helps where `fit` does nothing, if merging it into the base does not
     formats = ["peft"]                  only of adapters read from these, or: `unless = […]`
 
 A target more is one file more.
@@ -28,7 +31,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -36,18 +39,20 @@ from typing import Any
 from loratools.errors import FormatError, OptionError
 
 LOSSES = ("refuse", "ignore", "mis-scale", "note")
-# lora: made LoRA; bake: one scaling for all; rank: other ranks; apart: a file of its own; write: the writing does it; none: not at all
-FITS = ("lora", "bake", "rank", "apart", "write", "none")
+# lora: made LoRA; bake: one scaling for all; rank: other ranks; apart: a file of its own; beside: LoRA of zeros where it lacks;
+# write: the writing does it; none: not at all
+FITS = ("lora", "bake", "rank", "apart", "beside", "write", "none")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a rule was read."""
+    """Where a rule was read; `where` is the function of the file."""
 
     project: str
     version: str
     file: str
     url: str
+    where: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class Rule:
     source: Source
     fit: str = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    remedy: str | None = None
     formats: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
 
@@ -78,6 +84,7 @@ class Target:
     format: str
     reads: tuple[str, ...]
     rules: tuple[Rule, ...]
+    otherwise: tuple[str, ...] = ()
     uniform_rank: bool = False
     one_scale: bool = False
     max_rank: int | None = None
@@ -103,7 +110,7 @@ def parse(name: str, text: str) -> Target:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FormatError(f"no TOML: {error}", file=file) from None
-    _words(table, file, {"title", "format", "reads"}, {"fit", "sources", "rules"})
+    _words(table, file, {"title", "format", "reads"}, {"otherwise", "fit", "sources", "rules"})
     _words(table.get("fit", {}), file, set(), {"uniform_rank", "one_scale", "max_rank"})
     sources = {key: _source(f"{file}: sources.{key}", value) for key, value in table.get("sources", {}).items()}
     rules = tuple(_rule(f"{file}: rules[{place}]", value, sources) for place, value in enumerate(table.get("rules", ())))
@@ -111,7 +118,8 @@ def parse(name: str, text: str) -> Target:
     if len(set(ids)) < len(ids):
         raise FormatError("two rules of one id", file=file, found=next(one for one in ids if ids.count(one) > 1))
     common = table.get("fit", {})
-    return Target(name=name, title=table["title"], format=table["format"], reads=tuple(table["reads"]), rules=rules, **common)
+    reads, otherwise = tuple(table["reads"]), tuple(table.get("otherwise", ()))
+    return Target(name=name, title=table["title"], format=table["format"], reads=reads, otherwise=otherwise, rules=rules, **common)
 
 
 def _source(place: str, table: Mapping[str, Any]) -> Source:
@@ -120,14 +128,14 @@ def _source(place: str, table: Mapping[str, Any]) -> Source:
 
 
 def _rule(place: str, table: Mapping[str, Any], sources: Mapping[str, Source]) -> Rule:
-    _words(table, place, {"id", "loses", "when", "reason", "source"}, {"fit", "with", "formats", "unless"})
+    _words(table, place, {"id", "loses", "when", "reason", "source", "where"}, {"fit", "with", "remedy", "formats", "unless"})
     for word, allowed in (("loses", LOSSES), ("fit", FITS), ("source", tuple(sources))):
         if table.get(word, allowed[0]) not in allowed:
             raise FormatError(word, file=place, found=table[word], expected=" or ".join(allowed))
     own = {word: table[word] for word in ("id", "loses", "when", "reason")}
     return Rule(
-        **own, source=sources[table["source"]], fit=table.get("fit", "none"), settings=table.get("with", {}),
-        formats=tuple(table.get("formats", ())), unless=tuple(table.get("unless", ())),
+        **own, source=replace(sources[table["source"]], where=table["where"]), fit=table.get("fit", "none"), settings=table.get("with", {}),
+        remedy=table.get("remedy"), formats=tuple(table.get("formats", ())), unless=tuple(table.get("unless", ())),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from loratools.workflows._report import measured as module
 from loratools.workflows._report.measured import measured, touched
 from tests.deltas.apply import applied
 from tests.strategies import randn
-from tests.workflows._adapters import MADE, K, Q, base, leading, loha, low, of
+from tests.workflows._adapters import MADE, Q, V, base, leading, loha, low, of
 
 CLOSE = 1e-9  # float64 on both sides, of matrices with fewer than a hundred elements
 
@@ -94,7 +94,7 @@ def test_what_is_not_finite_has_no_measure_and_says_so(tmp_path: Path) -> None:
     broken = replace(low(), B=to_ref(torch.full((8, 2), torch.nan)))
     found = rows(of(q=broken), tmp_path)
     assert (found[Q]["norm"], found[Q]["sigma"], found[Q]["why"]) == (None, None, "its values are not all finite")
-    assert found[K]["norm"] > 0
+    assert found[V]["norm"] > 0
 
 
 def test_touched_is_what_the_base_has_of_it(tmp_path: Path) -> None:

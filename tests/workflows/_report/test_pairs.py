@@ -13,7 +13,7 @@ from loratools.ops._base import Base
 from loratools.tensors import read_tensor, to_ref
 from loratools.workflows._report.pairs import ANGLES, again, pairs
 from tests.deltas.apply import applied
-from tests.workflows._adapters import MADE, SHAPES, K, Q, base, dora, low, of
+from tests.workflows._adapters import MADE, SHAPES, Q, V, base, dora, low, of
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def test_every_two_by_their_places() -> None:
     found = pairs([of(), MADE["patterns"](), MADE["loha"]()], None, 1, lambda more: None)
     assert [(row["a"], row["b"]) for row in found] == [(0, 1), (0, 2), (1, 2)]
     assert {row["name"] for row in found[0]["modules"]} == set(SHAPES)
-    row = next(row for row in found[0]["modules"] if row["name"] == K)
-    one, other = (applied(adapter[K], torch.zeros(4, 8, dtype=torch.float64)) for adapter in (of(), MADE["patterns"]()))
+    row = next(row for row in found[0]["modules"] if row["name"] == V)
+    one, other = (applied(adapter[V], torch.zeros(4, 8, dtype=torch.float64)) for adapter in (of(), MADE["patterns"]()))
     assert row["cosine"] == pytest.approx(cosine(one, other), rel=1e-9)  # float64 on both sides, of 32 elements
     assert row["norm_a"] == pytest.approx(float(one.norm()), rel=1e-9)
     angle = float(torch.linalg.qr(one)[0][:, :2].T.matmul(other[:, 0] / other[:, 0].norm()).norm().clamp(max=1).arccos().rad2deg())
