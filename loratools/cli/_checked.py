@@ -59,6 +59,6 @@ def _remedy(found: Row, base: str | None) -> str:
     if hopeless:
         told = dict.fromkeys(row["remedy"] for row in hopeless if row["remedy"])
         return "; ".join(told) or "none that keeps it an adapter: merge it into the base with loratools merge, and run that"
-    needs = any(row["fit"] in ("lora", "beside") or row["remedy"] for row in found["findings"])
+    needs = found["target"] == "llama.cpp" or any(row["fit"] in ("lora", "beside") or row["remedy"] for row in found["findings"])
     more = f" --base {shlex.quote(base)}" if base else " --base BASE" if needs else ""
     return f"loratools fit {shlex.quote(found['path'])} -o OUT --for {found['target']}{more}"

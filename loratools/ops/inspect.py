@@ -15,18 +15,17 @@ from typing import Any, Unpack
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
-from loratools.deltas.base import Delta
-from loratools.deltas.dora import DoRA
-from loratools.deltas.full import Full
 from loratools.errors import FormatError, OptionError
-from loratools.facts import facts_of, low_rank
+from loratools.facts import facts_of
 from loratools.families import Family
 from loratools.formats import FORMATS, load
-from loratools.formats.base import CONFIG, open_container, read_options
+from loratools.formats._pieces import as_stored
+from loratools.formats.base import CONFIG, is_adapter, open_container, read_options
 from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
 from loratools.ops._figure import checked
 from loratools.ops._oddities import as_a_whole, faulty_values, odd_scaling, scan, settings, unfetched
+from loratools.ops._spectrum import spectrum
 from loratools.pipeline import open_checkpoint
 from loratools.refs import Ref
 from loratools.source import headers
@@ -89,7 +88,7 @@ def _told(
 def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
-        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*")) or holds_folders(path)
+        return is_adapter(path) or holds_folders(path)
     if path.name in SINGLE or is_index(path.name):
         return False
     if path.suffix == ".json":
@@ -121,10 +120,12 @@ def _adapter(
     rows = {name: facts_of(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
         warnings += [f"{name}: {text}" for text in odd_scaling(delta)]
+        if adapter.pending is not None:  # rows in an order that waits for the base: no norm and no singular value is of it
+            delta = delta.map(as_stored)
         if values or spectra:
             warnings += [f"{name}: {text}" for text in faulty_values(delta)]
         if spectra:
-            rows[name] |= _spectrum(delta)
+            rows[name] |= spectrum(delta)
         if base is not None and not base.quantization:
             found = moved(delta, weights.get(name))
             rows[name] |= found.told
@@ -184,28 +185,6 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
 
 def _refused(base: Checkpoint) -> str:
     return "merge takes it with --dequantize alone" if base.dequantizable else "merge refuses it"
-
-
-def _spectrum(delta: Delta) -> dict[str, Any]:
-    """‖ΔW‖, singular values and effective rank of the factors' product; for DoRA of its direction, with the magnitudes' range."""
-    import torch
-
-    from loratools.linalg.product import effective_rank, product_svd
-    from loratools.tensors import read_tensor
-
-    measured: dict[str, Any] = {"norm": None, "effective_rank": None, "sigma": None}
-    if any(scan(ref)[0] for ref in delta.refs().values()):
-        return measured
-    low = low_rank(delta)
-    if low is not None:
-        sigma = product_svd(*low.factors(), scale=low.scaling).S
-        measured |= {"norm": float(torch.linalg.vector_norm(sigma)), "effective_rank": effective_rank(sigma), "sigma": sigma.tolist()}
-    elif isinstance(delta, Full):
-        measured["norm"] = delta.norm()
-    if isinstance(delta, DoRA):
-        magnitude = read_tensor(delta.magnitude, torch.float64)
-        measured["magnitude"] = {"min": float(magnitude.min()), "max": float(magnitude.max())}
-    return measured
 
 
 # -- a checkpoint

@@ -9,8 +9,8 @@ from loratools.workflows._sorts import sort_of
 from loratools.workflows._subject import WHOLE, Hit, Subject
 
 _ARTICLES = {
-    "language": "a language model's", "diffusion": "a diffusion pipeline's", "tower": "a vision or audio tower's",
-    "text encoder": "a CLIP text encoder's alone", "vision": "an image model's",
+    "language": "a language model", "diffusion": "a diffusion pipeline", "tower": "a vision or audio tower",
+    "text encoder": "a CLIP text encoder", "vision": "an image model",
 }  # fmt: skip
 _OF_FORMAT = {
     **dict.fromkeys(("mlx", "gguf", "torchtune", "litgpt", "nemo", "trtllm"), "language"), "samlora": "vision",
@@ -18,8 +18,17 @@ _OF_FORMAT = {
 }  # fmt: skip
 
 
-def name(subject: Subject, *, at: str | None = None, off: str | None = None, sort: str | None = None) -> Iterator[Hit]:
-    """Deltas of tensors whose names a pattern finds, or does not find; of those, with `sort`, that are of this sort of model."""
+def name(
+    subject: Subject, *, at: str | None = None, off: str | None = None, sort: str | None = None, beside: str | None = None,
+    tasks: Sequence[str] = (),
+) -> Iterator[Hit]:  # fmt: skip
+    """Deltas of tensors whose names a pattern finds, or does not find; of those, with `sort`, that are of this sort of model.
+
+    With `beside`, only in an adapter that has a name which that pattern finds; not in one whose config's task_type is of `tasks`.
+    """
+    here = beside is None or any(re.search(beside, one) for one in subject.adapter)
+    if not here or (tasks and (subject.config or {}).get("task_type") in tasks):
+        return
     for one in subject.adapter:
         found = (at is None or re.search(at, one)) and (off is None or not re.search(off, one))
         if found and (sort is None or sort_of(one) == sort):
@@ -33,9 +42,9 @@ def network(subject: Subject, *, takes: Sequence[str]) -> Iterator[Hit]:
     foreign = {one: sort for one, sort in sorts.items() if sort is not None and sort not in takes}
     if foreign and not any(sort in takes for sort in sorts.values()):
         first = next(iter(foreign))
-        yield Hit(WHOLE, subject.every, f"{_ARTICLES[foreign[first]]} modules, {first}" + (" …" if len(foreign) > 1 else ""))
+        yield Hit(WHOLE, subject.every, f"modules of {_ARTICLES[foreign[first]]}, {first}" + (" …" if len(foreign) > 1 else ""))
     else:
-        yield from (Hit(one, (one,), f"{_ARTICLES[sort]} module") for one, sort in foreign.items())
+        yield from (Hit(one, (one,), f"a module of {_ARTICLES[sort]}") for one, sort in foreign.items())
 
 
 def joined(

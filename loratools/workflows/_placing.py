@@ -23,6 +23,7 @@ from loratools.workflows.targets import Target
 
 _PIPELINES = ("diffusers", "comfyui", "kohya")
 _UNET = re.compile(r"(down_blocks|up_blocks|mid_block)\.")
+_LAYERS = re.compile(r"(layers\.\d+|embed_tokens|norm)\.")
 _CLIP = re.compile(r"(text_model|encoder)\.")
 _CLIP_5 = re.compile(r"^(text_encoder(?:_2)?\.)(?=(encoder\.layers|embeddings|final_layer_norm)\b)")
 _CLIP_5_FLAT = re.compile(r"^(lora_te\d?_)(?=(encoder_layers|embeddings|final_layer_norm)[_.])")
@@ -83,6 +84,11 @@ def _zero(near: LowRank, shape: tuple[int, ...]) -> LowRank:
     A = torch.zeros(near.rank, shape[1], dtype=torch_dtype(near.A.spec.dtype))
     B = torch.zeros(shape[0], near.rank, dtype=torch_dtype(near.B.spec.dtype))
     return LowRank(A=to_ref(A), B=to_ref(B), alpha=near.alpha, rslora=near.rslora, layer="linear")
+
+
+def in_memory(name: str, target: Target) -> str:
+    """A name as a language model has it in memory, whose files may lack its model."""
+    return f"model.{name}" if target.format in ("peft", "mlx") and _LAYERS.match(name) else name
 
 
 def own_names(source: Adapter, resolved: Adapter, beside: Collection[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from loratools.output import check_output, whole
 from loratools.receipt import Receipt, adapter_history, receipt_path
 from loratools.workflows._checking import Strike, lost, strikes, subject_of
 from loratools.workflows._fitting import Fitted, levelled, made_lora, rows_of, size_of, split
-from loratools.workflows._placing import encoded_for, own_names, placed, zeros
+from loratools.workflows._placing import encoded_for, in_memory, own_names, placed, zeros
 from loratools.workflows._subject import WHOLE
 from loratools.workflows.targets import Target, target_of
 
@@ -141,6 +141,8 @@ class _Fit:
         fitted = levelled({**kept, **converted, **joined}, self.target, max_rank=self.limit, touch=touch)
         memory = self.target.format in _IN_MEMORY
         own = own_names(self.source, self.settled, joined) if memory else placed(self.settled, self.target)
+        if any(one.rule.id == "root" for one in self.struck):
+            own = {name: in_memory(own.get(name, name), self.target) for name in (*self.settled, *fitted)}
         self.fitted = {own.get(name, name): one for name, one in fitted.items()}
         self.settled = replace(self.settled, deltas={own.get(name, name): delta for name, delta in self.settled.items()})
         deltas = {name: one.delta for name, one in self.fitted.items()}

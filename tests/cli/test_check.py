@@ -69,7 +69,7 @@ def test_what_no_fit_repairs_is_told(tmp_path: Path) -> None:
 def test_another_model_than_the_runtime_has_is_told_with_those_that_have_it(tmp_path: Path) -> None:
     save(of(), tmp_path / "a")
     lines = checked(check(tmp_path / "a", "comfyui"), None)
-    assert "the whole adapter: a language model's modules, model.layers.0.mlp.up_proj.weight …" in "\n".join(lines)
+    assert "the whole adapter: modules of a language model, model.layers.0.mlp.up_proj.weight …" in "\n".join(lines)
     assert lines[-1] == (
         "remedy  ComfyUI runs no model of this kind; for a language model: --for peft, vllm, sglang, llama.cpp or mlx"
     )

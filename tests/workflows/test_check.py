@@ -84,6 +84,7 @@ BREAKING: dict[str, Made] = {
     "network": of_another,
     "tower": named(Q, "model.visual.blocks.0.attn.qkv.weight"),
     "architecture": named("transformer.h.0.attn.c_attn.weight"),
+    "root": named("layers.0.self_attn.q_proj.weight"),
     "gpt2": named("transformer.h.0.attn.c_attn.weight", layer="transposed"),
     "neox": named("gpt_neox.layers.0.attention.dense.weight"),
     "modules": named("model.decoder.layers.0.fc1.weight"),
@@ -134,6 +135,8 @@ BREAKING: dict[str, Made] = {
     "diffusers layout": named("transformer.double_blocks.0.img_attn.qkv.weight", format="diffusers"),
     "attention": keyed(f"{BLOCK}attn1.to_q.lora_A.weight", format="diffusers"),
     "text_encoder": named("lora_te_text_model_encoder_layers_0_layer_norm1.weight", format="kohya"),
+    "original": named("diffusion_model.double_blocks.0.img_attn.qkv.weight", format="comfyui"),
+    "ltx": keyed("diffusion_model.transformer_blocks.0.attn1.to_q.alpha", format="comfyui"),
     "parts": keyed("transformer_blocks.0.attn.to_q.lora_A.weight", format="diffusers"),
     "diffusers alpha": keyed(f"{BLOCK}attn1.to_q.alpha", format="diffusers"),
     "alpha": read("plain", lora_alpha=None),
@@ -155,6 +158,9 @@ BREAKING: dict[str, Made] = {
 KEEPING: dict[str, Made] = {
     "format": lambda name: subject(name, replace(of(), format=target_of(name).reads[0])),
     "architecture": named("transformer.h.0.mlp.w1.weight"),
+    "vllm root": lambda name: Subject(
+        Adapter({"layers.0.self_attn.q_proj.weight": low()}), ("peft",), config=CONFIG | {"task_type": "FEATURE_EXTRACTION"}
+    ),
     "gpt2": named("transformer.h.0.attn.c_attn.weight"),
     "joined": named(Q, V),
     "comfyui dora": made("dora in"),
@@ -191,12 +197,17 @@ KEEPING: dict[str, Made] = {
     "prefix": keyed("base_model.model.q_proj.lora_A.weight"),
     "kohya prefix": named("lora_te3_encoder_block_0_layer_0_SelfAttention_q.weight", format="kohya"),
     "diffusers prefix": named("lora_transformer_transformer_blocks_0_attn_to_q.weight", format="kohya"),
-    "spelling": named("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.weight", format="kohya"),
+    "spelling": named("lora_unet_transformer_blocks_0_attn_to_q.weight", format="kohya"),  # Qwen-Image's own name
     "places": named("lora_unet_mid_block_proj_in.weight", "lora_te2_text_model_encoder_layers_0_mlp_fc1.weight", format="kohya"),
     "clip": named("lora_te_text_model_encoder_layers_0_self_attn_q_proj.weight", "lora_te3_encoder_block_0_layer_0_SelfAttention_q.weight"),
     "layout": named("diffusion_model.input_blocks.1.1.proj_in.weight", format="comfyui"),
     "attention": keyed(f"{BLOCK}attn1.processor.to_q_lora.down.weight", f"{BLOCK}ff.net.0.proj.lora_A.weight", format="diffusers"),
     "text_encoder": named("lora_te_text_model_encoder_layers_0_self_attn_q_proj.weight", format="kohya"),
+    "original": named(
+        "diffusion_model.blocks.0.self_attn.q.weight", "diffusion_model.layers.0.attention.to_q.weight",
+        "diffusion_model.transformer_blocks.0.attn.to_q.weight", format="comfyui",
+    ),
+    "ltx": keyed("diffusion_model.transformer_blocks.0.attn.to_q.alpha", format="comfyui"),  # Qwen-Image's, which are read
     "parts": keyed("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", format="diffusers"),
     "diffusers alpha": keyed("transformer.transformer_blocks.0.attn.to_q.alpha", format="diffusers"),
     "vllm scale": read("rslora", use_rslora=True),

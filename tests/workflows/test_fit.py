@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratools
 from loratools.adapter import Adapter
@@ -358,6 +358,15 @@ def test_flat_names_need_a_base_for_a_format_with_dots_and_stay_without(tmp_path
     assert list(load(tmp_path / "peft")) == ["mid.attn.to_q.weight"]
 
 
+def test_textual_inversions_go_apart_whatever_the_names_are(tmp_path: Path) -> None:
+    """They ride along in kohya's files, and there are no names to spell in a file of them alone."""
+    tensors = {"lora_unet_q.lora_down.weight": randn(2, 6, seed=0), "lora_unet_q.lora_up.weight": randn(4, 2, seed=1)}
+    save_file(tensors | {"bundle_emb.token.clip_l": randn(2, 6, seed=2)}, tmp_path / "k.safetensors")
+    loratools.fit(tmp_path / "k.safetensors", tmp_path / "out.safetensors", "kohya")
+    assert list(load(tmp_path / "out.saved.safetensors").passengers) == ["bundle_emb.token.clip_l"]
+    assert list(load(tmp_path / "out.safetensors")) == ["lora_unet_q.weight"]
+
+
 def test_a_narrow_factor_without_room_is_widened(tmp_path: Path) -> None:
     """float16 ends at 65504: alpha = r would need 40000 · 4."""
     B = torch.full((8, 2), 40000.0, dtype=torch.float16)
@@ -396,3 +405,14 @@ def test_an_adapter_of_one_of_pefts_methods_stays_of_it(format: str, tmp_path: P
     assert {row["kind"] for row in receipt["tensors"]} == {"loha"} and {row["error"] for row in receipt["tensors"]} == {0.0}
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
     assert loratools.check(tmp_path / "out", "peft")["clean"]
+
+
+@pytest.mark.parametrize("target", ["vllm", "mlx"])
+def test_layers_get_the_model_that_a_runtime_has_them_under(target: str, tmp_path: Path) -> None:
+    """peft's names of an adapter of LlamaModel, which is not LlamaForCausalLM, have no `model.`"""
+    save(Adapter({name.removeprefix("model."): delta for name, delta in of().items()}), tmp_path / "a")
+    assert {row["rule"] for row in loratools.check(tmp_path / "a", target)["findings"]} >= {"root"}
+    receipt = loratools.fit(tmp_path / "a", tmp_path / "out", target)
+    assert set(load(tmp_path / "out")) == set(SHAPES) == set(rows_of(receipt))
+    for name, delta in load(tmp_path / "out").items():
+        assert torch.equal(dense(delta), dense(of()[name]))
