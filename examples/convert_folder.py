@@ -14,14 +14,14 @@ from pathlib import Path
 
 import loratools
 
-ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".gguf")
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".ckpt", ".gguf", ".nemo", ".lora")
 
 
 def adapters_in(folder: Path) -> list[Path]:
-    """Folders with an adapter_config.json, and files of weights that are in none of them, in the order of their names."""
-    folders = [path.parent for path in folder.rglob("adapter_config.json")]
+    """Folders with an adapter_config.json, and files of weights that lie in none of them, in the order of their names."""
+    folders = {path.parent for path in folder.rglob("adapter_config.json")}
     files = [path for path in folder.rglob("*") if path.suffix in ENDINGS and path.is_file()]
-    return sorted([*folders, *(path for path in files if not set(folders) & set(path.parents))])
+    return sorted([*folders, *(path for path in files if path.parent not in folders)])
 
 
 def places(found: list[Path], folder: Path, out: Path) -> dict[Path, Path]:
@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("--format", required=True)
     parser.add_argument("--base", help="the model that all of them belong to, where names must be its own")
     given, failed = parser.parse_args(), 0
+    if not given.folder.is_dir():
+        parser.error(f"{given.folder} is not a folder")
     found = places(adapters_in(given.folder), given.folder, given.out)
     for path, out in found.items():
         name = path.relative_to(given.folder)
@@ -49,7 +51,7 @@ def main() -> int:
             out.parent.mkdir(parents=True, exist_ok=True)
             receipt = loratools.convert(path, out, format=given.format, base=given.base)
             print(f"converted  {name}: {receipt['applied']} of {receipt['expected']} tensors")
-        except loratools.LoratoolsError as error:
+        except (loratools.LoratoolsError, OSError) as error:
             failed += 1
             print(f"failed     {name}: {str(error).splitlines()[0]}")
     print(f"{len(found) - failed} of {len(found)} adapters are in {given.out}")

@@ -12,14 +12,14 @@ from loratools.errors import AmbiguousError
 
 # how files spell the parts of a pipeline, by how bases do: diffusers' components, and the prefixes of single-file checkpoints
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "unet": ("lora_unet", "lora_unet_", "lycoris", "oft_unet"),
+    "unet": ("lora_unet", "lora_unet_", "lora_unet_unet", "lycoris", "oft_unet"),
     "transformer": ("lora_unet", "lora_transformer", "lycoris", "oft_unet"),
     "prior": ("lora_prior_unet", "lora_unet", "lycoris"),
     "text_encoder": ("lora_te", "lora_te1"),
     "text_encoder_2": ("lora_te2",),
     "text_encoder_3": ("lora_te3",),
-    "model.diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris", "oft_unet"),
-    "diffusion_model": ("lora_unet", "lora_unet_", "lora_transformer", "lycoris", "oft_unet"),
+    "model.diffusion_model": ("lora_unet", "lora_unet_", "lora_unet_unet", "lora_transformer", "lycoris", "oft_unet"),
+    "diffusion_model": ("lora_unet", "lora_unet_", "lora_unet_unet", "lora_transformer", "lycoris", "oft_unet"),
     "cond_stage_model.transformer": ("lora_te", "lora_te1"),
     "cond_stage_model.model": ("lora_te", "lora_te1"),
     "conditioner.embedders.0.transformer": ("lora_te1",),

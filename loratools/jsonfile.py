@@ -11,10 +11,10 @@ from loratools.errors import FormatError, SourceError
 from loratools.source.handles import read_whole
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; FormatError naming it for anything else."""
+def read_json(path: Path, *, once: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; FormatError naming it for anything else, and where it names something twice that it is to say `once`."""
     try:
-        table = json.loads(read_whole(path).decode())
+        table = json.loads(read_whole(path).decode(), object_pairs_hook=_once if once else None)
     except SourceError:
         raise
     except OSError as error:
@@ -23,6 +23,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"not readable as JSON: {error}", file=path) from None
     if not isinstance(table, dict):
         raise FormatError("not a JSON object", file=path)
+    return table
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    names = [name for name, _ in pairs]
+    if len(table) < len(names):
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
     return table
 
 

@@ -13,6 +13,7 @@ from loratools.errors import LoratoolsError, MatchError, UnsupportedError, raise
 from loratools.families import Family, of_vocabulary
 from loratools.flatnames import meet
 from loratools.layouts.bridge import Bridge, bridge_of
+from loratools.layouts.switched import unswitched
 from loratools.layouts.transformers import every_layout, layouts_of
 from loratools.layouts.view import View, view_of
 from loratools.orientation import is_turned, settle
@@ -54,7 +55,7 @@ def resolve(
     allow_unmatched: bool = False,
 ) -> Resolved:
     """The deltas of an adapter under the base's names, each known to fit its weight; raises what `Adapter.resolve` says."""
-    renamed = _renamed(deltas, renames)
+    renamed = unswitched(_renamed(deltas, renames), base)
     bridge = bridge_of(renamed, base, flat=told.flat)
     dotted = _dotted(renamed, bridge.specs) if told.flat else renamed
     named = told.numbered(dotted, base) if told.numbered is not None else dotted

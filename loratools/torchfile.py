@@ -107,6 +107,8 @@ def _ref(name: Any, tensor: Any) -> Ref:
 
     if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
         raise FormatError("not a tensor under a name", found=type(tensor).__name__)
+    if tensor.is_meta:
+        raise FormatError("a tensor without its data, as a model has it that was never loaded", found="device meta")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or code_of(tensor.dtype) is None:
         found = "nested" if tensor.is_nested else str(tensor.dtype if tensor.layout == torch.strided else tensor.layout)
         raise FormatError("a tensor that safetensors cannot hold", found=found.removeprefix("torch."))

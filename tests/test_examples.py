@@ -62,26 +62,30 @@ def test_strengths(room: Path) -> None:
 
 def test_a_folder_of_adapters_in_another_format(room: Path) -> None:
     zoo = room / "zoo"
-    for name, place in (("adapter", "one"), ("style", "inner/two")):
+    for name, place in (("adapter", "one"), ("style", "inner/two"), ("style", "one/later")):
         shutil.copytree(room / name, zoo / place)
     weights = load_file(room / "adapter" / "adapter_model.safetensors")
     kohya = {f"lora_unet_{Q.replace('.', '_')}.{new}.weight": weights[f"base_model.model.{Q}.{old}.weight"]
              for old, new in (("lora_A", "lora_down"), ("lora_B", "lora_up"))}  # fmt: skip
     for name in ("three.safetensors", "three.pt"):
         (save_file if name.endswith("s") else torch.save)(kohya, zoo / name)
+    (zoo / "one" / "styles").mkdir()
+    save_file(kohya, zoo / "one" / "styles" / "below.safetensors")  # of no adapter above it
     (zoo / "broken.safetensors").write_bytes(b"\0" * 16)
     words = [sys.executable, str(EXAMPLES / "convert_folder.py"), "zoo", "out", "--format", "loratools", "--base", "base"]
     done = subprocess.run(words, cwd=room, capture_output=True, encoding="utf-8")
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and done.stderr == ""
     assert sorted(line.split()[1].rstrip(":") for line in lines if line.startswith("converted")) == [
-        "inner/two", "one", "three.pt", "three.safetensors",
+        "inner/two", "one", "one/later", "one/styles/below.safetensors", "three.pt", "three.safetensors",
     ]  # fmt: skip
-    assert [line for line in lines if line.startswith("failed     broken.safetensors: ")] and lines[-1] == "4 of 5 adapters are in out"
+    assert [line for line in lines if line.startswith("failed     broken.safetensors: ")] and lines[-1] == "6 of 7 adapters are in out"
     made = {place: loratools.load(room / "out" / place) for place in ("one", "inner/two", "three-pt", "three-safetensors")}
     assert list(made["three-pt"]) == list(made["one"]) == [f"{Q}.weight"]
     again = subprocess.run(words, cwd=room, capture_output=True, encoding="utf-8").stdout.splitlines()
-    assert [line.split()[0] for line in again[:-1]].count("there") == 4
+    assert [line.split()[0] for line in again[:-1]].count("there") == 6
+    lost = subprocess.run([*words[:2], "zo", "out2", "--format", "peft"], cwd=room, capture_output=True, encoding="utf-8")
+    assert lost.returncode == 2 and "zo is not a folder" in lost.stderr and not (room / "out2").exists()
 
 
 def test_every_example_is_run_by_a_test() -> None:

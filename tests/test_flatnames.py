@@ -19,11 +19,13 @@ def test_a_pipelines_parts_have_prefixes_of_their_own() -> None:
         "lora_te2_layers_0_fc1.weight": "text_encoder_2.layers.0.fc1.weight",
     }
     assert meet(words, base) == words
+    doubled = "lora_unet_unet_down_blocks_0_proj_in.weight"  # a converter's, of a file that is about
+    assert meet([doubled], base) == {doubled: "unet.down_blocks.0.proj_in.weight"}
     assert meet(["lora_te_layers_0_fc1.weight"], base) == {"lora_te_layers_0_fc1.weight": "text_encoder.layers.0.fc1.weight"}
     assert meet(["lora_unet_layers_0_fc1.weight", "lora_te3_layers_0_fc1.weight"], base) == {}
 
 
-@pytest.mark.parametrize("prefix", ["lora_unet", "lora_te", "lora_transformer", "lycoris", "lora_unet_"])
+@pytest.mark.parametrize("prefix", ["lora_unet", "lora_te", "lora_transformer", "lycoris", "lora_unet_", "lora_unet_unet"])
 def test_a_model_alone_takes_any_prefix(prefix: str) -> None:
     word = f"{prefix}_down_blocks_0_proj_in.weight"
     assert meet([word], UNET) == {word: "down_blocks.0.proj_in.weight"}

@@ -21,7 +21,7 @@ from tests.library import Tensors, file_of, library_bytes, tensors_of
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tensorfile") / "x.safetensors"
+    return tmp_path_factory.mktemp("header") / "x.safetensors"
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 4))

@@ -18,7 +18,7 @@ from tests.library import specs, write
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tensorfile") / "x.safetensors"
+    return tmp_path_factory.mktemp("refs") / "x.safetensors"
 
 
 def refs(place: Path) -> Iterator[Callable[[Spec, bytes], Ref]]:

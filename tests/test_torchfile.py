@@ -120,6 +120,7 @@ def test_a_dictionary_below_one_key_and_what_lies_beside_it(tmp_path: Path, key:
         ({"a": torch.ones(2), "epoch": 3}, "epoch: not a tensor under a name: found int"),
         ({7: torch.ones(2)}, "7: not a tensor under a name: found Tensor"),
         ({"a": torch.ones(2, dtype=torch.complex128)}, "a: a tensor that safetensors cannot hold: found complex128"),
+        ({"a": torch.ones(2, 2, device="meta")}, "a: a tensor without its data, .*: found device meta"),
         ({"a": torch.ones(2, 2).to_sparse()}, "a: a tensor that safetensors cannot hold: found sparse_coo"),
     ],
 )

@@ -158,6 +158,16 @@ class Additive(Delta):
     def shape(self) -> tuple[int, ...]:
         """The shape of ΔW."""
 
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Of a `flat` kind the convolution's kernel, where a factor tells it."""
+        return ()
+
+    def unfolded(self) -> tuple[int, ...]:
+        """The shape of the weight, as far as the factors tell it: of a `flat` kind (out, in, *kernel)."""
+        shape, kernel = self.shape(), self.kernel_shape
+        return (shape[0], shape[1] // math.prod(kernel), *kernel) if kernel else shape
+
     @abstractmethod
     def bind_dense(self, base: Spec, scale: float = 1.0, device: str = "cpu") -> Dense:
         """The map rows → scale·ΔW[rows], (rows, columns) in float64."""

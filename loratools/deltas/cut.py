@@ -47,6 +47,10 @@ class Cut(Around, Additive):
     def flat(self) -> bool:  # type: ignore[override]
         return self.delta.flat
 
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return self.delta.kernel_shape
+
     def shape(self) -> tuple[int, ...]:
         return (self.stop - self.start, *self.delta.shape()[1:])
 

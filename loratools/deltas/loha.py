@@ -49,6 +49,10 @@ class LoHa(Additive):
     def shape(self) -> tuple[int, ...]:
         return _sides(self.w1_a, self.w1_b, self.t1)
 
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return self.t1.spec.shape[2:] if self.t1 is not None else ()
+
     def facts(self) -> dict[str, Any]:
         return {"rank": self.w1_b.spec.shape[0], "alpha": self.alpha, "scaling": self.scale}
 

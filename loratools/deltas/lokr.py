@@ -64,6 +64,10 @@ class LoKr(Additive):
         return out * out2, width * width2 * kernel
 
     @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        return next((ref.spec.shape[2:] for ref in (self.w2, self.t2) if ref is not None), ())
+
+    @property
     def rank(self) -> int | None:
         """That of a low-rank factor, where there is one."""
         ref = self.w1_b or self.w2_b

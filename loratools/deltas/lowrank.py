@@ -70,7 +70,8 @@ class LowRank(Additive):
         return B, A.flatten(1)
 
     def fitted(self, base: Spec) -> Self:
-        return replace(self, A=self.A.reshape(self.rank, *base.shape[1:]))
+        layer = self.layer if self.layer not in ("linear", "conv") else "conv" if len(base.shape) > 2 else "linear"
+        return replace(self, A=self.A.reshape(self.rank, *base.shape[1:]), layer=layer)
 
     def product(self, device: str = "cpu") -> tuple[Tensor, Tensor] | None:
         B, A = self.factors(device)

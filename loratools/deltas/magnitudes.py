@@ -27,7 +27,7 @@ ODDS = math.log(1e6)  # and a million times as likely, were the deviations norma
 
 @dataclass(frozen=True)
 class Norms:
-    """‖W‖ and ‖W + ΔW‖ of each row (`out`) and each column (`in`), in float64; a convolution has rows only."""
+    """‖W‖ and ‖W + ΔW‖ of each row (`out`) and each column (`in`), in float64; a convolution's columns are its input channels."""
 
     base: Mapping[str, Tensor]
     changed: Mapping[str, Tensor]
@@ -45,7 +45,7 @@ def norms(spec: Spec, read: Read, direction: Additive, device: str = "cpu") -> N
     """
     import torch
 
-    from loratools.linalg.norms import ROWS, column_squares, row_squares
+    from loratools.linalg.norms import ROWS, column_squares, row_squares, row_sums
 
     direct = direction.bind(spec, read, device)
     rows: tuple[list[Tensor], list[Tensor]] = [], []
@@ -54,10 +54,10 @@ def norms(spec: Spec, read: Read, direction: Additive, device: str = "cpu") -> N
         for side, block in enumerate((W, direct(part, W.clone()))):
             rows[side].append(row_squares(block))
             columns[side] = columns[side] + column_squares([block])
-    found = [{"out": torch.cat(parts).sqrt(), "in": total.sqrt()} for parts, total in zip(rows, columns, strict=True)]
-    if len(spec.shape) > 2:
-        found = [{"out": table["out"]} for table in found]
-    return Norms(*found)
+    kernel = math.prod(spec.shape[2:])
+    if kernel != 1:
+        columns = [row_sums(total.reshape(-1, kernel)) for total in columns]
+    return Norms(*({"out": torch.cat(parts).sqrt(), "in": total.sqrt()} for parts, total in zip(rows, columns, strict=True)))
 
 
 @dataclass(frozen=True)

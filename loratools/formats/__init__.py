@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools.adapter import Adapter
-from loratools.errors import FormatError, NotExpressible, OptionError, UnsupportedError, UsageError
+from loratools.errors import FormatError, LoratoolsError, NotExpressible, OptionError, UnsupportedError, UsageError
 from loratools.formats import (
     cloneofsimo,
     cloneofsimo_encode,
@@ -82,7 +82,16 @@ def load(path: str | Path, *, format: str | None = None, options: ReadOptions | 
     row = _format_of(container, format or options.format)
     if options.initial is not None and row.name != peft.NAME:
         raise OptionError("--initial is for peft's LoRA", file=container.path, found=row.name)
-    return row.decode(container, options)
+    return _with_notes(row.decode(container, options), container.notes)
+
+
+def _with_notes(adapter: Adapter, notes: tuple[str, ...]) -> Adapter:
+    """The adapter with what was noted where it was read, which one that waits for its base's config has later too."""
+    if not notes:
+        return adapter
+    told = adapter.pending
+    pending = None if told is None else lambda config: _with_notes(told(config), notes)
+    return replace(adapter, notes=(*adapter.notes, *notes), pending=pending)
 
 
 def save(adapter: Adapter, out: str | Path, *, format: str = "peft", overwrite: bool = False) -> None:
@@ -100,14 +109,17 @@ def encode(adapter: Adapter, format: str = "peft") -> Container:
     row = next((row for row in FORMATS if row.name == format), None)
     if row is None or row.encode is None:
         raise UsageError("unknown --format", found=format, expected=" or ".join(row.name for row in FORMATS if row.encode))
-    if adapter.flat and row.name in _DOTTED:
+    if adapter.flat and row.name in _DOTTED and len(adapter):  # a file of passengers alone has no names to spell
         fact = "its names have underscores where the model's have dots, which only the base can tell apart"
         raise NotExpressible(fact, file=adapter.path, found=next(iter(adapter)), remedy="convert --base gives it the model's names")
     counted = next((name for name in adapter if _COUNTED.fullmatch(name)), None) if adapter.numbered is not None else None
     if counted is not None and row.name != adapter.format:
         fact = "its file counts modules instead of naming them, and which this is only the base tells"
         raise NotExpressible(fact, file=adapter.path, tensor=counted, remedy="convert --base gives it the model's names")
-    return row.encode(adapter)
+    try:
+        return row.encode(adapter)
+    except LoratoolsError as error:
+        raise error.at(file=adapter.path) from None
 
 
 _COUNTED = re.compile(r"\w+:\d+\.weight")  # a module's place in the order of a file that has no names
@@ -139,7 +151,7 @@ def _format_of(container: Container, name: str | None) -> Format:
         raise FormatError("several formats claim it", file=container.path, found=shown(claims, total), remedy=remedy)
     keys = nearest(container.tensors)
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in container.tensors):
-        remedy = "put its adapter_config.json beside it: without one the scale is unknown"
+        remedy = "put its adapter_config.json beside it: without one the scale is unknown; of LoRA, --from peft --alpha-in A tells it"
         raise FormatError(
             "peft tensors without an adapter_config.json that names a peft_type", file=container.path, found=keys, remedy=remedy
         )

@@ -19,6 +19,7 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.padded import Padded
 from loratools.deltas.scaled import Scaled
 from loratools.deltas.tucker import Tucker
+from loratools.errors import FormatError, ShapeError
 from loratools.formats._module import Slots, check_tail, matrix
 from loratools.formats._scalar import whole_numbers
 from loratools.formats._turned import glora, own_rotations, rotations
@@ -30,6 +31,9 @@ def _lora(slots: Slots, alpha: float | None) -> Mapping[str, Delta]:
     check_tail(up, slots.keys["lora_up.weight"])
     if mid is not None:
         check_tail(down, slots.keys["lora_down.weight"])
+        if len(set(mid.spec.shape[:2])) > 1:  # of two ranks nothing tells which alpha is divided by
+            expected = "[r, r, *kernel]"
+            raise ShapeError("not a core of one rank", tensor=slots.keys["lora_mid.weight"], found=list(mid.spec.shape), expected=expected)
         return _padded(slots, _decomposed(slots, Tucker(up=matrix(up), mid=mid, down=matrix(down), alpha=scale)))
     low = LowRank(A=down, B=matrix(up), alpha=scale, layer="conv" if len(down.spec.shape) > 2 else "linear")
     bias = slots.get("lora_bias")
@@ -99,6 +103,8 @@ KINDS: dict[str, Callable[[Slots, float | None], Mapping[str, Delta]]] = {
 def _decomposed(slots: Slots, direction: Additive) -> Mapping[str, Delta]:
     """The change itself, or, where a `dora_scale` lies beside it, the weight under that magnitude."""
     plain, magnitude = slots.get("magnitude"), slots.get("dora_scale")
+    if plain is not None and magnitude is not None:
+        raise FormatError("magnitudes under two spellings", tensor=slots.keys["dora_scale"], found=slots.keys["magnitude"])
     if plain is not None:  # peft's: flat, or (1, out, 1, …) of a convolution; of its outputs always
         return {"weight": DoRA(direction=direction, magnitude=plain.reshape(plain.spec.numel, 1))}
     if magnitude is None:

@@ -13,3 +13,12 @@ def pattern_key(patterns: Iterable[str], module: str) -> str:
     'layers.0.*_proj'
     """
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), module)
+
+
+def compiles(pattern: str) -> bool:
+    """Whether it is a regular expression as it will be used: flags for the whole have no place in it."""
+    try:
+        re.compile(f"({pattern})")
+    except re.error:
+        return False
+    return True

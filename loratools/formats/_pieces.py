@@ -19,6 +19,7 @@ from loratools.formats._heads import Rows
 from loratools.formats._refused import KEPT
 from loratools.formats._scale import exact_alpha
 from loratools.refs import Buffer, Ref
+from loratools.tensorfile import file_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,7 +134,12 @@ class Waiting(Ref):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise AmbiguousError(self.why.fact, remedy=self.why.remedy)
+        raise AmbiguousError(self.why.fact, file=file_of(self.origin), remedy=self.why.remedy)
+
+
+def as_stored(ref: Ref) -> Ref:
+    """A tensor with its rows as the file has them, where it is not known how a model has them."""
+    return ref.origin if isinstance(ref, Waiting) else ref
 
 
 def stacked(refs: Sequence[Ref]) -> Ref:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 
 from loratools.errors import FormatError
 from loratools.refs import InMemory, Ref, Spec
 
+_MOST = sys.float_info.max
 _CODES = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B", "BOOL": "<?"}
+
+
+def finite(value: object) -> bool:
+    """Whether a value of a config is a number that a float can hold: JSON has NaN, Infinity and whole numbers of any length.
+
+    >>> finite(3), finite(True), finite(float("nan")), finite(10**400)
+    (True, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST <= value <= _MOST
 
 
 def scalar(ref: Ref, what: str) -> float:

@@ -45,6 +45,8 @@ def deltas_of(slots: Slots, alpha: float | None) -> dict[str, Delta]:
         found = dict(KINDS[kinds[0]](slots, alpha))
     for slot, leaf in (("diff_b", "bias"), ("b_norm", "bias")):
         if slot in slots:
+            if leaf in found:
+                raise FormatError(f"two differences of one {leaf}", tensor=slots.keys[slot])
             found[leaf] = Full(diff=slots[slot])
     unused = [key for slot, key in slots.keys.items() if slot not in slots.used]
     if unused or not found:

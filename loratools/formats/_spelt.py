@@ -11,7 +11,7 @@ from loratools.deltas.base import Additive, Delta
 from loratools.deltas.butterfly import Butterfly
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full, Replacement
-from loratools.deltas.laid import Unsettled
+from loratools.deltas.laid import Unsettled, WherePresent
 from loratools.deltas.loha import LoHa
 from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
@@ -93,9 +93,10 @@ def _inner(delta: Delta) -> Delta:
 
 
 def _slots(leaf: str, delta: Delta, lacking: Mapping[type[Delta], str], *, norm: bool) -> dict[str, Ref]:
+    open_ = delta.delta if isinstance(delta, Unsettled | WherePresent) else delta
     for kind, who in lacking.items():
-        if isinstance(delta, kind):
-            raise NotExpressible(f"this format cannot say {delta.called} delta", remedy=who)
+        if isinstance(open_, kind):
+            raise NotExpressible(f"this format cannot say {open_.called} delta", remedy=who)
     if leaf == "bias" and isinstance(delta, Full):
         return {"b_norm" if norm else "diff_b": plain(delta)}
     if leaf != "weight":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +43,7 @@ class Container:
     `name` is what a folder's file of weights is called where it is written. `fields` are the typed values in the header of a file that
     has such (GGUF). `beside` are the tables of other files beside it, by name. `writer` writes the container to a path and
     returns each tensor's digest, where it is not safetensors. `seal` are the digests in the metadata that only the tensors' bytes tell.
-    `notes` are what a person should be told of the writing.
+    `notes` are what a person should be told of the writing, or of what else was found where it was read.
     """
 
     tensors: Mapping[str, Ref]
@@ -98,12 +100,15 @@ def read_options(words: Mapping[str, Any]) -> ReadOptions:
     slots = words.get("enable_lora")
     if slots is not None and not all(slot in ("0", "1") for slot in slots.split(",")):
         raise UsageError("--enable-lora", found=slots, expected="a 1 or 0 for each slot, such as 1,0,1")
+    alpha = words.get("alpha_in")
+    if alpha is not None and not math.isfinite(alpha):
+        raise UsageError("--alpha-in", found=alpha, expected="a finite number")
     for word, known in (("scale", ("alpha", "alpha/r")), ("scratch_dora", ("merged", "output"))):
         if words.get(word) not in (None, *known):
             raise UsageError(f"--{word.replace('_', '-')}", found=words[word], expected=" or ".join(known))
     return ReadOptions(
         format=words.get("from_format"),
-        alpha=words.get("alpha_in"),
+        alpha=alpha,
         embeddings=tuple(words.get("embedding") or ()),
         transposed=tuple(words.get("transposed") or ()),
         scale=words.get("scale"),
@@ -131,23 +136,25 @@ def open_container(path: str | Path) -> Container:
         raise FormatError("no such file or folder", file=path)
     if path.name in ARRAYS:
         raise _arrays(path)
-    weights = _weights_in(path) if path.is_dir() else path
+    weights, notes = (_weights_in(path), _passed_over(path)) if path.is_dir() else (path, ())
     beside = weights.parent / CONFIG
-    config = read_json(beside) if beside.is_file() else None
+    config = read_json(beside, once=True) if beside.is_file() else None
     files = (weights, beside) if config is not None else (weights,)
     sides = SideFiles(weights.parent, SIDES)
     if weights.suffix in PICKLES or weights.name.endswith(LITGPT):
-        return Container(load_pickle(weights), {}, config, weights, files, beside=sides)
+        table = TorchFile(weights, lists=True)  # loaded with weights_only, so that no code in it runs
+        notes += (f"left out of {weights.name}: {nearest(table.beside)}, which lies beside its tensors",) if table.beside else ()
+        return Container(dict(table), {}, config, weights, files, beside=sides, notes=notes)
     if weights.suffix == ".nemo":
         tensors, beside_them = read_archive(weights)
         return Container(tensors, {}, None, weights, (weights,), beside=beside_them)
     if weights.suffix == ".npz":
-        return Container(load_npz(weights), {}, config, weights, files)
+        return Container(load_npz(weights), {}, config, weights, files, notes=notes)
     if weights.suffix == ".gguf" or is_gguf(weights):
         found = GGUFFile(weights)
         return Container(found, {}, None, weights, (weights,), fields=found.fields)
     opened = TensorFile(weights)
-    return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides)
+    return Container(opened, opened.metadata, config, weights, files, opened.header_sha256, beside=sides, notes=notes)
 
 
 def of_adapter(path: Path) -> list[Path]:
@@ -155,6 +162,12 @@ def of_adapter(path: Path) -> list[Path]:
     weights = _weights_in(path) if path.is_dir() else path
     names = (CONFIG, RECEIPT, f"{weights.name}.{RECEIPT}")
     return [weights, *(file for name in names if (file := weights.parent / name).is_file() and file != weights)]
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is to be read as an adapter rather than as a model: it has an adapter's config, or weights by an adapter's name."""
+    named = any((folder / name).is_file() for name in (*WEIGHTS, ARRAYS[0])) and not (folder / "model_index.json").is_file()
+    return named or (folder / CONFIG).is_file() or any(folder.glob("adapter_model.*"))
 
 
 def _arrays(path: Path) -> UnsupportedError:
@@ -178,13 +191,15 @@ def _weights_in(folder: Path) -> Path:
     if (folder / "adapter_model.safetensors.index.json").is_file():
         raise FormatError("a sharded adapter, which peft does not read either", file=folder, remedy="save it in one file")
     expected = " or ".join(WEIGHTS[:3])
-    remedy = "is it a model rather than an adapter?" if any(folder.glob("*.safetensors")) else None
+    named = sorted(file.name for file in folder.iterdir() if file.suffix in (*PICKLES, ".safetensors", ".gguf", ".npz", ".nemo"))
+    remedy = f"is it a model rather than an adapter? An adapter in a file of another name is given by it, {named[0]}" if named else None
     raise FormatError("no adapter in it", file=folder, expected=expected, remedy=remedy)
 
 
-def load_pickle(path: Path) -> dict[str, Ref]:
-    """A torch pickle of tensors by name, or of a list of them, loaded with weights_only so that no code in it runs."""
-    return dict(TorchFile(path, lists=True))
+def _passed_over(folder: Path) -> tuple[str, ...]:
+    """A note where a folder holds files of several adapters, or of one adapter twice: the first in the order of WEIGHTS is read."""
+    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    return (f"read from {found[0]}, not from {', '.join(found[1:])} beside it: name that file to have it",) if len(found) > 1 else ()
 
 
 def load_npz(path: Path) -> dict[str, Ref]:
@@ -197,7 +212,7 @@ def load_npz(path: Path) -> dict[str, Ref]:
     try:
         with np.load(path, allow_pickle=False) as table:
             arrays = {name: np.ascontiguousarray(table[name]) for name in table.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise FormatError(f"not an archive of arrays ({type(error).__name__})", file=path) from None
     for name, array in arrays.items():
         if array.dtype.name not in codes:

@@ -19,8 +19,10 @@ from loratools.errors import FormatError, LoratoolsError, NotExpressible, raise_
 from loratools.flatnames import PARTS
 from loratools.formats._digests import resealed
 from loratools.formats._refused import passengers
+from loratools.formats._scale import ALPHA
 from loratools.formats._slots import SPELLINGS, collect, made
 from loratools.formats._spelt import carried, pack, spelt_tensors
+from loratools.formats._unread import check_unread
 from loratools.formats.base import Container, ReadOptions
 from loratools.refs import InMemory, Ref, Spec
 
@@ -32,9 +34,14 @@ _SD1 = "cond_stage_model.transformer."  # its only text encoder in single-file c
 
 
 def detect(container: Container) -> bool:
-    """Whether its modules lie under `diffusion_model.` or `text_encoders.` and end as changes of them do, or are BFL's own."""
+    """Whether its modules lie under `diffusion_model.` or `text_encoders.` and end as changes of them do, or are BFL's own.
+
+    A file of loralib's, whose bare factors may lie there too, tells its alpha in the metadata.
+    """
     keys = container.tensors
-    return container.config is None and (any(key.startswith(ROOTS) and SPELLINGS.fullmatch(key) for key in keys) or _without_root(keys))
+    if container.config is not None or ALPHA in container.metadata:
+        return False
+    return any(key.startswith(ROOTS) and SPELLINGS.fullmatch(key) for key in keys) or _without_root(keys)
 
 
 def _without_root(keys: Iterable[str]) -> bool:
@@ -63,6 +70,7 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         modules, others = collect({key: ref for key, (_, ref) in keyed.items()}, SPELLINGS)
         for slots in modules.values():
             slots.keys = {slot: keyed[key][0] for slot, key in slots.keys.items()}
+        check_unread(container.metadata, modules, options.alpha)
         deltas, faults = made(modules, lambda module, slots: options.alpha)
         faults += [FormatError("no tensor of this family", tensor=keyed[key][0]) for key in others]
         faults += [FormatError("lies under none of the roots", tensor=name) for name in modules if not name.startswith(ROOTS)]
@@ -86,8 +94,8 @@ def encode(adapter: Adapter) -> Container:
         fact, remedy = "where its name has dots only the base tells", "give the base with --base"
         faults += [NotExpressible(fact, tensor=name, remedy=remedy) for name in list(adapter)[:1]]
     raise_all(faults)
-    bare = {name: f"{name}.weight" for name in adapter if not name.endswith((".weight", ".bias"))}  # a parameter that is no module's
-    spelt = replace(adapter, deltas={bare.get(name, name): delta for name, delta in adapter.items()}) if bare else adapter
+    bare = {name for name in adapter if name.rpartition(".")[2] not in ("weight", "bias")}  # parameters that are no module's
+    spelt = replace(adapter, deltas={f"{name}.weight" if name in bare else name: delta for name, delta in adapter.items()})
     tensors = spelt_tensors(spelt, _named, {Scaled: "ComfyUI has no (IA)³; --format kohya has"}, _read_otherwise)
     metadata = carried(adapter)
     return Container(tensors, metadata, seal=resealed(metadata))

@@ -16,10 +16,13 @@ from typing import Any
 
 from loratools.adapter import Adapter
 from loratools.errors import FormatError, LoratoolsError, MatchError, raise_all
+from loratools.formats._lora_settings import refused, short
 from loratools.formats._module import Slots
-from loratools.formats._patterns import pattern_key
+from loratools.formats._patterns import compiles, pattern_key
+from loratools.formats._scalar import finite
 from loratools.formats._scale import exact_alpha
 from loratools.formats._slots import SPELLINGS, collect, made
+from loratools.formats._unread import check_unread
 from loratools.formats.base import Container, ReadOptions
 
 NAME = "diffusers"
@@ -27,7 +30,10 @@ METADATA = "lora_adapter_metadata"
 PARTS = (
     "unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "controlnet", "vae",
 )  # fmt: skip
-_MARKS = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.")
+_MARKS = (
+    ".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.", "_lora.down.", "_lora.up.", ".lora_linear_layer.", ".lora_down.", ".lora_up.",
+    ".lokr_w1", ".lokr_w2", ".hada_w1", ".hada_w2",
+)  # fmt: skip
 _BLOCKS = ("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks")
 
 
@@ -58,6 +64,8 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     try:
         modules, others = collect(container.tensors, SPELLINGS)
         stated = _stated(container.metadata)
+        if stated is None:
+            check_unread(container.metadata, modules, options.alpha)
         deltas, faults = made(modules, _alphas(modules, stated, options.alpha, notes))
         faults += [FormatError("neither a LoRA tensor of a part nor an alpha", tensor=key) for key in others]
         raise_all(faults)
@@ -77,7 +85,19 @@ def _stated(metadata: Mapping[str, str]) -> dict[str, Any] | None:
         table = None
     if not isinstance(table, dict):
         raise FormatError(f"metadata {METADATA} is not an object", found=metadata[METADATA][:60])
+    read = dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"))
+    settings = [(name, name.rpartition(".")[2], value) for name, value in table.items()]
+    faults = [fault for name, word, value in settings if word not in read for fault in refused({word: value})]
+    faults += [
+        FormatError(f"metadata {METADATA}: {name}", found=short(value), expected="regular expressions mapped to numbers")
+        for name, word, value in settings if word.endswith("_pattern") and not _patterns(value)
+    ]  # fmt: skip
+    raise_all(faults)
     return table
+
+
+def _patterns(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(compiles(pattern) for pattern in value))
 
 
 def _alphas(
@@ -100,7 +120,7 @@ def _alpha(module: str, slots: Slots, stated: Mapping[str, Any]) -> float:
     alpha = stated.get(f"{prefix}lora_alpha")
     patterns = stated.get(f"{prefix}alpha_pattern") or {}
     alpha = patterns.get(pattern_key(patterns, path), alpha)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not finite(alpha):
         raise FormatError(f"metadata {METADATA} tells no alpha of this module", found=alpha, remedy="give it with --alpha-in A")
     down = slots.refs.get("lora_down.weight")
     rank = down.spec.shape[0] if down is not None else 1

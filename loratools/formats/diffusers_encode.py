@@ -20,6 +20,7 @@ from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats._mixed import mixed
+from loratools.formats._refused import KEPT, passengers
 from loratools.formats._spelt import alpha_of, orientation
 from loratools.formats.base import Container
 from loratools.formats.diffusers import METADATA, NAME, PARTS
@@ -43,7 +44,7 @@ def encode(adapter: Adapter) -> Container:
     Raises NotExpressible for flat names, which only a base gives back their dots, for names of another layout, and for all but LoRA,
     DoRA along the outputs and LoRA's biases.
     """
-    faults: list[LoratoolsError] = [NotExpressible("diffusers' files have no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "diffusers' files have")
     if adapter.flat:
         fact, remedy = "where its name has dots only the base tells", "give the base with --base"
         raise_all([*faults, NotExpressible(fact, tensor=next(iter(adapter), None), remedy=remedy)])
@@ -75,7 +76,7 @@ def _place(name: str, grouped: bool) -> tuple[str, str]:
     if not grouped:
         return "", name
     if first not in PARTS:
-        raise NotExpressible("lies in no part of a pipeline, and other tensors do", expected=", ".join(PARTS))
+        raise NotExpressible("lies in no part of a pipeline, and other tensors do", expected=", ".join(PARTS), remedy=KEPT)
     return f"{first}.", rest
 
 
@@ -104,13 +105,14 @@ def _mixed(prefix: str, part: _Part) -> list[LoratoolsError]:
     bare = [module for module in part.lows if module not in part.biases]
     if part.biases and bare:
         fact = "lora_bias holds for a whole part, and this module has none"
-        faults.append(NotExpressible(fact, tensor=f"{prefix}{bare[0]}.bias"))
+        faults.append(NotExpressible(fact, tensor=f"{prefix}{bare[0]}.bias", remedy=KEPT))
     if part.biases and part.magnitudes:
-        faults.append(NotExpressible("peft allows no lora_bias beside DoRA", tensor=f"{prefix}{next(iter(part.biases))}.bias"))
+        first = f"{prefix}{next(iter(part.biases))}.bias"
+        faults.append(NotExpressible("peft allows no lora_bias beside DoRA", tensor=first, remedy=KEPT))
     for module, bias in part.biases.items():
         if module not in part.lows or bias.scale != part.lows[module].scaling:
             fact = "a bias difference needs a LoRA of the same scaling on its module"
-            faults.append(NotExpressible(fact, tensor=f"{prefix}{module}.bias"))
+            faults.append(NotExpressible(fact, tensor=f"{prefix}{module}.bias", remedy=KEPT))
     return faults
 
 

@@ -19,6 +19,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError, raise_all
 from loratools.formats._heads import text_config
+from loratools.formats._scalar import finite
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.gguf_names import ARCHITECTURES, HEADS, SHARED, Heads, Names, architecture, heads_of, stated_heads
 from loratools.formats.gguf_rows import Member, halved, waiting
@@ -70,7 +71,7 @@ class _Reading:
         if unknown:
             raise FormatError("a field that may change what the adapter does", found=", ".join(unknown), expected=", ".join(_KNOWN))
         alpha = fields.get(ALPHA, 0.0) if options.alpha is None else options.alpha
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        if not finite(alpha):
             raise FormatError(ALPHA, found=alpha, expected="a number")
         return cls(container, Names(architecture(str(fields.get(ARCHITECTURE)))), float(alpha) or None)
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from loratools.adapter import Adapter
+from loratools.deltas.adjoined import Adjoined
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.deltas.padded import Padded
@@ -61,7 +62,15 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
         raise error.at(file=container.path) from None
     return Adapter(
         deltas, {"safetensors": dict(container.metadata)}, passengers, container.path, NAME, container.files, flat=True,
+        notes=_notes(deltas, container.metadata),
     )  # fmt: skip
+
+
+def _notes(deltas: Mapping[str, Delta], metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """What LyCORIS' files of GLoRA do not hold: the scale of rsLoRA under which it was trained, and which its own loader leaves out too."""
+    if '"rs_lora": "true"' not in metadata.get("ss_network_args", "").lower() or not any(isinstance(d, Adjoined) for d in deltas.values()):
+        return ()
+    return ("GLoRA trained with rs_lora: read under alpha / r, as LyCORIS' and ComfyUI's loaders do, not alpha / √r, as it was trained",)
 
 
 def _as_parts(modules: Mapping[str, Slots]) -> None:

@@ -24,6 +24,7 @@ from loratools.formats._heads import REMEDY, config_of
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, stacked
 from loratools.formats._refused import BAKE, RESIZE
+from loratools.formats._scalar import finite
 from loratools.formats._scale import only
 from loratools.formats._sides import write_yaml
 from loratools.formats._trainer import Model, Part, Reading, deltas_of, modules_of, waiting
@@ -134,7 +135,7 @@ class _Reading(Reading):
         if alpha is None:
             fact = f"no alpha in the file: litgpt keeps it in {HYPER}"
             raise AmbiguousError(fact, remedy="put that beside it, or give the alpha with --alpha-in A")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        if not finite(alpha):
             raise FormatError(f"{HYPER}: lora_alpha", found=alpha, expected="a number")
         return float(alpha)
 

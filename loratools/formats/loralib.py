@@ -29,15 +29,20 @@ from loratools.formats.base import Container, ReadOptions
 from loratools.refs import Ref
 
 NAME = "loralib"
+_COMFYUI = ("diffusion_model.", "text_encoders.")  # where its modules lie, which spells some factors as loralib does
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<factor>[AB])")
 
 
 def detect(container: Container) -> bool:
-    """Whether it holds a bare pair `lora_A`, `lora_B`, no config of peft's, and no module of litgpt's network."""
+    """Whether it holds a bare pair `lora_A`, `lora_B`, no config of peft's, and no module of litgpt's network or of ComfyUI's.
+
+    Of ComfyUI's, which spells factors so too, it is where loratools wrote alpha into the metadata.
+    """
     if (container.config is not None and "peft_type" in container.config) or is_litgpt(container):
         return False
     pairs, _ = _sort(container.tensors)
-    return any(len(pair) == 2 for name, pair in pairs.items() if ".parametrizations." not in f".{name}.")
+    elsewhere = () if ALPHA in container.metadata else _COMFYUI
+    return any(len(pair) == 2 for name, pair in pairs.items() if ".parametrizations." not in f".{name}." and not name.startswith(elsewhere))
 
 
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
@@ -187,7 +192,7 @@ def _encoded(name: str, delta: Delta, alphas: dict[str, float]) -> dict[str, Ref
     if not isinstance(delta, LowRank) or leaf != "weight":
         raise NotExpressible(f"loralib cannot say {delta.called} delta", remedy=f"convert it first: --kind lora; {KEPT}")
     A, B, rank = delta.A, delta.B, delta.rank
-    if delta.layer == "conv" or len(A.spec.shape) > 2:
+    if len(A.spec.shape) > 2:
         A, B, rank = _as_loralib(delta)
         module = module.removesuffix(".conv") if module.endswith(".conv") else module
     elif delta.layer in ("embedding", "transposed"):

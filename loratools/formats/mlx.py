@@ -19,11 +19,12 @@ from loratools.deltas.compose import Stacked
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, raise_all
+from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError, raise_all
 from loratools.families import EMBEDDINGS, Family, matches
 from loratools.formats._derived import member
 from loratools.formats._mixed import mixed
 from loratools.formats._refused import BAKE, RESIZE, passengers
+from loratools.formats._scalar import finite
 from loratools.formats._scale import exact_alpha, only
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.mlx_experts import factors, stacks
@@ -52,7 +53,10 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     options = options or ReadOptions()
     config = container.config or {}
     try:
-        if config.get("fine_tune_type") == "full":
+        kind = config.get("fine_tune_type")
+        if kind not in (None, "lora", "dora", "full"):
+            raise UnsupportedError("adapter_config.json: fine_tune_type", found=str(kind)[:60], expected="lora, dora or full")
+        if kind == "full":
             deltas: dict[str, Delta] = {name: Replacement(value=ref) for name, ref in container.tensors.items()}
         else:
             deltas = _deltas(container.tensors, config, options)
@@ -84,14 +88,13 @@ def _deltas(tensors: Mapping[str, Ref], config: Mapping[str, Any], options: Read
 
 def _scale(config: Mapping[str, Any], options: ReadOptions) -> tuple[float, bool]:
     """The config's scale, and whether it is still to be multiplied by alpha/r, as in the first half of 2024."""
-    parameters = config.get("lora_parameters")
-    stated = parameters if isinstance(parameters, Mapping) else {}
+    stated = _parameters(config)
     if options.alpha is not None:  # the scale itself, where there is no config: npz files keep none
         return options.alpha, options.scale == "alpha/r"
     scale = stated.get("scale")
     if scale is None:
         raise AmbiguousError("no scale in the file: MLX keeps it in adapter_config.json", remedy="give the scale with --alpha-in S")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    if not isinstance(scale, int | float) or not finite(scale):
         raise FormatError("adapter_config.json: lora_parameters.scale", found=scale, expected="a number")
     recent = "fine_tune_type" in config or "num_layers" in config
     if options.scale is None and not recent and "alpha" in stated:
@@ -121,7 +124,7 @@ def _delta(name: str, parts: Mapping[str, Ref], config: Mapping[str, Any], optio
     elif matches(name, options.transposed) and "m" not in parts:
         low = _low(b, a, factor, "transposed")
     else:
-        low = _low(a.T, b.T, factor, "linear")
+        low = _low(a.T, b.T, factor, "unknown")  # MLX has (out, in) everywhere; a base of GPT-2 has not
     if config.get("fine_tune_type") == "dora" and "m" not in parts:
         raise FormatError("fine_tune_type is dora, and the module has no m")
     if "m" not in parts:
@@ -133,14 +136,21 @@ def _delta(name: str, parts: Mapping[str, Ref], config: Mapping[str, Any], optio
 
 def _factor(scale: tuple[float, bool], config: Mapping[str, Any], rank: int) -> float:
     value, old = scale
-    stated = config.get("lora_parameters") or {}
-    if isinstance(stated.get("rank"), int) and stated["rank"] != rank:
+    stated = _parameters(config)
+    if stated.get("rank") is not None and stated["rank"] != rank:
         raise ShapeError("the rank is not the config's", found=rank, expected=stated["rank"])
     if not old:
         return value
-    if not isinstance(stated.get("alpha"), int | float):
+    if not finite(stated.get("alpha")):
         raise FormatError("adapter_config.json has no lora_parameters.alpha to multiply by")
     return float(value * stated["alpha"] / rank)
+
+
+def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    stated = config.get("lora_parameters") or {}
+    if not isinstance(stated, Mapping):
+        raise FormatError("adapter_config.json: lora_parameters", found=str(stated)[:60], expected="an object")
+    return stated
 
 
 def _low(A: Ref, B: Ref, scaling: float, layer: str) -> LowRank:

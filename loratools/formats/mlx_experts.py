@@ -17,6 +17,7 @@ from loratools.deltas.compose import Stacked
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible
 from loratools.formats._experts import apart
+from loratools.formats._refused import BAKE, KEPT, RESIZE
 from loratools.formats._stack import Stack
 from loratools.refs import Ref
 
@@ -54,15 +55,14 @@ def factors(stack: Stacked) -> tuple[Ref, Ref, LowRank]:
     lows = [member for member in stack.members if isinstance(member, LowRank) and len(member.A.spec.shape) == 2]
     if len(lows) < len(stack.members):
         gone = next(index for index, member in enumerate(stack.members) if not isinstance(member, LowRank))
-        remedy = "--format loratools keeps it"
-        raise NotExpressible("MLX has LoRA on all experts of a stack", found=f"none on expert {gone}", remedy=remedy)
+        raise NotExpressible("MLX has LoRA on all experts of a stack", found=f"none on expert {gone}", remedy=KEPT)
     plain = [low.transposed() if low.layer == "transposed" else low for low in lows]
     other = next((low for low in plain if low.rank != plain[0].rank), None)
     if other is not None:
-        what = "MLX has one rank for all modules: resize --rank makes it one"
-        raise NotExpressible(what, found=other.rank, expected=f"{plain[0].rank}, as another expert has")
+        what, expected = "MLX has one rank for all modules", f"{plain[0].rank}, as another expert has"
+        raise NotExpressible(what, found=other.rank, expected=expected, remedy=RESIZE)
     other = next((low for low in plain if low.scaling != plain[0].scaling), None)
     if other is not None:
-        what = "MLX has one scale for all modules: rescale --bake makes it one"
-        raise NotExpressible(what, found=other.scaling, expected=f"{plain[0].scaling}, as another expert has")
+        what, expected = "MLX has one scale for all modules", f"{plain[0].scaling}, as another expert has"
+        raise NotExpressible(what, found=other.scaling, expected=expected, remedy=BAKE)
     return Stack([low.A for low in plain]), Stack([low.B for low in plain]), plain[0]

@@ -21,6 +21,7 @@ from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.seeded import Bank
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, UnsupportedError, raise_all
+from loratools.formats._scalar import finite
 from loratools.formats._typed import described, fits
 from loratools.formats.base import Container, ReadOptions
 from loratools.refs import Ref, Reshaped, Transposed
@@ -155,6 +156,8 @@ def _said(text: str) -> Any:
         raise UnsupportedError(f"version of metadata {KEY}", found=said["version"], expected=VERSION, remedy="a newer loratools wrote it")
     if not isinstance(said, dict) or set(said) != _PARTS or not all(isinstance(said[part], dict) for part in _PARTS - {"version"}):
         _fail(f"metadata {KEY} is not what its format says", text[:60])
+    if not all(isinstance(told, dict) for told in said["metadata"].values()):
+        _fail(f"metadata {KEY}: what files said, by their format", str(said["metadata"])[:60], "an object for each format")
     return said
 
 
@@ -195,6 +198,8 @@ class _Reading:
     def value(self, value: Any) -> Any:
         if isinstance(value, list):
             return tuple(self.value(item) for item in value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not finite(value):
+            _fail("a number that is not finite, or too large", str(value)[:40])
         if not isinstance(value, dict):
             return value
         if set(value) == {"tensor"}:

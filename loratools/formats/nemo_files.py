@@ -14,6 +14,7 @@ from typing import Any
 
 from loratools.errors import FormatError, UnsupportedError
 from loratools.formats._heads import Heads, heads_of
+from loratools.formats._scalar import finite
 
 RUN, CONFIG = "run_config.yaml", "model_config.yaml"
 # NeMo 1's names of modules within a layer, and Megatron-Bridge's
@@ -70,7 +71,7 @@ def _whole(file: str, key: str, value: object) -> int | None:
 def _number(file: str, key: str, value: object) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, int | float) or not finite(value):
         raise FormatError(f"{file}: {key}", found=value, expected="a number")
     return float(value)
 

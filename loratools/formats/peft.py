@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
@@ -35,6 +36,8 @@ def detect(container: Container) -> bool:
 def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     """The adapter a peft folder holds; every tensor of it becomes part of a delta or is named in an error."""
     options = options or ReadOptions()
+    if container.config is None and options.format == NAME:  # tensors without their config: LoRA, of which --alpha-in tells the scale
+        container = replace(container, config={"peft_type": "LORA"})
     kind = str((container.config or {}).get("peft_type")).upper()
     if options.initial is not None and kind != "LORA":
         raise OptionError("--initial is for peft's LoRA", file=container.path, found=kind)

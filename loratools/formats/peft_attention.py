@@ -15,6 +15,7 @@ from dataclasses import replace
 from loratools.deltas.base import Delta
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, NotExpressible, UnsupportedError
+from loratools.formats._refused import KEPT
 from loratools.formats.peft_keys import Module
 
 WITHIN = ".base_layer.out_proj"
@@ -59,7 +60,8 @@ def apart(deltas: Mapping[str, Delta]) -> dict[str, Delta]:
         halved = replace(second, alpha=second.alpha / TWICE) if isinstance(second, LowRank) else None
         if halved is None or halved.rank != first.rank or halved.scaling != first.scaling:
             found = f"rank {first.rank} and {halved.rank}, scaling {first.scaling:g} and {halved.scaling:g}" if halved else "in_proj alone"
-            raise NotExpressible("peft adapts an attention's in_proj and out_proj alike", tensor=name, found=found)
+            fact, remedy = "peft adapts an attention's in_proj and out_proj alike", "resize --rank and rescale --bake make them alike"
+            raise NotExpressible(fact, tensor=name, found=found, remedy=remedy if halved else KEPT)
         del made[name], made[f"{path}.{OUT}"]
         made |= {f"{path}.weight": first, f"{path}{WITHIN}.weight": halved}
     return made

@@ -13,10 +13,14 @@ from typing import Any
 
 from loratools.deltas.experts import PACKINGS
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, UnsupportedError, raise_all
+from loratools.formats._lora_settings import INITS as INITS
+from loratools.formats._lora_settings import REFUSED as REFUSED
+from loratools.formats._lora_settings import TRAINING as TRAINING
+from loratools.formats._lora_settings import given, short
 from loratools.formats._patterns import pattern_key
 from loratools.formats.peft_targets import Targets, targets_of
 from loratools.formats.peft_tokens import Tokens, tokens_of
-from loratools.formats.peft_values import Values, given, short, unknown
+from loratools.formats.peft_values import Values, unknown
 from loratools.formats.peft_variants import Variant, variant_of
 
 # read by the codec
@@ -26,23 +30,10 @@ USED = (
     "ensure_weight_tying", "target_parameters", "lora_B_layout", "peft_version", "use_qalora", "qalora_group_size", "use_bdlora",
     "kasa_config", "velora_config", "monteclora_config", "enable_lora", "merge_weights", "trainable_token_indices",
 )  # fmt: skip
-# matter while training or loading, not to what the trained tensors mean
-TRAINING = (
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "megatron_config", "megatron_core",
-    "eva_config", "runtime_config", "loftq_config", "corda_config", "lora_ga_config", "inference_only",
-)  # fmt: skip
 CARRIED = (*TRAINING, "task_type", "fan_in_fan_out", "ensure_weight_tying", "peft_version", "init_lora_weights")
 # read by the codec, and of use to the one that writes it again
 _KEPT = (*CARRIED, "kasa_config", "target_parameters")
-# change what the tensors mean; refused unless null, false or empty
-REFUSED = {
-    "alora_invocation_tokens": "acts only after its invocation tokens (aLoRA): no weight edit",
-    "arrow_config": "routes between several adapters by their input (Arrow): no weight edit",
-    "layer_replication": "repeats layers, so one base weight would need several values",
-}
-# initialisations that leave the base as it was
-INITS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica")
-# and those that move a part of it into the first factors; of the first two the base tells which
+# initialisations that move a part of the base into the first factors; of the first two the base tells which
 MOVING = ("pissa", "olora", "pissa_niter_N", "corda", "lora_ga")
 
 

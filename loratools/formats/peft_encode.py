@@ -17,7 +17,8 @@ from loratools.adapter import Adapter
 from loratools.deltas.compose import Chain
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import LoratoolsError, NotExpressible, raise_all
+from loratools.errors import raise_all
+from loratools.formats._refused import passengers
 from loratools.formats.base import Container
 from loratools.formats.peft_attention import apart, target_of
 from loratools.formats.peft_config import CARRIED
@@ -40,7 +41,7 @@ def encode(adapter: Adapter) -> Container:
     row = row_for(adapter)
     if row is not None:
         return encode_method(adapter, row)
-    faults: list[LoratoolsError] = [NotExpressible("peft has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "peft has")
     deltas, made, whole = apart(adapter), Modules(), dict[str, Ref]()
     parameters = parameters_of(adapter, deltas)
     for name, delta in deltas.items():

@@ -22,6 +22,7 @@ from loratools.deltas.registered import REGISTERED, in_registered_order
 from loratools.errors import LoratoolsError, NotExpressible
 from loratools.families import Family
 from loratools.formats._derived import Derived
+from loratools.formats._refused import KEPT
 from loratools.formats.peft_targets import selected
 from loratools.formats.peft_writing import WRITTEN_FOR
 from loratools.refs import Ref
@@ -91,7 +92,7 @@ def _bare(name: str, delta: Delta, parameters: Any) -> bool:
 def _matrix(delta: Delta) -> LowRank:
     assert isinstance(delta, LowRank)
     if delta.layer in ("embedding", "transposed"):
-        raise NotExpressible(f"peft's LoRA on parameters knows no {delta.layer} ones")
+        raise NotExpressible(f"peft's LoRA on parameters knows no {delta.layer} ones", remedy=KEPT)
     return delta
 
 

@@ -16,6 +16,7 @@ from loratools.deltas.residual import Residual
 from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, NotExpressible
 from loratools.formats._mixed import mixed
+from loratools.formats._refused import KEPT
 from loratools.formats.peft_keys import ROOT
 from loratools.formats.peft_writing import REMEDY
 from loratools.refs import Ref
@@ -70,14 +71,15 @@ class Modules:
         bare = [module for module, low in self.lows.items() if module not in self.biases and low.layer != "embedding"]
         if self.biases and bare:
             fact = "peft's lora_bias holds for the whole adapter, and this module has none"
-            faults.append(NotExpressible(fact, tensor=f"{bare[0]}.bias"))
+            faults.append(NotExpressible(fact, tensor=f"{bare[0]}.bias", remedy=KEPT))
         if self.magnitudes and self.biases:
-            faults.append(NotExpressible("peft allows no lora_bias beside DoRA", tensor=f"{next(iter(self.biases))}.bias"))
+            first = f"{next(iter(self.biases))}.bias"
+            faults.append(NotExpressible("peft allows no lora_bias beside DoRA", tensor=first, remedy=KEPT))
         for module, bias in self.biases.items():
             low = self.lows.get(module)
             if low is None or low.layer == "embedding" or bias.scale != low.scaling:
                 fact = "a bias difference needs a LoRA of the same scaling on its module"
-                faults.append(NotExpressible(fact, tensor=f"{module}.bias"))
+                faults.append(NotExpressible(fact, tensor=f"{module}.bias", remedy=KEPT))
         return faults
 
     def tensors(self) -> dict[str, Ref]:

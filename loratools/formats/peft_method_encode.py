@@ -20,6 +20,7 @@ from loratools.deltas.residual import Residual
 from loratools.deltas.rows import Rows
 from loratools.errors import LoratoolsError, NotExpressible, raise_all
 from loratools.formats import peft_targets
+from loratools.formats._refused import passengers
 from loratools.formats.base import Container
 from loratools.formats.peft_keys import ROOT, SAVED
 from loratools.formats.peft_method import Method
@@ -86,7 +87,7 @@ def encode_method(adapter: Adapter, row: Method) -> Container:
 
 def _apart(adapter: Adapter, row: Method, writing: Writing) -> tuple[Modules, dict[str, Ref]]:
     """The changes that are the method's, by module, and the tensors saved whole; every fault is collected."""
-    faults: list[LoratoolsError] = [NotExpressible("peft has no place for it", tensor=name) for name in adapter.passengers]
+    faults = passengers(adapter, "peft has")
     whole: dict[str, Ref] = {}
     modules: dict[str, dict[str, Delta]] = {}
     for name, delta in adapter.items():

@@ -13,6 +13,7 @@ from loratools.deltas.networked import Networked
 from loratools.deltas.projected import METHODS, Projected
 from loratools.deltas.subspace import Subspace
 from loratools.errors import FormatError, ShapeError
+from loratools.formats._scalar import finite
 from loratools.formats.peft_method import Method
 from loratools.formats.peft_part import Part
 from loratools.formats.peft_projections_encode import DEFT, OSF, PEANUT
@@ -64,7 +65,7 @@ def _kept(part: Part, most: int) -> int:
             break
     if value is None:
         return most // 2
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if not finite(value):
         raise FormatError("adapter_config.json: effective_rank", found=short(value), expected="a rank or a share of one")
     share = isinstance(value, float) and 0 < value <= 1
     return max(0, min(most, int(most * value if share else value)))

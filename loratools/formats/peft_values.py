@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratools.errors import FormatError, LoratoolsError, UnsupportedError
+from loratools.formats._lora_settings import given as given
+from loratools.formats._lora_settings import short as short
+from loratools.formats._scalar import finite as finite
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,7 @@ class Values:
         return None if value is None else tuple(value)
 
 
-def given(value: Any) -> bool:
-    """Whether a field says something: it is not null, false or empty; 0 is a value."""
-    return value is not None and value is not False and value not in ("", [], {}, ())
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 60 else text[:57] + "..."
-
-
 def unknown(name: str, peft_type: str = "LORA") -> UnsupportedError:
     remedy = "if it only matters in training, set it to null in adapter_config.json"
     fact = f"adapter_config.json sets {name}, which this version does not know" + ("" if peft_type == "LORA" else f" for {peft_type}")
     return UnsupportedError(fact, remedy=remedy)
-
-
-def finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

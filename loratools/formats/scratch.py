@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
@@ -28,6 +28,7 @@ from loratools.refs import Ref
 
 NAME = "scratch"
 SCALE = "loratools.scale"  # metadata of files that loratools writes
+DORA = "loratools.scratch_dora"
 SCALES = ("alpha", "alpha/r")
 DORAS = ("merged", "output")
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?(?P<slot>lora\.A|lora\.B|linear\.weight|linear\.bias|m)")
@@ -49,11 +50,12 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     try:
         modules, others = _sort(container.tensors)
         alpha, scale = _scale(container, options)
+        dora = _word(options.scratch_dora, container, DORA, DORAS)
         deltas: dict[str, Delta] = {}
         faults: list[LoratoolsError] = []
         for name, module in modules.items():
             try:
-                deltas |= module.deltas(name, alpha, scale, options.scratch_dora)
+                deltas |= module.deltas(name, alpha, scale, dora)
             except LoratoolsError as error:
                 faults.append(error.at(tensor=_join(name, "lora.A")))
         for name, ref in others.items():
@@ -78,7 +80,7 @@ class _Module:
         change: Delta = self._low_rank(name, alpha, scale)
         if "m" in self.refs:
             assert isinstance(change, LowRank)
-            change = _with_magnitude(change, self.refs["m"], dora, _join(name, "m"))
+            change = _with_magnitude(replace(change, layer="linear"), self.refs["m"], dora, _join(name, "m"))
         if "linear.weight" in self.refs:
             weight = self.refs["linear.weight"]
             if weight.spec.shape != self._shape():
@@ -98,7 +100,8 @@ class _Module:
         a, b = A.spec.shape, B.spec.shape
         if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
             raise ShapeError("A and B do not meet", found=self._shown(), expected="lora.A [in, rank], lora.B [rank, out]")
-        return LowRank(A=A.T, B=B.T, alpha=exact_alpha(alpha, a[1]) if scale == "alpha" else alpha, layer="linear")
+        # the tutorial's layers are (out, in), which a base of other code, such as GPT-2's, need not be
+        return LowRank(A=A.T, B=B.T, alpha=exact_alpha(alpha, a[1]) if scale == "alpha" else alpha)
 
     def _shape(self) -> tuple[int, int]:
         return self.refs["lora.B"].spec.shape[1], self.refs["lora.A"].spec.shape[0]
@@ -142,10 +145,15 @@ def _scale(container: Container, options: ReadOptions) -> tuple[float, str]:
     alpha = options.alpha if options.alpha is not None else number(container.metadata, ALPHA)
     if alpha is None:
         raise AmbiguousError("alpha is not in the file: it is an attribute of the tutorial's class", remedy="give it with --alpha-in A")
-    scale = options.scale or container.metadata.get(SCALE, "alpha")
-    if scale not in SCALES:
-        raise FormatError("scale", found=scale, expected=" or ".join(SCALES))
-    return alpha, scale
+    return alpha, _word(options.scale, container, SCALE, SCALES) or "alpha"
+
+
+def _word(given: str | None, container: Container, key: str, known: tuple[str, ...]) -> str | None:
+    """The option, else what the metadata of a file that loratools wrote says."""
+    word = given or container.metadata.get(key)
+    if word not in (None, *known):
+        raise FormatError(key.removeprefix("loratools."), found=word, expected=" or ".join(known))
+    return word
 
 
 def encode(adapter: Adapter) -> Container:
@@ -166,7 +174,8 @@ def encode(adapter: Adapter) -> Container:
         faults.append(nothing(adapter.path, next(iter(adapter), None)))
     raise_all(faults)
     alpha = only(scalings, "the tutorial's classes share one alpha, and the scaling is alpha itself", BAKE)
-    return Container(tensors, {ALPHA: repr(alpha), SCALE: "alpha"})
+    doras = {DORA: "merged"} if any(key == "m" or key.endswith(".m") for key in tensors) else {}
+    return Container(tensors, {ALPHA: repr(alpha), SCALE: "alpha", **doras})
 
 
 _REMEDY = f"convert it first: --kind lora; {KEPT}"

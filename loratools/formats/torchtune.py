@@ -22,6 +22,7 @@ from loratools.formats._heads import Heads, rows_of
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, picked
 from loratools.formats._refused import BAKE, RESIZE
+from loratools.formats._scalar import finite
 from loratools.formats._scale import only
 from loratools.formats._trainer import Model, Module, Part, Reading, deltas_of, modules_of, waiting
 from loratools.formats.base import CONFIG, Container, ReadOptions
@@ -102,7 +103,7 @@ class _Reading(Reading):
         if alpha is None:
             fact = f"no alpha in the file: torchtune keeps it in {CONFIG}"
             raise AmbiguousError(fact, remedy="put that beside it, or give the alpha with --alpha-in A")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        if not finite(alpha):
             raise FormatError(f"{CONFIG}: lora_alpha", found=alpha, expected="a number")
         return float(alpha)
 

@@ -81,7 +81,7 @@ def family_of(trainer: str, kind: object) -> Family | None:
 def of_litgpt(keys: Iterable[str]) -> bool:
     """Whether bare factors among the keys are of a block of litgpt's network, whose modules no other network calls so.
 
-    >>> of_litgpt(["transformer.h.0.attn.qkv.lora_A"]), of_litgpt(["transformer.h.0.attn.c_attn.lora_A"])
+    >>> of_litgpt(["transformer.h.0.mlp.fc_1.lora_A"]), of_litgpt(["transformer.h.0.attn.c_attn.lora_A"])
     (True, False)
     """
     templates = {template_of(key.removesuffix(".lora_A")) for key in keys if key.endswith(".lora_A")}

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loratools.changes import reader
+from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Delta
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
 from loratools.effect import square
 from loratools.errors import LoratoolsError, NonFiniteError
 from loratools.ops._comparing import norm_of
+from loratools.plan import supplied
 from loratools.refs import Ref
 
 UNKNOWN: dict[str, float | None] = {"weight_norm": None, "change_norm": None, "relative_norm": None}
@@ -47,6 +49,16 @@ def beside(
         if progress is not None:
             progress(done, total)
     return told, odd
+
+
+def on_base(
+    adapter: Mapping[str, Delta], base: Checkpoint, weights: Mapping[str, Ref], rows: Mapping[str, Row],
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, dict[str, float | None]], list[str]]:  # fmt: skip
+    """The same of an adapter on its base, of which no weight is read if it is quantised."""
+    if base.quantization:
+        return {name: dict(UNKNOWN) for name in adapter}, []
+    return beside({name: supplied(name, delta, base) for name, delta in adapter.items()}, weights, rows, progress)
 
 
 def change_norm(delta: Delta, weight: Ref | None, row: Row) -> float | None:

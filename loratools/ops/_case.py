@@ -93,7 +93,7 @@ class Case:
         if self.spec is not None:
             return self.spec.shape
         assert isinstance(self.delta, Additive)
-        return self.delta.shape()
+        return self.delta.unfolded()
 
     def stored(self, axis: str) -> str:
         """A layer's `out` or `in` as the axis of the weight as it is stored: `out` for its rows."""

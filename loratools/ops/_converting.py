@@ -110,4 +110,4 @@ class Conversion:
 
 def _flat(delta: Delta) -> bool:
     inner = delta.delta if isinstance(delta, Unsettled) else delta
-    return isinstance(inner, Additive) and inner.flat
+    return isinstance(inner, Additive) and inner.flat and not inner.kernel_shape

@@ -15,18 +15,17 @@ from typing import Any, Unpack
 
 from loratools.adapter import Adapter
 from loratools.checkpoint import Checkpoint
-from loratools.deltas.base import Delta
-from loratools.deltas.dora import DoRA
-from loratools.deltas.full import Full
 from loratools.errors import FormatError, OptionError
-from loratools.facts import facts_of, low_rank
+from loratools.facts import facts_of
 from loratools.families import Family
 from loratools.formats import FORMATS, load
-from loratools.formats.base import CONFIG, open_container, read_options
+from loratools.formats._pieces import as_stored
+from loratools.formats.base import CONFIG, is_adapter, open_container, read_options
 from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
 from loratools.ops._figure import checked
 from loratools.ops._oddities import as_a_whole, faulty_values, odd_scaling, scan, settings, unfetched
+from loratools.ops._spectrum import spectrum
 from loratools.pipeline import open_checkpoint
 from loratools.refs import Ref
 from loratools.source import headers
@@ -89,7 +88,7 @@ def _told(
 def holds_adapter(path: Path) -> bool:
     """Whether a path is to be read as an adapter: what a format claims, and what can only be a broken or unknown adapter."""
     if path.is_dir():
-        return (path / CONFIG).is_file() or any(path.glob("adapter_model.*")) or holds_folders(path)
+        return is_adapter(path) or holds_folders(path)
     if path.name in SINGLE or is_index(path.name):
         return False
     if path.suffix == ".json":
@@ -121,17 +120,21 @@ def _adapter(
     rows = {name: facts_of(name, delta, weights[name].spec if name in weights else None) for name, delta in adapter.items()}
     for name, delta in adapter.items():
         warnings += [f"{name}: {text}" for text in odd_scaling(delta)]
+        if adapter.pending is not None:  # rows in an order that waits for the base: no norm and no singular value is of it
+            delta = delta.map(as_stored)
         if values or spectra:
             warnings += [f"{name}: {text}" for text in faulty_values(delta)]
         if spectra:
-            rows[name] |= _spectrum(delta)
+            rows[name] |= spectrum(delta)
         if base is not None and not base.quantization:
             found = moved(delta, weights.get(name))
             rows[name] |= found.told
             warnings += [f"{name}: {text}" for text in found.odd]
             drift |= {name: found.each} if found.each else {}
     if spectra and base is not None:
-        norms, odd = _beside(adapter, base, weights, rows, progress)
+        from loratools.ops._beside import on_base
+
+        norms, odd = on_base(adapter, base, weights, rows, progress)
         rows, warnings = {name: row | norms[name] for name, row in rows.items()}, warnings + odd
     if target is not None:
         _draw(target, str(path), asked, adapter, rows, drift, on_base=base is not None and not base.quantization)
@@ -151,18 +154,6 @@ def _adapter(
         "values_checked": values or spectra,
         "warnings": warnings,
     }
-
-
-def _beside(
-    adapter: Adapter, base: Checkpoint, weights: Mapping[str, Ref], rows: Mapping[str, Any], progress: Callable[[int, int], None] | None
-) -> tuple[dict[str, dict[str, float | None]], list[str]]:
-    """Norms of the changes and of the weights, and what kept them from being taken; of a quantised base no weight is read."""
-    from loratools.ops._beside import UNKNOWN, beside
-    from loratools.plan import supplied
-
-    if base.quantization:
-        return {name: dict(UNKNOWN) for name in adapter}, []
-    return beside({name: supplied(name, delta, base) for name, delta in adapter.items()}, weights, rows, progress)
 
 
 def _draw(
@@ -194,28 +185,6 @@ def _joined(adapter: Adapter, base: Checkpoint, globs: Family) -> tuple[Adapter,
 
 def _refused(base: Checkpoint) -> str:
     return "merge takes it with --dequantize alone" if base.dequantizable else "merge refuses it"
-
-
-def _spectrum(delta: Delta) -> dict[str, Any]:
-    """‖ΔW‖, singular values and effective rank of the factors' product; for DoRA of its direction, with the magnitudes' range."""
-    import torch
-
-    from loratools.linalg.product import effective_rank, product_svd
-    from loratools.tensors import read_tensor
-
-    measured: dict[str, Any] = {"norm": None, "effective_rank": None, "sigma": None}
-    if any(scan(ref)[0] for ref in delta.refs().values()):
-        return measured
-    low = low_rank(delta)
-    if low is not None:
-        sigma = product_svd(*low.factors(), scale=low.scaling).S
-        measured |= {"norm": float(torch.linalg.vector_norm(sigma)), "effective_rank": effective_rank(sigma), "sigma": sigma.tolist()}
-    elif isinstance(delta, Full):
-        measured["norm"] = delta.norm()
-    if isinstance(delta, DoRA):
-        magnitude = read_tensor(delta.magnitude, torch.float64)
-        measured["magnitude"] = {"min": float(magnitude.min()), "max": float(magnitude.max())}
-    return measured
 
 
 # -- a checkpoint

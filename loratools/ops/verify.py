@@ -22,7 +22,8 @@ from loratools.checkpoint import Checkpoint
 from loratools.digests import combined_digest
 from loratools.errors import FormatError, UsageError
 from loratools.formats import load
-from loratools.formats.base import CONFIG, of_adapter, open_container, read_options
+from loratools.formats.base import ARRAYS, is_adapter, of_adapter, open_container, read_options
+from loratools.gguffile import is_gguf
 from loratools.needed import of_model
 from loratools.pipeline import open_checkpoint
 from loratools.plan import Plan, changes_of
@@ -99,8 +100,8 @@ def read_receipt(path: Path) -> dict[str, Any] | None:
 
 
 def _check_digests(path: Path, receipt: Mapping[str, Any], report: dict[str, Any], count: int) -> None:
-    tensors = _tensors(path)
-    said = receipt["digests"]
+    nameless = (path / ARRAYS[0]).is_file()  # whose files alone can be compared
+    tensors, said = ({}, {}) if nameless else (_tensors(path), receipt["digests"])
     faults: list[str] = report["faults"]
     shown = name_of(path)
     faults += [f"{shown}: {name}: the receipt has it, the output lacks it" for name in sorted(said.keys() - tensors.keys())]
@@ -118,7 +119,7 @@ def _check_digests(path: Path, receipt: Mapping[str, Any], report: dict[str, Any
 
 
 def _tensors(path: Path) -> Mapping[str, Ref]:
-    if path.is_dir() and (path / CONFIG).is_file():
+    if is_adapter(path) if path.is_dir() else is_gguf(path):
         return open_container(path).tensors
     return open_checkpoint(path)
 
@@ -166,7 +167,7 @@ def _weights_in(folder: Path) -> list[Path]:
 def _needed(path: Path) -> list[Path]:
     """What is downloaded of a repository: the adapter or the model, all that the receipt names, and weights that it may not know."""
     folder = path if path.is_dir() else path.parent
-    adapter = path.is_dir() and (path / CONFIG).is_file()
+    adapter = path.is_dir() and is_adapter(path)
     files = [*(of_adapter(path) if adapter else of_model(path)), *(_weights_in(path) if path.is_dir() else ())]
     listed = (read_receipt(path) or {}).get("outputs", ())
     return list(dict.fromkeys([*files, *(file for entry in listed if (file := folder / entry["path"]).is_file())]))

@@ -48,11 +48,12 @@ def test_all_norms_in_one_pass(rows: int, columns: int, seed: int) -> None:
         assert torch.allclose(found.changed[axis], V.square().sum(side).sqrt(), rtol=1e-12)
 
 
-def test_a_convolution_has_rows_only() -> None:
+def test_a_convolution_has_a_norm_for_each_output_and_each_input_channel() -> None:
     W = randn(6, 4, 3, 3, seed=0)
     found, V = measured(W)
-    assert list(found.base) == list(found.changed) == ["out"]
     assert torch.allclose(found.changed["out"], V.flatten(1).norm(dim=1), rtol=1e-12)
+    assert torch.allclose(found.changed["in"], V.transpose(0, 1).flatten(1).norm(dim=1), rtol=1e-12)
+    assert torch.allclose(found.base["in"], W.double().transpose(0, 1).flatten(1).norm(dim=1), rtol=1e-12)
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])

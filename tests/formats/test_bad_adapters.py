@@ -255,7 +255,32 @@ TWICE: list[tuple[str, str, dict[str, torch.Tensor], str]] = [
         "another root", "xlabs", {"diffusion_model.double_blocks.0.processor.proj_lora1.up.weight": torch.ones(4, 2)},
         "double_blocks.0.processor.proj_lora1.up.weight: the same tensor twice under two spellings",
     ),
+    (
+        "a core of two ranks", "kohya",
+        {
+            "lora_unet_x.lora_mid.weight": torch.ones(2, 3, 3, 3), "lora_unet_x.lora_down.weight": torch.ones(3, 4, 1, 1),
+            "lora_unet_x.lora_up.weight": torch.ones(5, 2, 1, 1),
+        },
+        "lora_unet_x.lora_mid.weight: not a core of one rank: found [2, 3, 3, 3], expected [r, r, *kernel]",
+    ),
     ("mid alone", "kohya", {"lora_unet_x.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "lora_mid.weight: has no lora_down.weight beside it"),
+    (
+        "two biases", "comfyui", {"diffusion_model.x.diff_b": torch.ones(4), "diffusion_model.x.b_norm": torch.ones(4)},
+        "diffusion_model.x.b_norm: two differences of one bias",
+    ),
+    (
+        "a LoRA's bias and a whole one", "comfyui",
+        {"diffusion_model.down_blocks.0.fc.lora_B.bias": torch.ones(4), "diffusion_model.down_blocks.0.fc.diff_b": torch.ones(4)},
+        "diffusion_model.down_blocks.0.fc.diff_b: two differences of one bias",
+    ),
+    (
+        "two magnitudes", "comfyui",
+        {
+            "diffusion_model.down_blocks.0.fc.dora_scale": torch.ones(4, 1),
+            "diffusion_model.down_blocks.0.fc.lora_magnitude_vector": torch.ones(4),
+        },
+        "dora_scale: magnitudes under two spellings: found diffusion_model.down_blocks.0.fc.lora_magnitude_vector",
+    ),
     ("half a LoHa", "kohya", {"lora_unet_x.hada_w1_a": torch.ones(4, 2)}, "lora_unet_x.hada_w1_a: has no hada_w1_b beside it"),
     ("half a LoKr", "kohya", {"lora_unet_x.lokr_w2": torch.ones(4, 2)}, "lora_unet_x.lokr_w2: has no lokr_w1 beside it"),
     ("a magnitude alone", "comfyui", {"diffusion_model.x.dora_scale": torch.ones(4, 1)}, "dora_scale: has no lora_down.weight beside it"),

@@ -69,6 +69,13 @@ def test_a_head_alone_is_litgpt_s_beside_its_hyperparameters() -> None:
     assert claims(Container(pair, beside={"hyperparameters.yaml": {"lora_r": 2}})) == ["litgpt"]
 
 
+@pytest.mark.parametrize("root", ["diffusion_model.", "text_encoders.clip_l.", ""])
+def test_bare_factors_are_comfyuis_under_its_roots_and_loralibs_elsewhere(root: str) -> None:
+    tensors = {f"{root}x.lora_{side}": to_ref(torch.ones(2, 2)) for side in "AB"}
+    assert claims(Container(tensors)) == ["comfyui" if root else "loralib"]
+    assert claims(Container(tensors, {"loratools.alpha": "2"})) == ["loralib"]  # which loratools wrote as such
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_small_files_of_each(tmp_path: Path, name: str) -> None:
     assert claims(open_container(SMALL[name]().write(tmp_path)[1])) == [name]

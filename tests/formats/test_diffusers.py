@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +30,7 @@ SPELLINGS = {
     "processor": ("unet.mid_block.attn1.processor.to_q_lora.{}.weight", "down", "up", "unet.mid_block.attn1.to_q.weight"),
     "processor, out": ("mid_block.attn1.processor.to_out_lora.{}.weight", "down", "up", "mid_block.attn1.to_out.0.weight"),
     "linear layer": ("text_encoder.fc1.lora_linear_layer.{}.weight", "down", "up", "text_encoder.fc1.weight"),
+    "kohya's suffix": ("text_encoder_2.fc1.lora_{}.weight", "down", "up", "text_encoder_2.fc1.weight"),
     "alone": ("transformer_blocks.0.attn.to_q.lora_{}.weight", "A", "B", "transformer_blocks.0.attn.to_q.weight"),
 }
 
@@ -65,6 +67,20 @@ def test_scales_of_the_metadata(tmp_path: Path, stated: dict[str, Any], scaling:
     assert adapter["unet.mid.to_q.weight"].scaling == pytest.approx(scaling, rel=1e-15) and adapter.notes == ()
 
 
+def test_settings_that_change_no_tensors_meaning(tmp_path: Path) -> None:
+    """All that peft 0.21's LoraConfig says of a plain LoRA, as diffusers copies it."""
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights="gaussian").to_dict()
+    stated = {f"unet.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    assert read(tmp_path, PAIR, stated)["unet.mid.to_q.weight"].scaling == 3.0
+
+
+def test_lokr_under_dotted_names(tmp_path: Path) -> None:
+    """As ai-toolkit writes it: two whole factors, whose alpha is nothing to go by."""
+    factors = {"transformer.x.lokr_w1": randn(2, 3, seed=0), "transformer.x.lokr_w2": randn(4, 2, seed=1)}
+    adapter = read(tmp_path, factors | {"transformer.x.alpha": torch.tensor(9999999999.0)})
+    assert adapter.format == "diffusers" and adapter["transformer.x.weight"].facts()["scaling"] == 1.0
+
+
 def test_a_lone_models_metadata_has_no_part(tmp_path: Path) -> None:
     tensors = {key.removeprefix("unet."): tensor for key, tensor in PAIR.items()}
     assert read(tmp_path, tensors, {"r": 2, "lora_alpha": 6})["mid.to_q.weight"].scaling == 3.0
@@ -91,8 +107,14 @@ FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, type[Loratools
     "twice": (PAIR | {"unet.mid.to_q.lora.up.weight": UP}, None, FormatError, "the same tensor twice under two spellings"),
     "two scales": (PAIR | {"unet.mid.to_q.alpha": torch.tensor(1.0)}, STATED, FormatError, "to_q.alpha: an alpha beside the metadata"),
     "no alpha of the part": (PAIR, {"text_encoder.lora_alpha": 3}, FormatError, "tells no alpha of this module"),
+    "an alpha that no float holds": (PAIR, STATED | {"unet.lora_alpha": 10**400}, FormatError, "tells no alpha of this module: found 1000"),
     "another rank": (PAIR, STATED | {"unet.r": 3}, MatchError, "the rank is not the metadata's: found 2, expected 3"),
     "a magnitude not stated": (PAIR | MAGNITUDE, STATED, FormatError, "use_dora of the metadata and the tensors disagree"),
+    "an initialisation": (PAIR, STATED | {"unet.init_lora_weights": "PiSSA"}, LoratoolsError, "init_lora_weights may have changed"),
+    "a variant": (PAIR, STATED | {"unet.use_qalora": True}, LoratoolsError, "use_qalora: a setting that may change what the tensors mean"),
+    "aLoRA": (PAIR, STATED | {"unet.alora_invocation_tokens": [1]}, LoratoolsError, "acts only after its invocation tokens"),
+    "patterns that are none": (PAIR, STATED | {"unet.alpha_pattern": [1]}, FormatError, "unet.alpha_pattern: found [1]"),
+    "no regular expression": (PAIR, STATED | {"unet.rank_pattern": {"(": 2}}, FormatError, "unet.rank_pattern: found {'(': 2}"),
     "one stated and not there": (PAIR, STATED | {"unet.use_dora": True}, FormatError, "use_dora of the metadata and the tensors disagree"),
 }  # fmt: skip
 

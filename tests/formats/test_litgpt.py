@@ -214,6 +214,7 @@ def test_hyperparameters_that_do_not_fit() -> None:
     for more, error, said in (
         ({"lora_r": 8}, ShapeError, r"the rank is not that of hyperparameters\.yaml: found 2, expected 8"),
         ({"lora_alpha": "x"}, FormatError, r"hyperparameters\.yaml: lora_alpha: found x, expected a number"),
+        ({"lora_alpha": float("inf")}, FormatError, "lora_alpha: found inf, expected a number"),
         ({"lora_alpha": True}, FormatError, "lora_alpha: found True"),
     ):
         found = container(state(on), on)

@@ -175,6 +175,14 @@ def test_encode_gives_loralibs_orientation(layer: str) -> None:
     torch.testing.assert_close(found if layer == "linear" else found.T, change(delta))
 
 
+def test_a_pointwise_convolution_on_a_matrix_is_a_linear_layers() -> None:
+    """Files spell a kernel of 1 both ways: on a base's matrix the factors are a linear layer's, and are written as such."""
+    given = low(A=to_ref(torch.ones(2, 6, 1, 1)), B=to_ref(torch.ones(4, 2)), layer="conv")
+    resolved = Adapter({"x.weight": given}).resolve({"x.weight": Spec("F32", (4, 6))})
+    written = encode(resolved).tensors
+    assert {key: ref.spec.shape for key, ref in written.items()} == {"x.lora_A": (2, 6), "x.lora_B": (4, 2)}
+
+
 def test_rslora_is_said_by_alpha() -> None:
     found = encode(Adapter({"x.weight": low(alpha=4.0, rslora=True)}))
     assert float(found.metadata["loratools.alpha"]) / 2 == low(alpha=4.0, rslora=True).scaling

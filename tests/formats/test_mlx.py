@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,31 @@ def test_archives_of_numpy(tmp_path: Path) -> None:
     found = load(tmp_path, options=ReadOptions(alpha=20.0))["q.weight"]
     assert isinstance(found, LowRank) and found.scaling == 20.0 and torch.equal(read_tensor(found.A), A.T)
     np.savez(tmp_path / "objects.npz", x=np.array([None]))
-    for name in ("objects.npz", "broken.npz"):
-        (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    (tmp_path / "empty.npz").touch()
+    for name in ("objects.npz", "broken.npz", "empty.npz"):
         with pytest.raises(FormatError, match="not an archive of arrays"):
             load(tmp_path / name)
 
 
+def test_a_base_that_stores_its_weights_transposed(tmp_path: Path) -> None:
+    """transformers' GPT-2: MLX's has (out, in), and the base's model tells the other way, also of a square."""
+    square, a, b = randn(6, 6, seed=3), randn(6, 2, seed=4), randn(2, 6, seed=5)
+    base = write_checkpoint(tmp_path / "base", {"h.0.attn.c_proj.weight": square}, {"model_type": "gpt2"})
+    given = adapter(tmp_path / "a", {"h.0.attn.c_proj.lora_a": a, "h.0.attn.c_proj.lora_b": b})
+    merge(base, given, tmp_path / "out")
+    expected = square.double() + 10 * a.double() @ b.double()
+    found = read_checkpoint(tmp_path / "out")["h.0.attn.c_proj.weight"]
+    assert torch.allclose(found.double(), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+
+
+PAIR = {"q.lora_a": A, "q.lora_b": B}
 FAULTS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[LoratoolsError], str]] = {
     "no partner": ({"q.lora_a": A}, CONFIG, FormatError, "q.lora_a: has no lora_b beside it"),
+    "another fine-tuning": (PAIR, CONFIG | {"fine_tune_type": "prefix"}, LoratoolsError, "found prefix, expected lora, dora or full"),
+    "no table": (PAIR, CONFIG | {"lora_parameters": [1]}, FormatError, "lora_parameters: found [1], expected an object"),
+    "no number": (PAIR, CONFIG | {"lora_parameters": {"rank": 2, "scale": math.nan}}, FormatError, "scale: found nan"),
+    "a rank that is none": (PAIR, CONFIG | {"lora_parameters": {"rank": 2.5, "scale": 1}}, ShapeError, "expected 2.5"),
     "a stray": ({"q.lora_a": A, "q.lora_b": B, "norm.weight": W}, CONFIG, FormatError, "norm.weight: not a key MLX writes"),
     "factors turned": ({"q.lora_a": A.T, "q.lora_b": B.T}, CONFIG, ShapeError, "lora_a and lora_b do not meet"),
     "another rank": (

@@ -28,8 +28,10 @@ from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeE
 from loratools.formats import FORMATS, encode, load, save
 from loratools.formats._typed import known
 from loratools.formats.base import Container, open_container, write_container
+from loratools.formats.gguf_rows import Member
 from loratools.formats.native import KEY, classes, decode
 from loratools.refs import Ref, Spec
+from loratools.sliced import Sliced
 from loratools.tensors import to_ref
 from tests.files import peft_config, raw, write_adapter
 from tests.strategies import Drawn, deltas, randn
@@ -143,6 +145,19 @@ def test_every_kind_of_delta_has_fields_that_can_be_said() -> None:
     assert not unknown and {"LowRank", "DoRA", "Full", "Replacement", "Chain", "Part", "Stacked"} <= classes().keys()
 
 
+def test_slices_of_one_tensor_that_are_alike_in_size_are_each_their_own(tmp_path: Path) -> None:
+    """A fused weight's q, k and v, an expert's factors, a member of a stack: pieces of one tensor, all of one shape."""
+    whole, stack = to_ref(randn(6, 4, seed=0)), to_ref(randn(3, 2, 4, seed=1))
+    pieces = {f"rows {start}": Sliced(whole, slice(start, start + 2)) for start in (0, 2, 4)}
+    pieces |= {f"columns {start}": Sliced(whole, columns=slice(start, None, 2)) for start in (0, 1)}
+    pieces |= {f"member {index}": Member(stack, index) for index in range(3)}
+    pieces |= {f"turned {name}": ref.T for name, ref in pieces.items()}
+    given = Adapter({name: Full(diff=ref) for name, ref in pieces.items()})
+    found = there_and_back(tmp_path, given)
+    assert all(same(found[name], given[name]) for name in given)
+    assert len(open_container(tmp_path / "one.safetensors").tensors) == len(given)
+
+
 def test_views_of_one_tensor_are_one_where_they_are_alike(tmp_path: Path) -> None:
     square = to_ref(randn(3, 3, seed=0))
     given = Adapter({name: Full(diff=ref) for name, ref in {"a": square, "b": square.T, "c": square.reshape(9), "d": square.T.T}.items()})
@@ -226,12 +241,15 @@ Q = "deltas__q"
     [
         ({"version": 2}, UnsupportedError, "version of metadata loratools.adapter: found 2, expected 1; a newer loratools wrote it"),
         ({"more": {}}, FormatError, "metadata loratools.adapter is not what its format says"),
+        ({"metadata": {"peft": None}}, FormatError, "what files said, by their format: found {'peft': None}, expected an object for each"),
         ({"deltas": []}, FormatError, "metadata loratools.adapter is not what its format says"),
         ({f"{Q}__type": "Nix"}, UnsupportedError, "q: a kind of delta that this version does not know: found 'Nix'"),
         ({f"{Q}__type": 3}, UnsupportedError, "q: a kind of delta that this version does not know: found 3"),
         ({f"{Q}__eps": 1}, FormatError, "q: the fields of a DoRA: found direction, magnitude, eps, expected direction, magnitude"),
         ({f"{Q}__direction": {"type": "LowRank"}}, FormatError, "q: the fields of a LowRank"),
         ({f"{Q}__direction__alpha": "16"}, FormatError, "q: alpha of a LowRank: found '16', expected float"),
+        ({f"{Q}__direction__alpha": float("nan")}, FormatError, "q: a number that is not finite, or too large: found nan"),
+        ({f"{Q}__direction__alpha": 10**400}, FormatError, "q: a number that is not finite, or too large: found 1000"),
         ({f"{Q}__direction__rslora": 1}, FormatError, "q: rslora of a LowRank: found 1, expected bool"),
         ({f"{Q}__magnitude": 1.0}, FormatError, "q: magnitude of a DoRA: found 1.0, expected Ref"),
         ({f"{Q}__magnitude__tensor": "gone"}, FormatError, "q: a tensor that the file lacks: found 'gone'"),

@@ -241,6 +241,17 @@ def test_some_keys_with_the_prefix_and_some_without(tmp_path: Path) -> None:
         read(tmp_path, {ROOT + "q.lora_A.weight": A, "q.lora_B.weight": B}, root="")
 
 
+def test_tensors_without_their_config_need_the_alpha(tmp_path: Path) -> None:
+    """The scale is in no tensor: nobody is asked to guess it, and it can be told."""
+    save_file({ROOT + key: tensor.clone() for key, tensor in PAIR.items()}, tmp_path / "alone.safetensors")
+    with pytest.raises(FormatError, match=r"names a peft_type.*--from peft --alpha-in A tells it"):
+        load(tmp_path / "alone.safetensors")
+    with pytest.raises(FormatError, match=r"lora_alpha is missing.*--alpha-in"):
+        load(tmp_path / "alone.safetensors", options=ReadOptions(format="peft"))
+    adapter = load(tmp_path / "alone.safetensors", options=ReadOptions(format="peft", alpha=6.0))
+    assert low(adapter, "q.weight").scaling == 6.0 / A.shape[0] and adapter.format == "peft"
+
+
 def test_a_file_that_lists_its_whole_tensors_means_those_biases_and_no_others(tmp_path: Path) -> None:
     """bias="all" means every bias of the model; the list in the metadata is exact."""
     base = {f"h.{i}.{leaf}": Spec("F32", (4, 6) if leaf == "q.weight" else (4,)) for i in range(2) for leaf in ("q.weight", "q.bias")}

@@ -97,7 +97,7 @@ def test_olora_on_weights_stored_transposed() -> None:
 
 
 BAD = {
-    "r": ["8", 0, -1, 2.0, True], "lora_alpha": ["16", float("nan"), float("inf"), True, [1]],
+    "r": ["8", 0, -1, 2.0, True], "lora_alpha": ["16", float("nan"), float("inf"), 10**400, True, [1]],
     "use_rslora": ["true", 1, {"a": 1}], "use_dora": [1],
     "lora_bias": ["yes"], "bias": ["some", 3], "rank_pattern": [[1], {"q": 0}, {"q": "4"}, {"(": 4}, {"(?i)q": 4}],
     "alpha_pattern": [{"q": None}, {"q": float("nan")}, {"[": 1}], "modules_to_save": [3, [3]], "target_modules": [3, [3], "(", {"q": 1}],

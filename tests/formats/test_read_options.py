@@ -41,6 +41,8 @@ def test_words_become_options() -> None:
         ("conv", ["x"]),
         ("conv", ["x=0"]),
         ("conv", ["=3"]),
+        ("alpha_in", float("nan")),
+        ("alpha_in", float("-inf")),
     ],
 )
 def test_what_is_no_such_word_is_refused(word: str, value: object) -> None:

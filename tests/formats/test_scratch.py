@@ -119,7 +119,7 @@ def test_keys_and_scale() -> None:
     adapter = decode(container(state), ALPHA)
     assert set(adapter) == {"a.b.weight", "a.b.bias", "norm.scale"}
     low = adapter["a.b.weight"]
-    assert isinstance(low, LowRank) and (low.shape(), low.rank, low.scaling, low.layer) == ((3, 5), 2, 8.0, "linear")
+    assert isinstance(low, LowRank) and (low.shape(), low.rank, low.scaling, low.layer) == ((3, 5), 2, 8.0, "unknown")
     assert "alpha/r" in adapter.notes[0]
     assert decode(container(state), ReadOptions(alpha=8, scale="alpha/r"))["a.b.weight"].scaling == 4.0
     alone = decode(container({"lora.A": state["a.b.lora.A"], "lora.B": state["a.b.lora.B"], "linear.weight": torch.zeros(3, 5)}), ALPHA)
@@ -160,6 +160,31 @@ def test_faults(state: dict[str, Tensor], options: ReadOptions, error: type[Lora
 def test_a_square_dora_that_is_said_to_be_merged() -> None:
     delta = decode(container(SQUARE), ReadOptions(alpha=8, scratch_dora="merged"))["x.weight"]
     assert isinstance(delta, DoRA) and delta.axis == "in"
+
+
+def test_a_base_that_stores_its_weights_transposed(tmp_path: Path) -> None:
+    """GPT-2's, of which the tutorial's layers were made by turning them: the base's model tells, also of a square."""
+    name, square, other = "transformer.h.0.attn.c_proj", torch.randn(6, 6), torch.randn(6, 18)
+    weights = {f"{name}.weight": square, "transformer.h.0.attn.c_attn.weight": other}
+    base = write_checkpoint(tmp_path / "base", weights, {"model_type": "gpt2"})
+    state = {f"{name}.lora.A": torch.randn(6, 2), f"{name}.lora.B": torch.randn(2, 6)}
+    state |= {"transformer.h.0.attn.c_attn.lora.A": torch.randn(6, 2), "transformer.h.0.attn.c_attn.lora.B": torch.randn(2, 18)}
+    save_file(state, tmp_path / "a.safetensors")
+    loratools.merge(base, tmp_path / "a.safetensors", tmp_path / "out", alpha_in=1.0)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for module, weight in ((name, square), ("transformer.h.0.attn.c_attn", other)):
+        expected = weight.double() + state[f"{module}.lora.A"].double() @ state[f"{module}.lora.B"].double()  # y = x·(W + A·B)
+        assert torch.allclose(merged[f"{module}.weight"].double(), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+
+
+def test_a_square_dora_that_loratools_wrote_says_which_it_is(tmp_path: Path) -> None:
+    given = decode(container(SQUARE), ReadOptions(alpha=8, scratch_dora="merged"))
+    loratools.save(given, tmp_path / "again.safetensors", format="scratch")
+    found = loratools.load(tmp_path / "again.safetensors")["x.weight"]
+    assert isinstance(found, DoRA) and values(found) == values(given["x.weight"])
+    tensors = open_container(tmp_path / "again.safetensors").tensors
+    with pytest.raises(FormatError, match="scratch_dora: found both, expected merged or output"):
+        decode(Container(tensors, {"loratools.scratch_dora": "both", "loratools.alpha": "8"}))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -182,6 +182,7 @@ FAULTS: list[tuple[str, dict[str, Delta], str]] = [
     ("kohya", {"weight": low(0)}, "weight: a tensor of no module"),
     ("kohya", {"unet.x.weight": low(0), "elsewhere.x.weight": low(1)}, "elsewhere.x.weight: lies in no part of the pipeline"),
     ("kohya", {"a.b_c.weight": low(0), "a_b.c.weight": low(1)}, "a_b.c.weight: another module's name is spelt alike"),
+    ("comfyui", {"x.y.weight": Unsettled(delta=IA3)}, "x.y.weight: this format cannot say an (IA)³ delta; ComfyUI has no (IA)³"),
     ("comfyui", {"x.y.weight": IA3}, "x.y.weight: this format cannot say an (IA)³ delta; ComfyUI has no (IA)³"),
     ("comfyui", {"unet.x.weight": low(0)}, "unet.x.weight: its name is none that a single-file checkpoint has"),
     ("comfyui", {"weight": low(0)}, "its name is none that a single-file checkpoint has"),

@@ -160,6 +160,7 @@ Q, W1 = "layers.1.attn.q_proj", "layers.1.mlp.w1"
 CONFIGS: dict[str, tuple[dict[str, object], type[LoratoolsError], str]] = {
     "rank": ({"r": 8}, ShapeError, r"the rank is not that of adapter_config\.json: found 2, expected 8"),
     "alpha": ({"lora_alpha": "x"}, FormatError, r"adapter_config\.json: lora_alpha: found x, expected a number"),
+    "no finite number": ({"lora_alpha": float("nan")}, FormatError, "lora_alpha: found nan, expected a number"),
     "no number": ({"lora_alpha": False}, FormatError, "lora_alpha: found False"),
     "a field": ({"use_rslora": True}, FormatError, "a field torchtune does not write: found use_rslora"),
 }

@@ -5,6 +5,7 @@ Outputs of the model under LyCORIS' forward are the oracle. `tests/interop/test_
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Iterator
@@ -115,6 +116,23 @@ def test_saved_merged_and_loaded_again(tmp_path: Path, monkeypatch: pytest.Monke
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", format="kohya")
     if not any(word in case for word in NOT_LOADED):
         close(loaded(make(), tmp_path / "b.safetensors"), expected, before)
+
+
+def test_glora_under_rslora_is_read_as_lycoris_loads_it(tmp_path: Path) -> None:
+    """Its forward in training has alpha/√r, which the file does not hold; LyCORIS' loader has alpha/r."""
+    CASES["glora, rs"] = {"network_module": "glora", "rs_lora": True}
+    try:
+        made = network(unet(), "glora, rs")
+    finally:
+        del CASES["glora, rs"]
+    made.save_weights(str(tmp_path / "a.safetensors"), None, {"ss_network_args": json.dumps({"algo": "glora", "rs_lora": "True"})})
+    plain = unet()
+    base = write_pipeline(tmp_path / "base", {"unet": (plain.state_dict(), {"_class_name": "UNet2DConditionModel"})})
+    receipt = merge(base, tmp_path / "a.safetensors", tmp_path / "out")
+    assert any(note.startswith("GLoRA trained with rs_lora: read under alpha / r") for note in receipt["notes"])
+    merged = unet()
+    merged.load_state_dict(load_file(next((tmp_path / "out" / "unet").glob("*.safetensors"))))
+    close(outputs(merged), loaded(unet(), tmp_path / "a.safetensors"), outputs(plain))
 
 
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "diag-oft"])

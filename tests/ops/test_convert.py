@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loratools.adapter import Adapter
-from loratools.deltas.base import Delta
+from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain, Part, Stacked
 from loratools.deltas.dora import DoRA
 from loratools.deltas.flat import FlatDoRA
 from loratools.deltas.full import Full, Replacement
 from loratools.deltas.laid import TurnedAdditive, Unsettled, WherePresent
 from loratools.deltas.loha import LoHa
+from loratools.deltas.lokr import LoKr
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.scaled import Scaled
 from loratools.errors import (
@@ -39,7 +40,9 @@ from loratools.errors import (
 )  # fmt: skip
 from loratools.formats import load, save
 from loratools.ops.convert import convert
+from loratools.ops.inspect import inspect
 from loratools.ops.merge import merge
+from loratools.refs import Ref
 from loratools.tensorfile import TensorFile
 from loratools.tensors import read_tensor, to_ref
 from tests.deltas.apply import applied
@@ -408,6 +411,29 @@ def test_a_convolution_keeps_its_kernel(tmp_path: Path) -> None:
     assert torch.allclose(applied(found, W), expected, rtol=0, atol=1e-6 * float(expected.norm()))
 
 
+def test_without_a_base_the_kernel_is_that_of_a_factor_which_has_it(tmp_path: Path) -> None:
+    """LoKr's whole w2 and the cores of LoKr and LoHa have a kernel; matrices alone have none, and are said to be taken for linear."""
+    core, one = (2, 2, 3, 2), to_ref(randn(2, 1, seed=9))
+    given: dict[str, Additive] = {
+        "whole": LoKr(w1=one, w2=to_ref(randn(4, 3, 3, 2, seed=3)), scale=1.0),
+        "core": LoKr(w1=one, **drawn_refs(w2_a=(2, 4), w2_b=(2, 3), t2=core), scale=0.5, alpha=1.0),
+        "loha": LoHa(**drawn_refs(w1_a=(2, 8), w1_b=(2, 3), w2_a=(2, 8), w2_b=(2, 3), t1=core, t2=core), scale=1.0),
+    }
+    W = torch.zeros(8, 3, 3, 2)
+    receipt = convert(Adapter({f"{name}.weight": delta for name, delta in given.items()}), tmp_path / "out", kind="lora")
+    found = load(tmp_path / "out")
+    assert not receipt["notes"]
+    for name, delta in given.items():
+        made = found[f"{name}.weight"]
+        assert isinstance(made, LowRank) and made.A.spec.shape[1:] == (3, 3, 2)
+        expected = applied(delta, W)
+        assert torch.allclose(applied(made, W), expected, rtol=0, atol=1e-6 * float(expected.norm()))
+
+
+def drawn_refs(**shapes: tuple[int, ...]) -> dict[str, Ref]:
+    return {name: to_ref(randn(*shape, seed=seed)) for seed, (name, shape) in enumerate(shapes.items())}
+
+
 def test_an_embeddings_change_is_an_embeddings(tmp_path: Path) -> None:
     """Told by its name, or the user, however its delta came to lie; peft has other keys for it."""
     for name, options in (("wte.weight", {}), ("m.weight", {"embedding": ["m"]})):
@@ -754,6 +780,29 @@ def test_a_tied_head_has_its_embeddings_weight(tmp_path: Path) -> None:
     found = load(tmp_path / "out")["lm_head.weight"]
     V = applied(lora, W)
     assert isinstance(found, DoRA) and float((applied(found, W) - V).norm()) <= U32 * float(V.norm())
+
+
+def test_a_convolutions_dora_along_its_inputs(tmp_path: Path) -> None:
+    """LyCORIS' (1, in, 1, 1): a magnitude for each input channel, whose part in the change is stated too."""
+    W = weight("conv")
+    lora = low(LAYERS["conv"], 2, 0, layer="conv")
+    V = applied(lora, W)
+    norm = V.transpose(0, 1).flatten(1).norm(dim=1)
+    m = norm * (1 + 0.05 * randn(3, seed=1).double())
+    dora = DoRA(direction=lora, magnitude=to_ref(m.reshape(1, 3, 1, 1)))
+    (row,) = convert(in_memory(dora), tmp_path / "out", kind="lora", base=base_of(tmp_path, W), rank=8)["tensors"]
+    g = (m / norm).reshape(1, 3, 1, 1)
+    assert torch.allclose(applied(only(tmp_path / "out"), W), g * V, rtol=0, atol=1e-6 * float(V.norm()))
+    change, scaling = float((g * V - W).norm()), float(((g - 1) * W).norm())
+    assert row["row_scaling"] * change == pytest.approx(scaling, rel=1e-9)
+    told = inspect(dora_file(tmp_path, dora), base=tmp_path / "base")["modules"][0]["magnitudes"]
+    before = W.double().transpose(0, 1).flatten(1).norm(dim=1)
+    assert told["axis"] == "in" and told["drift"]["max"] == pytest.approx(float((m / before).max() - 1))
+
+
+def dora_file(folder: Path, dora: DoRA) -> Path:
+    save(in_memory(dora), folder / "dora.safetensors", format="loratools")
+    return folder / "dora.safetensors"
 
 
 def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:

@@ -257,6 +257,30 @@ def test_an_extracted_adapter_is_checked_too(tmp_path: Path) -> None:
     assert not loratools.verify(tmp_path / "again")["ok"]
 
 
+@pytest.mark.parametrize(
+    ("format", "out", "file"),
+    [
+        ("gguf", "a.gguf", "."), ("trtllm", "a", "model.lora_weights.npy"), ("litgpt", "a", "lit_model.pth.lora"),
+        ("torchtune", "a", "adapter_model.pt"), ("nemo", "a", "adapter_model.safetensors"), ("kohya", "a.safetensors", "."),
+    ],
+)  # fmt: skip
+def test_outputs_of_every_container_are_checked(tmp_path: Path, format: str, out: str, file: str) -> None:
+    """GGUF, a trainer's pickle, arrays without names: what `convert` wrote verifies, and a byte that turned is found."""
+    name = "model.layers.0.self_attn.o_proj"
+    config = {"model_type": "llama", "num_attention_heads": 2, "hidden_size": 24, "architectures": ["LlamaForCausalLM"]}
+    base = write_checkpoint(tmp_path / "base", {f"{name}.weight": torch.ones(24, 24)}, config)
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.rand(4, 24), f"base_model.model.{name}.lora_B.weight": torch.rand(24, 4)}
+    adapter = write_adapter(tmp_path / "adapter", tensors, {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["o_proj"]})
+    made = tmp_path / out
+    loratools.convert(adapter, made, format=format, base=base)
+    assert loratools.verify(made)["ok"]
+    place = made / file
+    data = bytearray(place.read_bytes())
+    data[data.index(bytes(tensors[f"base_model.model.{name}.lora_A.weight"].numpy().tobytes()[:8]))] ^= 1
+    place.write_bytes(data)
+    assert not loratools.verify(made)["ok"]
+
+
 def test_wrong_use(tmp_path: Path) -> None:
     base, adapter = _pair(tmp_path, torch.float32)
     with pytest.raises(FormatError, match="no receipt beside it"):

@@ -20,7 +20,7 @@ from loratools.workflows._fitting import one_scaling
 from loratools.workflows.targets import names, target_of
 from tests.ops._lora import checked, dense, rows_of
 from tests.strategies import randn
-from tests.workflows._adapters import IMAGES, MADE, SHAPES, Q, V, base, folder, low, made_for, of
+from tests.workflows._adapters import IMAGES, MADE, NAMES, SHAPES, Q, V, base, folder, low, made_for, of, of_images
 
 WRITTEN = {row.name for row in FORMATS if row.encode}
 TARGETS = [
@@ -235,3 +235,13 @@ def test_a_loha_is_exact(tmp_path: Path) -> None:
     receipt = loratools.fit(tmp_path / "a.safetensors", tmp_path / "out", "vllm")
     assert rows_of(receipt)[Q]["error"] < 1e-6
     assert rows_of(receipt)[Q]["rank"] == 4  # of the product of two ranks of 2
+
+
+def test_another_model_is_one_line_that_says_where_it_runs(tmp_path: Path) -> None:
+    save(Adapter({**of(), **{f"model.conv{i}.weight": MADE["conv"]()[NAMES["conv"]] for i in (1, 2)}}), tmp_path / "a")
+    with pytest.raises(NotExpressible, match=r"modules of a language model, .*: --for peft, vllm, sglang, llama.cpp or mlx") as caught:
+        loratools.fit(tmp_path / "a", tmp_path / "out", "kohya")
+    assert "\n" not in str(caught.value)
+    save(of_images(of()), tmp_path / "b.safetensors", format="kohya")
+    with pytest.raises(NotExpressible, match=r"modules of a diffusion pipeline, .*: --for diffusers, comfyui or kohya"):
+        loratools.fit(tmp_path / "b.safetensors", tmp_path / "out", "vllm")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratools
 from loratools.adapter import Adapter
@@ -230,17 +230,16 @@ def test_modules_that_are_joined_get_lora_of_zeros(tmp_path: Path, weights: Path
     assert loratools.check(tmp_path / "out", "sglang", base=weights)["clean"]
 
 
-def test_another_model_is_one_line_that_says_where_it_runs(tmp_path: Path) -> None:
-    save(Adapter({**of(), **{f"model.conv{i}.weight": MADE["conv"]()[NAMES["conv"]] for i in (1, 2)}}), tmp_path / "a")
-    with pytest.raises(NotExpressible, match=r"modules of a language model, .*: --for peft, vllm, sglang, llama.cpp or mlx") as caught:
-        loratools.fit(tmp_path / "a", tmp_path / "out", "kohya")
-    assert "\n" not in str(caught.value)
-    save(of_images(of()), tmp_path / "b.safetensors", format="kohya")
-    with pytest.raises(NotExpressible, match=r"modules of a diffusion pipeline, .*: --for diffusers, comfyui or kohya"):
-        loratools.fit(tmp_path / "b.safetensors", tmp_path / "out", "vllm")
-
-
 def test_what_goes_apart_needs_names_with_dots(tmp_path: Path) -> None:
     save(made_for("kohya", "bias"), tmp_path / "a.safetensors", format="kohya")
     with pytest.raises(LoratoolsError, match="these have underscores where it has dots; give --base"):
         loratools.fit(tmp_path / "a.safetensors", tmp_path / "out", "kohya")
+
+
+def test_textual_inversions_go_apart_whatever_the_names_are(tmp_path: Path) -> None:
+    """They ride along in kohya's files, and there are no names to spell in a file of them alone."""
+    tensors = {"lora_unet_q.lora_down.weight": randn(2, 6, seed=0), "lora_unet_q.lora_up.weight": randn(4, 2, seed=1)}
+    save_file(tensors | {"bundle_emb.token.clip_l": randn(2, 6, seed=2)}, tmp_path / "k.safetensors")
+    loratools.fit(tmp_path / "k.safetensors", tmp_path / "out.safetensors", "kohya")
+    assert list(load(tmp_path / "out.saved.safetensors").passengers) == ["bundle_emb.token.clip_l"]
+    assert list(load(tmp_path / "out.safetensors")) == ["lora_unet_q.weight"]
