@@ -18,7 +18,6 @@ from loratools.dequantize import Plain, dequantized, known
 from loratools.errors import LoratoolsError, MatchError, QuantizedError, raise_all
 from loratools.families import Family
 from loratools.jsonfile import read_json
-from loratools.needed import RECEIPT as RECEIPT
 from loratools.needed import of_model
 from loratools.quantized import method, scheme
 from loratools.refs import Ref, Spec

@@ -172,17 +172,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _draw(target: Path, told: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Cosine and overlaps by layer and module; what one of the two lacks has a cell without a value."""
-    if not names:
-        raise OptionError("--plot, and no module has a measure to draw", remedy=None if "base" in told else "--base may give one")
+    """Cosine and overlaps by layer and module, those that there are; what one of the two lacks has a cell without a value."""
     kinds = {
         "cosine": ("cosine of the changes ΔW", "cosine", -1.0),
         "column_overlap": ("overlap of what they write (columns)", "mean cos² of angles", 0.0),
         "row_overlap": ("overlap of what they read (rows)", "mean cos² of angles", 0.0),
     }
     panels = [
-        _heatmap.Panel(title, label, {row["name"]: row[key] for row in told["modules"]}, low) for key, (title, label, low) in kinds.items()
+        _heatmap.Panel(title, label, {row["name"]: row[key] for row in told["modules"]}, low)
+        for key, (title, label, low) in kinds.items()
+        if any(row[key] is not None for row in told["modules"])
     ]
+    if not panels:
+        raise OptionError("--plot, and no module has a measure to draw", remedy=None if "base" in told else "--base may give one")
     _heatmap.draw(target, panels, title=f"{told['a']} and {told['b']}", names=names)
 
 

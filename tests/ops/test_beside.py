@@ -19,7 +19,7 @@ from loratools.ops.inspect import inspect
 from loratools.tensors import read_tensor, to_ref
 from tests.deltas.apply import applied
 from tests.strategies import randn
-from tests.workflows._adapters import MADE, K, Q, base, dora, low, of
+from tests.workflows._adapters import MADE, Q, V, base, dora, low, of
 
 CLOSE = 1e-9  # float64 on both sides, of matrices with fewer than a hundred elements
 FIELDS = ("weight_norm", "change_norm", "relative_norm")
@@ -64,7 +64,7 @@ def test_what_has_no_norm_is_null(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in report["modules"]}
     for name, weight in ((Q, False), ("score.weight", False), ("extra.weight", True)):
         assert [rows[name][field] is None for field in FIELDS] == [weight, True, True]
-    assert rows[K]["relative_norm"] > 0 and rows["score.weight"]["weight_norm"] > 0
+    assert rows[V]["relative_norm"] > 0 and rows["score.weight"]["weight_norm"] > 0
     assert any(text.startswith(f"{Q}: ") and "non-finite" in text for text in report["warnings"])
 
 

@@ -21,10 +21,12 @@ from loratools.deltas.loha import LoHa
 from loratools.deltas.scaled import Scaled
 from loratools.errors import MatchError, NonFiniteError, OptionError
 from loratools.formats import load
+from loratools.ops import _heatmap
 from loratools.ops.compare import compare
 from loratools.tensors import to_ref
 from tests.files import read_checkpoint, write_checkpoint
 from tests.ops._lora import low
+from tests.pictures import adapter, llama, weights
 
 NAME = "h.0.up.weight"
 BIG = "h.1.up.weight"
@@ -233,3 +235,14 @@ def test_layers_are_the_modules_of_their_number() -> None:
     inside = [Adapter(deltas={name: delta for name, delta in one.items() if "h.10" in name}) for one in (a, b)]
     own = compare(*inside)
     assert {key: value for key, value in ten.items() if key != "layer"} == own["total"] and ten["modules"] == 1
+
+
+def test_a_map_without_a_value_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(_heatmap, "draw", lambda target, panels, **_: drawn.append([panel.label for panel in panels]))
+    shapes = llama(1, ("self_attn.q_proj",))
+    base = weights(shapes)
+    plain, dora = adapter(tmp_path / "plain", shapes, 2), adapter(tmp_path / "dora", shapes, 2, base)
+    compare(plain, dora, base=write_checkpoint(tmp_path / "base", base), plot=tmp_path / "x.png")  # a DoRA's change has no small factors
+    compare(plain, plain, plot=tmp_path / "x.png")
+    assert drawn == [["cosine"], ["cosine", "mean cos² of angles", "mean cos² of angles"]]
