@@ -45,7 +45,7 @@ _WHY = {"dora": "W' - W is more than its factors, its magnitudes scale W itself;
 
 def _unsized(delta: Additive) -> bool:
     """Whether its kind is of a matrix whose sizes only the base tells."""
-    return len(delta.shape()) < 2 and not isinstance(delta, Full) and not has_product(delta)
+    return len(delta.shape()) < 2 and not isinstance(delta, Full)
 
 
 def _is_low(delta: Delta) -> bool:

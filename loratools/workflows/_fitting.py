@@ -103,7 +103,7 @@ def made_lora(adapter: Adapter, names: Iterable[str], base: Base | None, asked: 
 def _rank_for(delta: Delta, adapter: Adapter, asked: int | None, limit: int | None) -> int | None:
     inner = delta.then if isinstance(delta, Chain) else delta
     inner = inner.delta if isinstance(inner, Unsettled) else inner
-    if isinstance(inner, Additive) and has_product(inner) and inner.product() is not None:
+    if isinstance(inner, Additive) and has_product(inner) and (not sized(inner) or inner.product() is not None):
         return limit
     own = rank_of(inner) or inner.facts().get("rank")
     ranks = [rank for other in adapter.values() if (rank := rank_of(other))]

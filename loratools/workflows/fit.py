@@ -127,9 +127,10 @@ class _Fit:
         self.anew = any(one.rule.fit == "write" or one.rule.id not in known for one in lost(self.source, self.target, self.base))
         self._refuse()
         self.apart = {name: one.rule.reason for one in self._of("apart") for name in one.names or (one.place,) if self._holds(name)}
-        if self.apart and self.settled.flat:
+        named = [name for name in self.apart if name in self.settled]
+        if named and self.settled.flat:
             fact = "what goes apart needs the base's own names, and these have underscores where it has dots"
-            raise UnsupportedError(fact, tensor=next(iter(self.apart)), remedy="give --base")
+            raise UnsupportedError(fact, tensor=named[0], remedy="give --base")
         stay, self.away = split(self.settled, self.apart)
         if not stay.deltas:
             raise NotExpressible(f"nothing of it is left that {self.target.title} takes", remedy=_INSTEAD)

@@ -61,9 +61,14 @@ def test_with_the_base_each_expert_gets_its_lora(target: str, rslora: bool, tmp_
     assert not loratools.check(mine, target, base=base)["clean"]
     out = tmp_path / ("out.gguf" if target == "llama.cpp" else "out")
     receipt = loratools.fit(mine, out, target, base=base)
-    assert loratools.check(out, target)["clean"] and loratools.check(out, target, base=base)["clean"]
+    assert loratools.check(out, target)["clean"]
     # scaling 4/2 is a power of two; rsLoRA's 4/√2 is rounded once into a float32 B
     assert max(row["error"] for row in receipt["tensors"]) <= (2.0**-24 if rslora else 0.0)
+    if target == "mlx":  # stacks of its own, whose names only its models have
+        stack = load_file(out / "adapters.safetensors")[f"{MLP}switch_mlp.gate_proj.lora_a"]
+        assert stack.shape == (EXPERTS, RANK, HIDDEN)
+        return
+    assert loratools.check(out, target, base=base)["clean"]
     one, other = (loratools.merge(base, [path], tmp_path / f"m{i}") and load_file(tmp_path / f"m{i}" / "model.safetensors")
                   for i, path in enumerate((mine, out)))  # fmt: skip
     assert one.keys() == other.keys()
