@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import loratools
+from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible
 from loratools.formats import FORMATS, load, save
