@@ -8,6 +8,7 @@ from __future__ import annotations
 from loratools.checkpoint import Checkpoint
 from loratools.deltas.base import Additive, Delta
 from loratools.deltas.compose import Chain
+from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.deltas.rows import Rows
@@ -109,6 +110,8 @@ def _same(one: Delta, other: Delta) -> bool:
         return same_bytes(one.value, other.value)
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return one.scaling == other.scaling and same_bytes(one.A, other.A) and same_bytes(one.B, other.B)
+    if isinstance(one, DoRA) and isinstance(other, DoRA):
+        return one.axis == other.axis and _same(one.direction, other.direction) and same_bytes(one.magnitude, other.magnitude)
     if isinstance(one, Rows) and isinstance(other, Rows):
         return one.indices == other.indices and same_bytes(one.values, other.values)
     if isinstance(one, Chain) and isinstance(other, Chain):

@@ -42,11 +42,6 @@ def cells(ref: Ref) -> np.ndarray:
     return np.frombuffer(ref.read(), dtype=f"V{BITS[ref.spec.dtype] // 8}").reshape(ref.spec.shape)
 
 
-def member(ref: Ref, index: int) -> Ref:
-    """One matrix of a stack (members, rows, columns)."""
-    return Derived(ref, ref.spec.shape[1:], lambda found: found[index])
-
-
 def block_diagonal(ref: Ref, copies: int) -> Ref:
     """`copies` of a matrix along the diagonal, zeros elsewhere."""
     rows, columns = ref.spec.shape

@@ -1,4 +1,4 @@
-"""Matrices of one shape as one tensor, for formats that keep the factors of all experts together."""
+"""Matrices of one shape as one tensor, for formats that keep the factors of all experts together, and each of them alone."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ class Stack(Ref):
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Buffer]:
         for ref in self.members:
             yield from ref.blocks(size)
+
+
+class Member(Ref):
+    """One matrix of a stack (members, rows, columns), read alone."""
+
+    def __init__(self, origin: Ref, index: int) -> None:
+        self.origin, self.index, self.spec = origin, index, replace(origin.spec, shape=origin.spec.shape[1:])
+
+    def read(self) -> Buffer:
+        return self.origin.rows(self.index, self.index + 1)
+
+    def rows(self, start: int, stop: int) -> Buffer:
+        step = self.spec.row_bytes()
+        return memoryview(self.read()).cast("B")[start * step : stop * step]

@@ -34,6 +34,8 @@ WEIGHTS = (
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz", "pytorch_lora_weights.safetensors",
     "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt", "lit_model.pth.lora", "model_weights.ckpt",
 )  # fmt: skip
+# in the order in which a folder's are read: peft's file that torchtune writes beside its own is another change, for some models
+_ORDER = ("adapter_model.pt", "adapter_0.pt", *(name for name in WEIGHTS if name not in ("adapter_model.pt", "adapter_0.pt")))
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _arrays(path: Path) -> UnsupportedError:
 def _weights_in(folder: Path) -> Path:
     if (folder / ARRAYS[0]).is_file():
         raise _arrays(folder)
-    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    found = [folder / name for name in _ORDER if (folder / name).is_file()]
     if not found:
         refuse_ranks(folder, [str(path.relative_to(folder)) for path in (*folder.glob("*/model_weights.ckpt"), *folder.glob("*.distcp"))])
     if found:
@@ -197,8 +199,8 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _passed_over(folder: Path) -> tuple[str, ...]:
-    """A note where a folder holds files of several adapters, or of one adapter twice: the first in the order of WEIGHTS is read."""
-    found = [name for name in WEIGHTS if (folder / name).is_file()]
+    """A note where a folder holds files of several adapters, or of one adapter twice: the first in that order is read."""
+    found = [name for name in _ORDER if (folder / name).is_file()]
     return (f"read from {found[0]}, not from {', '.join(found[1:])} beside it: name that file to have it",) if len(found) > 1 else ()
 
 

@@ -20,9 +20,10 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, MatchError, ShapeError, UnsupportedError, raise_all
 from loratools.formats._heads import text_config
 from loratools.formats._scalar import finite
+from loratools.formats._stack import Member
 from loratools.formats.base import Container, ReadOptions
 from loratools.formats.gguf_names import ARCHITECTURES, HEADS, SHARED, Heads, Names, architecture, heads_of, stated_heads
-from loratools.formats.gguf_rows import Member, halved, waiting
+from loratools.formats.gguf_rows import halved, waiting
 from loratools.gguffile import Dequantized
 from loratools.refs import Ref
 

@@ -7,13 +7,12 @@ Rotary embeddings turn pairs of rows: transformers pairs row i with i + half of 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loratools.errors import AmbiguousError, ShapeError
 from loratools.formats._derived import Derived
 from loratools.formats._pieces import Waiting
-from loratools.refs import Buffer, Ref
+from loratools.refs import Ref
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,17 +58,3 @@ def filled(ref: Ref, rank: int, axis: int) -> Ref:
         return made
 
     return ref if shape == ref.spec.shape else Derived(ref, shape, make)
-
-
-class Member(Ref):
-    """One matrix of a stack (members, rows, columns), read alone."""
-
-    def __init__(self, origin: Ref, index: int) -> None:
-        self.origin, self.index, self.spec = origin, index, replace(origin.spec, shape=origin.spec.shape[1:])
-
-    def read(self) -> Buffer:
-        return self.origin.rows(self.index, self.index + 1)
-
-    def rows(self, start: int, stop: int) -> Buffer:
-        step = self.spec.row_bytes()
-        return memoryview(self.read()).cast("B")[start * step : stop * step]

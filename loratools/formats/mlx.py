@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from loratools.adapter import Adapter
@@ -21,13 +23,14 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError, raise_all
 from loratools.families import EMBEDDINGS, Family, matches
-from loratools.formats._derived import member
 from loratools.formats._mixed import mixed
 from loratools.formats._refused import BAKE, RESIZE, passengers
 from loratools.formats._scalar import finite
 from loratools.formats._scale import exact_alpha, only
+from loratools.formats._stack import Member
 from loratools.formats.base import Container, ReadOptions
-from loratools.formats.mlx_experts import factors, stacks
+from loratools.formats.mlx_experts import count_of, factors, stacks
+from loratools.formats.mlx_tied import both, spoken
 from loratools.refs import Ref
 
 NAME = "mlx"
@@ -63,7 +66,15 @@ def decode(container: Container, options: ReadOptions | None = None) -> Adapter:
     except LoratoolsError as error:
         raise error.at(file=container.path) from None
     metadata = {NAME: {name: config[name] for name in ("model", "num_layers", "fine_tune_type") if name in config}}
-    return Adapter(deltas, metadata, {}, container.path, NAME, container.files)
+    adapter = Adapter(deltas, metadata, {}, container.path, NAME, container.files)
+    return replace(adapter, pending=partial(_pending, adapter))
+
+
+def _pending(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
+    """The adapter for a base with this config: what MLX changes of an embedding also on a head tied to it."""
+    whole = adapter.metadata[NAME].get("fine_tune_type") == "full"
+    family = Family({}) if whole else Family(dict(config))
+    return replace(adapter, numbered=lambda deltas, base: both(deltas, base, family))
 
 
 def _deltas(tensors: Mapping[str, Ref], config: Mapping[str, Any], options: ReadOptions) -> dict[str, Delta]:
@@ -112,7 +123,7 @@ def _delta(name: str, parts: Mapping[str, Ref], config: Mapping[str, Any], optio
     a, b = parts["lora_a"], parts["lora_b"]
     left, right = a.spec.shape, b.spec.shape
     if len(left) == len(right) == 3 and left[:2] == (right[0], right[2]):
-        made = [_low(member(a, i), member(b, i), _factor(scale, config, left[1]), "linear") for i in range(left[0])]
+        made = [_low(Member(a, i), Member(b, i), _factor(scale, config, left[1]), "linear") for i in range(left[0])]
         if "m" in parts:
             raise FormatError("a magnitude beside a stack of experts")
         return Stacked(members=tuple(made))
@@ -169,7 +180,7 @@ def encode(adapter: Adapter) -> Container:
     tensors: dict[str, Ref] = {}
     scales: dict[str, float] = {}
     ranks: dict[str, float] = {}
-    deltas = stacks(adapter, Family(dict(adapter.model)).types)
+    deltas = stacks(spoken(adapter), Family(dict(adapter.model)).types, count_of(adapter.model))
     for name, delta in deltas.items():
         module = name.removesuffix(".weight")
         if isinstance(delta, Stacked):

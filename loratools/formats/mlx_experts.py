@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Stacked
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import NotExpressible
 from loratools.formats._experts import apart
+from loratools.formats._heads import text_config
 from loratools.formats._refused import BAKE, KEPT, RESIZE
 from loratools.formats._stack import Stack
 from loratools.refs import Ref
@@ -29,11 +31,21 @@ SWITCHED = (
 _EXPERT = re.compile(
     r"(?P<root>.+)\.(?P<place>mlp|block_sparse_moe)\.experts\.(?P<index>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w[123])\.weight"
 )
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LEAVES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def stacks(deltas: Mapping[str, Delta], types: Iterable[str]) -> dict[str, Delta]:
-    """The deltas, those of single experts or of fused ones as stacks under MLX's names, where the model's type is one it stacks so."""
+def count_of(config: Mapping[str, Any]) -> int:
+    """How many experts a model's config says each stack has, 0 where it says none."""
+    text = text_config(config)
+    return next((text[key] for key in _COUNTS if type(text.get(key)) is int), 0)
+
+
+def stacks(deltas: Mapping[str, Delta], types: Iterable[str], count: int = 0) -> dict[str, Delta]:
+    """The deltas, those of single experts or of fused ones as stacks under MLX's names, where the model's type is one it stacks so.
+
+    A stack has `count` members at least: those that lack are None.
+    """
     kinds = set(types)
     if not kinds & set(SWITCHED):
         return dict(deltas)
@@ -47,7 +59,7 @@ def stacks(deltas: Mapping[str, Delta], types: Iterable[str]) -> dict[str, Delta
         place = "block_sparse_moe" if kinds & set(SPARSE) else match["place"]
         leaf = _LEAVES.get(match["leaf"], match["leaf"])
         members[f"{match['root']}.{place}.switch_mlp.{leaf}.weight"][int(match["index"])] = delta
-    return found | {name: Stacked(members=tuple(own.get(i) for i in range(max(own) + 1))) for name, own in members.items()}
+    return found | {name: Stacked(members=tuple(own.get(i) for i in range(max(count, max(own) + 1)))) for name, own in members.items()}
 
 
 def factors(stack: Stacked) -> tuple[Ref, Ref, LowRank]:

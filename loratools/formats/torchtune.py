@@ -18,7 +18,7 @@ from typing import Any
 from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
-from loratools.formats._heads import Heads, rows_of
+from loratools.formats._heads import Heads, rows_of, text_config
 from loratools.formats._pickled import folder_of
 from loratools.formats._pieces import Piece, picked
 from loratools.formats._refused import BAKE, RESIZE
@@ -32,6 +32,8 @@ from loratools.refs import Ref
 NAME, FILE = "torchtune", "adapter_model.pt"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a\.weight|lora_b\.weight|magnitude)")
 _KNOWN = ("r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path")
+_BIASED = re.compile(r"\.attn\.[qkv]_proj\.magnitude$")  # of qwen2, whose q, k and v have biases
+_SCALED = "DoRA of q, k or v: torchtune's forward scaled their biases too, which its merge leaves as they are, and so does this"
 _ONE = "torchtune has one {0} for all modules"
 
 
@@ -68,8 +70,10 @@ class _Reading(Reading):
         deltas |= deltas_of(parts, model.heads)
         files = (*self.container.files, *self.container.used("config.json"))
         source = (self.container.config or {}).get("base_model_name_or_path")
+        biased = text_config(model.config).get("model_type") == "qwen2" and any(_BIASED.search(key) for key in self.container.tensors)
+        notes = (_SCALED,) if biased else ()
         told = {"peft": {"base_model_name_or_path": source}} if isinstance(source, str) else {}
-        return Adapter(deltas, told, {}, self.container.path, NAME, files, model=model.config)
+        return Adapter(deltas, told, {}, self.container.path, NAME, files, notes=notes, model=model.config)
 
     def _placed(self, module: str, pair: Mapping[str, Ref], model: Model) -> Part | tuple[str, Delta]:
         lacking = [slot for slot in ("lora_a.weight", "lora_b.weight") if slot not in pair]

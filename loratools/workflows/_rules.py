@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from loratools.adapter import Adapter
 from loratools.deltas.base import Delta
 from loratools.deltas.dora import DoRA
 from loratools.deltas.full import Full
 from loratools.deltas.lowrank import LowRank
-from loratools.errors import FormatError
+from loratools.errors import FormatError, LoratoolsError
+from loratools.formats.peft_encode import encode
 from loratools.formats.peft_method_encode import row_for
 from loratools.workflows._naming import joined, name, network
 from loratools.workflows._stated import config, keys
@@ -56,8 +58,19 @@ def _is_vector(tensor: str, delta: Delta) -> bool:
 def method(subject: Subject, *, but: Sequence[str]) -> Iterator[Hit]:
     """Deltas of none of these kinds, unless all the adapter's are of one kind that is a method of peft's own."""
     own = {delta.kind for _, delta in subject.parts if delta.kind != "replacement"}
-    if len(own) != 1 or row_for(subject.adapter) is None:
+    if len(own) != 1 or not _written(subject.adapter):
         yield from kind(subject, but=but, vector=False)
+
+
+def _written(adapter: Adapter) -> bool:
+    """Whether peft can say an adapter of one kind; under flat names, which need a base first, whether it has such a method."""
+    if adapter.flat:
+        return row_for(adapter) is not None
+    try:
+        encode(adapter)
+    except LoratoolsError:
+        return False
+    return True
 
 
 def layer(subject: Subject, *, layers: Sequence[str], at: str | None = None) -> Iterator[Hit]:

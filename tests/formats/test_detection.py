@@ -34,8 +34,20 @@ REAL = {
 }  # fmt: skip
 
 
+TRAINED = {"mlx": "mlx", "torchtune": "torchtune", "litgpt": "litgpt", "llama_cpp": "gguf", "nemo": "nemo"}
+
+
 def claims(found: Container) -> list[str]:
     return [row.name for row in FORMATS if row.detect(found)]
+
+
+@pytest.mark.parametrize("program", TRAINED)
+def test_what_programs_saved(program: str) -> None:
+    folders = [path for path in sorted((DATA / "trained" / program).iterdir()) if path.is_dir()]
+    assert len(folders) >= 5
+    for folder in folders:
+        path = folder / "adapter.gguf" if program == "llama_cpp" else folder
+        assert claims(open_container(path)) == [TRAINED[program]], folder
 
 
 @pytest.mark.parametrize("table", TABLES)

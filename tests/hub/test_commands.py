@@ -23,7 +23,7 @@ SPELT = (
 # a command by what it is given: ADAPTER and OTHER, BASE and TUNED, MERGED (by the two), OUT
 COMMANDS = {
     "check": "check ADAPTER --for vllm --json",
-    "check on the base": "check ADAPTER --for sglang --base BASE --json",
+    "check on the base": "check ADAPTER --for peft --base BASE --json",
     "compare": "compare ADAPTER OTHER --json",
     "compare on the base": "compare ADAPTER OTHER --base BASE --json",
     "inspect": "inspect ADAPTER --base BASE --spectra --json",

@@ -11,9 +11,10 @@ from torch import Tensor
 from loratools import convert, merge
 from loratools.deltas.base import Delta
 from loratools.deltas.compose import Stacked
+from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.layouts.switched import unswitched
-from loratools.tensors import to_ref
+from loratools.tensors import read_tensor, to_ref
 from tests.files import read_checkpoint, write_checkpoint
 from tests.formats.test_experts import BLOCK, CONFIG, EXPERTS, WIDTH, adapter, stacks
 from tests.strategies import randn
@@ -66,3 +67,33 @@ def test_merged_into_whatever_a_base_calls_them(tmp_path: Path, kind: str) -> No
     gate_up = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
     torch.testing.assert_close(gate_up, expected[f"{BLOCK}.gate_up_proj"], rtol=0, atol=1e-12)  # the same products in float64
     torch.testing.assert_close(parts["down_proj"], expected[f"{BLOCK}.down_proj"], rtol=0, atol=1e-12)
+
+
+NAMES = {
+    "layers.0.mlp.experts.gate_proj": "layers.0.mlp.experts.{}.gate_proj",
+    "layers.0.feed_forward.switch_mlp.down_proj": "layers.0.feed_forward.experts.{}.down_proj",
+    "layers.0.mixer.switch_mlp.fc1": "layers.0.mixer.experts.{}.up_proj",
+    "layers.0.mixer.switch_mlp.fc2": "layers.0.mixer.experts.{}.down_proj",
+}
+
+
+@pytest.mark.parametrize("stack", NAMES)
+def test_other_places_of_a_stack(stack: str) -> None:
+    members = (low(0), None, low(2))
+    deltas: dict[str, Delta] = {f"{stack}.weight": Stacked(members=members), "x.weight": low(4)}
+    found = unswitched(deltas, [])
+    assert found == {f"{NAMES[stack].format(e)}.weight": members[e] for e in (0, 2)} | {"x.weight": deltas["x.weight"]}
+    assert unswitched(deltas, [f"{stack}.weight"]) == deltas
+
+
+def test_names_that_are_none_of_mlx() -> None:
+    deltas: dict[str, Delta] = {"layers.0.switch.weight": Stacked(members=(low(0),)), "layers.0.mlp.switch_mlp.up_proj.weight": low(1)}
+    assert unswitched(deltas, []) == deltas
+
+
+def test_a_stack_that_was_saved_whole() -> None:
+    W = randn(3, 4, 6, seed=0)
+    found = unswitched({"layers.0.mlp.switch_mlp.up_proj.weight": Replacement(value=to_ref(W))}, [])
+    assert list(found) == [f"layers.0.mlp.experts.{number}.up_proj.weight" for number in range(3)]
+    for number, delta in enumerate(found.values()):
+        assert isinstance(delta, Replacement) and torch.equal(read_tensor(delta.value), W[number])
