@@ -173,7 +173,7 @@ def _dotted(deltas: Mapping[str, Delta], base: Iterable[str]) -> Mapping[str, De
 
 
 def _missing(name: str) -> MatchError:
-    remedy = "the file is incomplete; give --allow-unmatched to go on without"
+    remedy = "the file is incomplete; merge --allow-unmatched goes on without"
     return MatchError("the adapter's config covers this weight, its file holds nothing for it", tensor=name, remedy=remedy)
 
 
@@ -208,7 +208,7 @@ def _stray(name: str, base: Mapping[str, Spec]) -> MatchError:
     near = difflib.get_close_matches(name, base, 3, 0.6)
     return MatchError(
         "the base has no such weight", tensor=name, found="nearest " + ", ".join(near) if near else None,
-        remedy="give --rename OLD=NEW, or --allow-unmatched to leave it out",
+        remedy="merge and convert --rename OLD=NEW map it, merge --allow-unmatched leaves it out",
     )  # fmt: skip
 
 
