@@ -37,7 +37,9 @@ from loratools.formats import (
     xlabs,
 )
 from loratools.formats._marks import NEEDS, inversions, near, shown
-from loratools.formats.base import Container, ReadOptions, nearest, open_container, write_container
+from loratools.formats.base import Container, ReadOptions, nearest
+from loratools.formats.opening import open_container
+from loratools.formats.writing import write_container
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from loratools.formats._refused import BAKE, RESIZE
 from loratools.formats._scale import only
 from loratools.formats._sides import write_yaml
 from loratools.formats._trainer import Module, modules_of
-from loratools.formats.base import Container, write_tensors
+from loratools.formats.base import Container
 from loratools.formats.nemo import NAME
 from loratools.formats.nemo_files import RUN, run_config
+from loratools.formats.writing import write_tensors
 from loratools.layouts.trainers import Row
 from loratools.refs import Ref
 

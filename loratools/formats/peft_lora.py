@@ -15,7 +15,8 @@ from loratools.deltas.kasa import KaSA
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import FormatError, LoratoolsError, ShapeError, UnsupportedError, raise_all
 from loratools.families import matches
-from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.base import Container, ReadOptions
+from loratools.formats.opening import open_container
 from loratools.formats.peft_attention import WITHIN, attended, is_attention, target_of
 from loratools.formats.peft_config import LoraConfig, parse
 from loratools.formats.peft_experts import check_packing, idle_parameters, on_parameters, parameter_grammar, parameter_names, wraps

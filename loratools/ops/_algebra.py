@@ -20,7 +20,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.deltas.residual import INITS
 from loratools.errors import UnsupportedError
 from loratools.formats import FORMATS, encode, load
-from loratools.formats.base import ReadOptions, write_container
+from loratools.formats.base import ReadOptions
+from loratools.formats.writing import write_container
 from loratools.output import sync_tree, whole
 from loratools.receipt import Receipt, adapter_history, adapter_inputs, add_sha256, receipt_path
 from loratools.sidefiles import file_entry

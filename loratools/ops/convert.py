@@ -14,8 +14,9 @@ from loratools import threads as workers
 from loratools.adapter import Adapter
 from loratools.errors import UsageError
 from loratools.formats import encode
-from loratools.formats.base import read_options, write_container
+from loratools.formats.base import read_options
 from loratools.formats.reading import Reading, arguments, paths, reads
+from loratools.formats.writing import write_container
 from loratools.ops._algebra import fill_files, format_of, label, loaded
 from loratools.ops._base import Base
 from loratools.ops._convert_options import Options

@@ -19,7 +19,7 @@ from loratools.deltas.base import Delta
 from loratools.deltas.full import Replacement
 from loratools.errors import OptionError
 from loratools.formats import encode
-from loratools.formats.base import write_container
+from loratools.formats.writing import write_container
 from loratools.ops._algebra import fill_files
 from loratools.ops._extract_options import Options
 from loratools.ops._extraction import Extraction, Progress

@@ -20,7 +20,8 @@ from loratools.facts import facts_of
 from loratools.families import Family
 from loratools.formats import FORMATS, load
 from loratools.formats._pieces import as_stored
-from loratools.formats.base import CONFIG, is_adapter, open_container, read_options
+from loratools.formats.base import CONFIG, read_options
+from loratools.formats.opening import is_adapter, open_container
 from loratools.formats.reading import Reading, paths, reads
 from loratools.ops._drift import moved
 from loratools.ops._figure import checked

@@ -22,7 +22,8 @@ from loratools.checkpoint import Checkpoint
 from loratools.digests import combined_digest
 from loratools.errors import FormatError, UsageError
 from loratools.formats import load
-from loratools.formats.base import ARRAYS, is_adapter, of_adapter, open_container, read_options
+from loratools.formats.base import read_options
+from loratools.formats.opening import ARRAYS, is_adapter, of_adapter, open_container
 from loratools.gguffile import is_gguf
 from loratools.needed import of_model
 from loratools.pipeline import open_checkpoint

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter
-from loratools.formats.base import Container, open_container, read_options
+from loratools.formats.base import Container, read_options
+from loratools.formats.opening import open_container
 from loratools.formats.reading import Reading
 from loratools.ops._algebra import loaded
 from loratools.ops._base import Base

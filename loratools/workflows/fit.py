@@ -16,9 +16,11 @@ from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError, NotExpressible, OptionError, UnsupportedError, raise_all
 from loratools.formats import FORMATS, encode, load
-from loratools.formats.base import Container, open_container, read_options, write_container
+from loratools.formats.base import Container, read_options
+from loratools.formats.opening import open_container
 from loratools.formats.peft_config import CARRIED
 from loratools.formats.reading import Reading, arguments, paths, reads
+from loratools.formats.writing import write_container
 from loratools.ops._algebra import fill_files, label, loaded
 from loratools.ops._base import Base
 from loratools.output import check_output, whole

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from loratools.adapter import Adapter
 from loratools.formats._pieces import piece_of
-from loratools.formats.base import Container, write_container
+from loratools.formats.base import Container
+from loratools.formats.writing import write_container
 from loratools.tensors import read_tensor
 
 IDS = {"qkv_proj": 0, "q_proj": 1, "k_proj": 2, "v_proj": 3, "o_proj": 4, "gate_proj": 5, "gate_up_proj": 5, "down_proj": 6, "up_proj": 7}

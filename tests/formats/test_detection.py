@@ -14,7 +14,8 @@ import loratools.formats as formats
 from loratools.errors import FormatError, UnsupportedError
 from loratools.formats import FORMATS, load
 from loratools.formats._marks import LOOKS
-from loratools.formats.base import Container, open_container
+from loratools.formats.base import Container
+from loratools.formats.opening import open_container
 from loratools.gguffile import write_gguf
 from loratools.tensors import to_ref
 from tests.files import write_adapter

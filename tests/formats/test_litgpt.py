@@ -14,8 +14,9 @@ from loratools.deltas.dora import DoRA
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, FormatError, LoratoolsError, MatchError, NotExpressible, OptionError, ShapeError
 from loratools.formats import FORMATS, load, loralib, save
-from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.base import Container, ReadOptions
 from loratools.formats.litgpt import decode, detect, encode
+from loratools.formats.opening import open_container
 from loratools.tensors import read_tensor, to_ref
 
 HEAD, GROUPS, SIZE, EMBD, RANK = 4, 2, 4, 16, 2

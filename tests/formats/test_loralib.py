@@ -18,8 +18,9 @@ from loratools.deltas.full import Full, Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, Faults, FormatError, LoratoolsError, NotExpressible, ShapeError
 from loratools.formats import FORMATS
-from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.base import Container, ReadOptions
 from loratools.formats.loralib import decode, detect, encode
+from loratools.formats.opening import open_container
 from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.files import raw

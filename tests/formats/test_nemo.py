@@ -31,10 +31,11 @@ from loratools.errors import (
     UnsupportedError,
 )
 from loratools.formats import FORMATS, _archive
-from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.base import Container, ReadOptions
 from loratools.formats.nemo import decode
 from loratools.formats.nemo_encode import encode
 from loratools.formats.nemo_files import run_config
+from loratools.formats.opening import open_container
 from loratools.tensors import read_tensor, to_ref
 from tests.files import raw, write_checkpoint
 from tests.spoil import Evil

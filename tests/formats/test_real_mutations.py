@@ -13,7 +13,8 @@ from loratools.adapter import Adapter
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import LoratoolsError
 from loratools.formats import FORMATS
-from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.base import Container, ReadOptions
+from loratools.formats.opening import open_container
 from loratools.formats.peft_config import TRAINING
 from loratools.refs import Ref, Spec
 

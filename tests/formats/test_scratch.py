@@ -23,7 +23,8 @@ from loratools.deltas.lowrank import LowRank
 from loratools.errors import AmbiguousError, Faults, FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError
 from loratools.formats import FORMATS
 from loratools.formats._scale import exact_alpha
-from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.base import Container, ReadOptions
+from loratools.formats.opening import open_container
 from loratools.formats.scratch import decode, detect, encode
 from loratools.tensors import to_ref
 from tests.files import raw, write_checkpoint

@@ -25,7 +25,8 @@ from loratools.errors import (
     UnsupportedError,
 )
 from loratools.formats import FORMATS
-from loratools.formats.base import Container, ReadOptions, open_container
+from loratools.formats.base import Container, ReadOptions
+from loratools.formats.opening import open_container
 from loratools.formats.torchtune import decode, encode
 from loratools.tensors import read_tensor, to_ref
 from tests.files import write_checkpoint

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from loratools.adapter import Adapter
 from loratools.errors import LoratoolsError
 from loratools.formats import encode
-from loratools.formats.base import write_container
+from loratools.formats.writing import write_container
 from loratools.refs import Spec
 from loratools.tensors import read_tensor, to_ref
 from tests.formats.cells import cell

@@ -16,7 +16,8 @@ from loratools.deltas.full import Replacement
 from loratools.deltas.lowrank import LowRank
 from loratools.errors import OptionError
 from loratools.formats import encode
-from loratools.formats.base import Container, write_container
+from loratools.formats.base import Container
+from loratools.formats.writing import write_container
 from loratools.header import build_header, canonical
 from loratools.ops._size import DENSE, Budget, Candidate, file_bytes, parse_size
 from loratools.refs import Spec

@@ -13,7 +13,8 @@ import loratools
 from loratools import inspect, merge
 from loratools.errors import AmbiguousError, FormatError
 from loratools.formats import load
-from loratools.formats.base import WEIGHTS, ReadOptions, is_adapter, open_container
+from loratools.formats.base import WEIGHTS, ReadOptions
+from loratools.formats.opening import is_adapter, open_container
 from tests.files import peft_config, write_adapter, write_checkpoint
 from tests.strategies import randn
 
