@@ -70,10 +70,11 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in ("ops", "cli", "workflows", "formats")], ids=str)
 def test_operations_commands_and_formats_do_not_know_each_other(path: Path) -> None:
-    """They share what is in a `_name.py`, `base.py` or how a container is opened and written; the files of one format begin with its name."""
+    """They share `_name.py`, `base.py` and how a container is opened and written; the files of one format begin with its name."""
     for other in imports(path):
         if path.stem != "__init__" and len(other) > 1 and other[0] == path.parent.name:
-            shared = other[1] in ("base", "opening", "writing", "targets", "card") or other[1].startswith("_")  # targets are data; a card is what push writes
+            # targets are data; a card is what push writes
+            shared = other[1] in ("base", "opening", "writing", "targets", "card") or other[1].startswith("_")
             assert shared or (other[0] == "formats" and other[1].partition("_")[0] == path.stem.partition("_")[0]), other
 
 
