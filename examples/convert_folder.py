@@ -8,8 +8,6 @@ What is there already is left alone, so that a run that was stopped goes on.
 """
 
 import argparse
-import sys
-from collections import Counter
 from pathlib import Path
 
 import loratools
@@ -27,8 +25,8 @@ def adapters_in(folder: Path) -> list[Path]:
 def places(found: list[Path], folder: Path, out: Path) -> dict[Path, Path]:
     """Where each goes: files without their ending, unless two would then be one."""
     bare = {path: path.with_suffix("") if path.is_file() else path for path in found}
-    taken = Counter(bare.values())
-    names = {path: bare[path] if taken[bare[path]] == 1 else path.with_name(path.name.replace(".", "-")) for path in found}
+    taken = list(bare.values())
+    names = {path: bare[path] if taken.count(bare[path]) == 1 else path.with_name(path.name.replace(".", "-")) for path in found}
     return {path: out / name.relative_to(folder) for path, name in names.items()}
 
 
@@ -59,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -26,7 +26,7 @@ from loratools.cli._say import notes, say, say_json
     "--layout", type=click.Choice(["diffusers", "original"]), metavar="L",
     help="Whose names the tensors of a diffusion network get: diffusers, or original, their authors'.",
 )  # fmt: skip
-@click.option("--network", metavar="NET", help="Which network it is of, where its names are those of several: flux, sd3, wan, …")
+@click.option("--network", metavar="NET", help="Which network it is of, where its names are those of several, such as flux, sd3 or wan.")
 @click.option("--base", metavar="BASE", help="The checkpoint it belongs to, for names and for all that depends on the weights.")
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="No module gets a greater rank; the best factors of it.")
 @click.option("--energy", type=float, metavar="F", help="The least ranks that keep this share of each squared change, such as 0.99.")

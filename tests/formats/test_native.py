@@ -26,9 +26,9 @@ from loratools.deltas.seeded import Projections
 from loratools.deltas.vera import VeRA
 from loratools.errors import FormatError, LoratoolsError, NotExpressible, ShapeError, UnsupportedError
 from loratools.formats import FORMATS, encode, load, save
+from loratools.formats._stack import Member
 from loratools.formats._typed import known
 from loratools.formats.base import Container
-from loratools.formats.gguf_rows import Member
 from loratools.formats.native import KEY, classes, decode
 from loratools.formats.opening import open_container
 from loratools.formats.writing import write_container

@@ -41,10 +41,10 @@ def language(hub: Hub, client: Client, tmp_path: Path) -> Hub:
     hub.add("ada/base", tmp_path / "base")
     tensors = {}
     for name, module in model.named_modules():
-        if name.endswith(("q_proj", "down_proj")):
+        if name.endswith(("o_proj", "down_proj")):
             tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(4, module.in_features) / 4
             tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(module.out_features, 4) / 4
-    config = peft_config(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", base_model_name_or_path="/a/b")
+    config = peft_config(r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM", base_model_name_or_path="/a/b")
     pushed(client, write_adapter(tmp_path / "style", tensors, config), "ada/style", "ada/base")
     return hub
 
@@ -125,12 +125,13 @@ def test_diffusers_loads_what_the_cards_say(hub: Hub, client: Client, tmp_path: 
     done = client.loratools("convert", own, "-o", other, "--format", "kohya")
     assert done.returncode == 0, done.stderr
     code = ""
+    runtimes = {own: ["diffusers"], other: ["diffusers", "ComfyUI"]}  # ComfyUI looks for a processor in diffusers' names of attention
     for file, repo in ((own, "ada/look"), (other, "ada/kohya")):
         pushed(client, file, repo, "ada/pipe")
         told = blocks(hub, repo)
-        assert list(told) == ["diffusers", "ComfyUI"] and f'weight_name="{file.name}"' in told["diffusers"]
+        assert list(told) == runtimes[file] and f'weight_name="{file.name}"' in told["diffusers"]
         quoted = "'my look.safetensors'" if " " in file.name else file.name
-        assert told["ComfyUI"] == f"hf download {repo} {quoted} --local-dir ComfyUI/models/loras"
+        assert "ComfyUI" not in told or told["ComfyUI"] == f"hf download {repo} {quoted} --local-dir ComfyUI/models/loras"
         code += f"""
 {told["diffusers"]}
 print(pipe.get_active_adapters(), sum(name.endswith("lora_B.default_0") for name, _ in pipe.unet.named_modules()))

@@ -60,7 +60,7 @@ def test_names_in_memory_and_in_files(tmp_path: Path, kind: str, adapter: str, b
     assert read_checkpoint(tmp_path / "out").keys() == read_checkpoint(tmp_path / "base").keys()
     found, expected = loaded(tmp_path / "out").state_dict(), wrapped.merge_and_unload().state_dict()
     assert worst_expert(found, expected) <= CLOSE
-    if adapter == base:
+    if adapter == base or kind == "clip_text":  # both names of a CLIP are in the table of its network
         assert receipt["notes"] == []
     else:
         assert len(receipt["notes"]) == 1 and receipt["notes"][0].startswith("names aligned"), receipt["notes"]
