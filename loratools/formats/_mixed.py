@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from loratools.errors import NotExpressible
+from loratools.formats.base import nearest
 
 # the first is exact but for the rounding of the magnitudes, ‖W + ΔW‖, to float32
 REMEDY = (
@@ -23,8 +24,4 @@ W + ΔW as it is, convert --kind lora --base BASE --rank R makes each DoRA the n
     one, other = list(doras), list(plain)
     if not one or not other:
         return []
-    return [NotExpressible(f"{flag}: DoRA on {_first(one)}, plain LoRA on {_first(other)}", tensor=other[0], remedy=REMEDY)]
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")
+    return [NotExpressible(f"{flag}: DoRA on {nearest(one)}, plain LoRA on {nearest(other)}", tensor=other[0], remedy=REMEDY)]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 SPLITS = 2048  # programs to have at least, so that a GPU is full
-LOST = 0.01  # as in `_norms`
 if importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl
@@ -131,8 +130,8 @@ def usable(*tensors: Tensor, rank: int = 1) -> bool:
     return first.is_cuda and known and rank <= 64 and not torch.compiler.is_compiling() and compiles(first.device.index)
 
 
-def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """‖W + scaling·B·A‖ per row in float32, (m,), for W (m, n), A (r, n), B (m, r)."""
+def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float, least: float) -> Tensor:
+    """‖W + scaling·B·A‖ per row in float32, (m,), for W (m, n), A (r, n), B (m, r); below twice the share `least` of ‖w‖² densely."""
     (m, n), r = W.shape, len(A)
     R, M, K = max(16, triton.next_power_of_2(r)), 32, 128
     blocks = triton.cdiv(m, M)
@@ -143,20 +142,21 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     norms, sizes, steps = W.new_empty(m, dtype=torch.float32), (m, n, r), (*W.stride(), *A.stride())
     with _on(W):
         _sums[(blocks + 1, parts)](W, A, *sums, *sizes, *steps, span, R, M, K, W.dtype is torch.bfloat16)
-        _finish[(triton.cdiv(m, 16),)](W, A, B, *sums, norms, *sizes, *steps, *B.stride(), scaling, parts, LOST, R, 16, 128)
+        _finish[(triton.cdiv(m, 16),)](W, A, B, *sums, norms, *sizes, *steps, *B.stride(), scaling, parts, least, R, 16, 128)
     return norms
 
 
 def gained(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """gain∘z + bias over the last axis, in z's dtype, with gradients of z and gain."""
-    made: Tensor = _Gained.apply(z, gain, bias)  # type: ignore[no-untyped-call]
+    # laid out here, where autograd sees it: what a Function saves must be its own inputs for a gradient of the gradient
+    laid = (z.contiguous(), gain.float().contiguous(), None if bias is None else bias.contiguous())
+    made: Tensor = _Gained.apply(*laid)  # type: ignore[no-untyped-call]
     return made
 
 
 class _Gained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        z, gain = z.contiguous(), gain.float().contiguous()
         ctx.save_for_backward(z, gain)
         y = torch.empty_like(z)
         tokens, n = z.numel() // max(1, z.shape[-1]), z.shape[-1]

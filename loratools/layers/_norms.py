@@ -38,7 +38,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 def _row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     with torch.autocast(W.device.type, enabled=False):
         if _fused.usable(W, A, B, rank=len(A)):
-            return _fused.row_norms(W, A, B, scaling)
+            return _fused.row_norms(W, A, B, scaling, LOST)
         wide = torch.promote_types(W.dtype, torch.float32)
         inner = _product_dtype(W, wide)
         A, B = A.to(inner), B.to(inner)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from loratools.adapter import Adapter, is_whole
 from loratools.deltas.base import Delta
+from loratools.formats.base import nearest
 from loratools.ops._base import Base
 from loratools.refs import Ref
 
@@ -24,19 +25,15 @@ def with_biases(adapter: Adapter, base: Base | None) -> tuple[Adapter, list[str]
     if base is None:
         norms = [module for module in alone if _NORM.fullmatch(module)]
         fact = "norms saved without a bias, which peft cannot load where the model has one; convert --base BASE puts the base's in"
-        return adapter, [f"{fact}: {_first(norms)}"] if norms and adapter.format != "peft" else []
+        return adapter, [f"{fact}: {nearest(norms)}"] if norms and adapter.format != "peft" else []
     lacking = [module for module in alone if f"{module}.bias" in base]
     if not lacking:
         return adapter, []
     biases = {f"{module}.bias": _instead(adapter[f"{module}.weight"], base.weight(f"{module}.bias")) for module in lacking}
-    note = f"saved with the base's own bias, for peft loads modules whole: {_first(lacking)}"
+    note = f"saved with the base's own bias, for peft loads modules whole: {nearest(lacking)}"
     return replace(adapter, deltas={**adapter.deltas, **biases}), [note]
 
 
 def _instead(saved: Delta, value: Ref) -> Delta:
     """A tensor that is saved as another of its module is."""
     return saved.map(lambda _: value)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")
